@@ -1,0 +1,195 @@
+"""Attention problems to solve: shapes that cover the corners, and data with a seed."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import reference
+
+import tq_hb
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the attention op, and the seed of its data."""
+
+    head_dim: int = 256
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    kv_seq_len: int = 70
+    kv_capacity: int = 80
+    ring_start: int = 0
+    window: int = 0
+    softcap: float = 0.0
+    k_bits: int = 8
+    v_bits: int = 8
+    codebook: str = "lloyd_max"
+    scale_factor_d512: float = 1.0
+    fuse_fwht_pre: int = 0
+    nsg: int = 1
+    nwg: int = 1
+    seed: int = 0
+
+    def __str__(self) -> str:
+        """All of it that is not the default, in the form that ``Case(...)`` takes."""
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        return ",".join(f"{name}={getattr(self, name)}" for name in changed) or "default"
+
+    @property
+    def visible(self) -> reference.Visible:
+        return reference.Visible(self.kv_seq_len, self.kv_capacity, self.ring_start, self.window)
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    def params(self) -> tq_hb.FlashAttnVecTqHbParams:
+        return tq_hb.FlashAttnVecTqHbParams(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            kv_seq_len=self.kv_seq_len,
+            kv_capacity=self.kv_capacity,
+            scale=self.scale,
+            mask_type=2 if self.window else 0,
+            sliding_window=self.window,
+            softcap=self.softcap,
+            ring_start=self.ring_start,
+            scale_factor_d512=self.scale_factor_d512,
+            codebook_bits=self.k_bits,
+            fuse_fwht_pre=self.fuse_fwht_pre,
+            nsg=self.nsg,
+        )
+
+    def keywords(self) -> dict[str, Any]:
+        """What the op takes beside the buffers and the params."""
+        return {"nwg": self.nwg, "v_bits": self.v_bits, "codebook": self.codebook}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The buffers of a case. Slots that the query must not see hold NaN norms."""
+
+    q: np.ndarray  # as the op takes it: rotated unless fuse_fwht_pre
+    k_packed: np.ndarray
+    k_norms: np.ndarray
+    v_packed: np.ndarray
+    v_norms: np.ndarray
+
+    def buffers(self) -> tuple[np.ndarray, ...]:
+        return self.q, self.k_packed, self.k_norms, self.v_packed, self.v_norms
+
+
+@functools.cache
+def make_problem(case: Case) -> Problem:
+    """Codes of Gaussian keys and values, drawn in the rotated domain; read-only arrays."""
+    rng = np.random.default_rng(case.seed)
+    rows = (case.num_kv_heads, case.kv_capacity)
+    norms_shape = rows if case.head_dim == reference.BLOCK else (*rows, 2)
+    # A length for 256, an RMS for 512.
+    typical_norm = 16.0 if case.head_dim == reference.BLOCK else 1.0
+    unseen = np.ones(case.kv_capacity, bool)
+    unseen[case.visible.slots()] = False
+
+    def draw(cbits: int) -> tuple[np.ndarray, np.ndarray]:
+        v = rng.standard_normal((*rows, case.head_dim)) * case.scale_factor_d512
+        codes = np.searchsorted(reference.boundaries(cbits, case.codebook), v).astype(np.uint8)
+        norms = (typical_norm * rng.uniform(0.5, 1.5, norms_shape)).astype(np.float32)
+        norms[:, unseen] = np.nan
+        return codes, norms
+
+    k_packed, k_norms = draw(case.k_bits)
+    v_packed, v_norms = draw(case.v_bits)
+    # Threefold, so that a few keys dominate: a flat softmax would hide a wrong score.
+    q = (3.0 * rng.standard_normal((case.num_heads, case.head_dim))).astype(np.float32)
+    problem = Problem(q, k_packed, k_norms, v_packed, v_norms)
+    for array in problem.buffers():
+        array.setflags(write=False)
+    return problem
+
+
+def expected(case: Case, problem: Problem, *, unrotated: bool) -> np.ndarray:
+    """The reference's answer on the same codes, in float64."""
+    slots = case.visible.slots()
+    k = reference.decode(
+        problem.k_packed[:, slots], problem.k_norms[:, slots], case.k_bits, case.codebook, case.scale_factor_d512
+    )
+    v = reference.decode(
+        problem.v_packed[:, slots], problem.v_norms[:, slots], case.v_bits, case.codebook, case.scale_factor_d512
+    )
+    q = reference.rotate(problem.q) if case.fuse_fwht_pre else problem.q
+    out = reference.attend(q, k, v, scale=case.scale, softcap=case.softcap)
+    return reference.unrotate(out) if unrotated else out
+
+
+def cover_pairs(factors: dict[str, tuple], seed: int = 0) -> list[dict[str, Any]]:
+    """A few dozen combinations in which any two values of any two factors meet at least once."""
+    rng = random.Random(seed)
+    names = list(factors)
+    missing = {
+        ((a, i), (b, j))
+        for a, b in itertools.combinations(names, 2)
+        for i in range(len(factors[a]))
+        for j in range(len(factors[b]))
+    }
+
+    def pairs(row: dict[str, int]) -> set:
+        return set(itertools.combinations(row.items(), 2))
+
+    rows = []
+    while missing:
+        # Start from a pair that is still missing, so that every round makes progress.
+        first = dict(min(missing))
+        candidates = [
+            {n: first.get(n, rng.randrange(len(factors[n]))) for n in names} for _ in range(50)
+        ]
+        best = max(candidates, key=lambda row: len(pairs(row) & missing))
+        missing -= pairs(best)
+        rows.append({n: factors[n][i] for n, i in best.items()})
+    return rows
+
+
+def attend_cases() -> list[Case]:
+    """Cases over every boundary that the kernels have."""
+    rows = cover_pairs(
+        {
+            "head_dim": (256, 512),
+            "bits": ((5, 5), (6, 6), (8, 8), (8, 5), (5, 6), (6, 8)),
+            "kv_seq_len": (1, 31, 32, 33, 511, 512, 513, 1025),
+            "heads": ((8, 2), (3, 1), (6, 3), (5, 5), (16, 8)),
+            "window": ("none", "one", "shorter", "same", "longer"),
+            "ring": ("linear", "unwrapped", "inside a block", "at the last slot"),
+            "softcap": (0.0, 1.5, 30.0),
+            "codebook": ("lloyd_max", "mlx_native"),
+            "scale_factor_d512": (1.0, 0.75),
+            "fuse_fwht_pre": (0, 1),
+            "nsg": (1, 2, 4),
+            "nwg": (1, 7, 16, 32),
+        }
+    )
+    cases = []
+    for seed, row in enumerate(rows):
+        kv_len = row["kv_seq_len"]
+        k_bits, v_bits = row.pop("bits")
+        num_heads, num_kv_heads = row.pop("heads")
+        window = {"none": 0, "one": 1, "shorter": (kv_len + 1) // 2, "same": kv_len, "longer": kv_len + 5}
+        # Only a full ring may start anywhere but at slot 0; an odd start splits a block of 32.
+        ring_start = {"linear": 0, "unwrapped": 0, "inside a block": kv_len // 2 | 1, "at the last slot": kv_len - 1}
+        ring = row.pop("ring")
+        case = Case(
+            **{**row, "window": window[row["window"]]},
+            k_bits=k_bits,
+            v_bits=v_bits,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            kv_capacity=kv_len + 9 if ring == "linear" else kv_len,
+            ring_start=ring_start[ring] % kv_len,
+            seed=seed,
+        )
+        cases.append(case)
+    return cases
