@@ -30,7 +30,7 @@ ctest: $(STAMP)-venv $(STAMP)-googletest
 	$(BIN)/cmake --build build/test
 	$(BIN)/ctest --test-dir build/test --output-on-failure
 	$(CMAKE) -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTQ_HB_PYTHON=OFF -DTQ_HB_BUILD_TESTS=ON \
-	  -DTQ_HB_WERROR=ON -DTQ_HB_SANITIZE=ON
+	  -DTQ_HB_WERROR=ON -DTQ_HB_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
 

@@ -1,0 +1,38 @@
+"""What attending and appending cost on the cpu, against torch's attention on float caches of the same shape.
+
+Writes ``bench/results/cpu.json``. ``python -m bench.tables`` makes README's table from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+
+from bench import harness
+from tq_hb.cli._cases import Shape, measure_append, measure_attend
+
+_LENGTHS = (1024, 4096, 16384)
+_HEADS = ((16, 8, 256), (32, 4, 256), (16, 2, 512))
+_BITS = ((8, 8), (5, 5))
+_APPEND_BITS = (8, 6, 5)
+
+
+def main() -> None:
+    """Measure the grid."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samples", type=int, default=40)
+    samples = parser.parse_args().samples
+    results = []
+    for length, (heads, kv_heads, head_dim), (k_bits, v_bits) in itertools.product(_LENGTHS, _HEADS, _BITS):
+        shape = Shape(heads, kv_heads, head_dim, length, k_bits, v_bits)
+        print(shape, flush=True)
+        results.append(measure_attend(shape, samples=samples, device="cpu"))
+    for (heads, kv_heads, head_dim), bits in itertools.product(_HEADS[::2], _APPEND_BITS):
+        shape = Shape(heads, kv_heads, head_dim, 4096, bits, bits)
+        print("append", shape, flush=True)
+        results.append(measure_append(shape, samples=samples, device="cpu"))
+    print(harness.write("cpu", "bench.cpu", results))
+
+
+if __name__ == "__main__":
+    main()

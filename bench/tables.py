@@ -1,0 +1,100 @@
+"""Puts the tables made from ``bench/results`` into the documents that show them.
+
+A document holds a table between ``<!-- table NAME -->`` and ``<!-- end -->``. With ``--check`` nothing is written, and
+a table that is not the one the results give is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from bench import harness
+
+_DOCUMENTS = ("README.md", "docs/measurements.md")
+_BLOCK = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def attend_cpu() -> str:
+    """Return one token's attention per shape, the best of torch's dtypes beside it."""
+    report = harness.read("cpu")
+    header = ("heads / KV heads / D", "tokens", "bits", "tq_hb", "torch float32", "float16", "bfloat16", "read")
+    rows = []
+    for result in report["results"]:
+        if result["op"] != "attend":
+            continue
+        shape, by_name = result["shape"], {row["name"]: row for row in result["rows"]}
+        times = (by_name[name]["median_us"] for name in ("tq_hb", *_TORCH))
+        rows.append(
+            (
+                f"{shape['heads']} / {shape['kv_heads']} / {shape['head_dim']}",
+                f"{shape['kv_len']:,}",
+                f"{shape['k_bits']}/{shape['v_bits']}",
+                *(f"{time / 1e3:.2f} ms" for time in times),
+                f"{by_name['tq_hb']['share_of_read']:.0%}",
+            )
+        )
+    return _markdown(header, rows) + _provenance(report, "cpu")
+
+
+def append_cpu() -> str:
+    """Return the cost of appending, per token."""
+    report = harness.read("cpu")
+    rows = []
+    for result in report["results"]:
+        if result["op"] != "append":
+            continue
+        shape, (one, run) = result["shape"], result["rows"]
+        tokens = int(run["name"].split()[0])
+        rows.append(
+            (
+                f"{shape['kv_heads']} / {shape['head_dim']}",
+                f"{shape['k_bits']}/{shape['v_bits']}",
+                f"{one['median_us']:.1f} us",
+                f"{run['median_us'] / tokens:.1f} us",
+            )
+        )
+    header = ("KV heads / D", "bits", "one token", f"a token of a run of {tokens}")
+    return _markdown(header, rows) + _provenance(report, "cpu")
+
+
+_TORCH = ("torch float32", "torch float16", "torch bfloat16")
+_TABLES: dict[str, Callable[[], str]] = {"attend_cpu": attend_cpu, "append_cpu": append_cpu}
+
+
+def main() -> None:
+    """Write the tables, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="fail if a document's table is out of date")
+    check = parser.parse_args().check
+    stale = []
+    for name in _DOCUMENTS:
+        path = harness.ROOT / name
+        text = path.read_text()
+        fresh = _BLOCK.sub(lambda block: block[1] + _TABLES[block[2]]() + block[3], text)
+        if fresh != text:
+            stale.append(name)
+            if not check:
+                path.write_text(fresh)
+    if check and stale:
+        sys.exit(f"out of date, run `python -m bench.tables`: {', '.join(stale)}")
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _provenance(report: dict[str, Any], name: str) -> str:
+    machine = report["machine"]
+    return (
+        f"\n`bench/results/{name}.json`, written by `{report['command']}`: {machine['processor']}, "
+        f"{machine['threads']} threads, {machine['isa']}, torch {machine['libraries']['torch']}.\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

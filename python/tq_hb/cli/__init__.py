@@ -1,0 +1,47 @@
+"""The command line: ``tq-hb info | bench | generate``.
+
+A command is a module with ``add_parser(subparsers)`` and ``run(args) -> int``. Modules import rich, torch and the like
+inside `run`, so that ``--help`` and ``info`` stay fast and work without the optional libraries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import tq_hb
+from tq_hb.cli import bench, generate, info
+
+__all__ = ["main"]
+
+_COMMANDS = (info, bench, generate)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The arguments, without the program's name. Default ``sys.argv[1:]``.
+
+    Returns
+    -------
+    int
+        0, or 2 when the arguments or the machine don't allow what was asked (argparse's own code for that).
+    """
+    parser = argparse.ArgumentParser(prog="tq-hb", description="KV caches at 5, 6 or 8 bits per value.")
+    parser.add_argument("--version", action="version", version=f"tq_hb {tq_hb.__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add_parser(subparsers)
+    args = parser.parse_args(argv)
+    try:
+        code: int = args.run(args)
+    except (tq_hb.InvalidArgument, tq_hb.UnsupportedError, tq_hb.DeviceError) as error:
+        print(f"tq-hb {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return code

@@ -1,0 +1,122 @@
+"""``tq-hb bench``: how long attending and appending take on this machine, for one shape."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tq_hb.cli._cases import Shape
+
+_FEWEST_SAMPLES = 30
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``bench`` to the command line."""
+    parser = subparsers.add_parser("bench", help="time attend and append for one shape")
+    parser.add_argument("--op", choices=("attend", "append", "all"), default="all")
+    parser.add_argument("--heads", type=int, default=16, metavar="H", help="query heads (default 16)")
+    parser.add_argument("--kv-heads", type=int, default=8, metavar="G", help="key and value heads (default 8)")
+    parser.add_argument("--head-dim", type=int, default=256, metavar="D", help="values per head (default 256)")
+    parser.add_argument("--kv-len", type=int, default=4096, metavar="L", help="tokens in the cache (default 4096)")
+    parser.add_argument("--k-bits", type=int, default=8, metavar="B", help="bits per value of K (default 8)")
+    parser.add_argument("--v-bits", type=int, default=8, metavar="B", help="bits per value of V (default 8)")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: as many as tq_hb uses anyway")
+    parser.add_argument("--samples", type=int, default=50, metavar="N", help="per row, at least 30 (default 50)")
+    parser.add_argument("--device", metavar="NAME", help="default: auto")
+    parser.add_argument("--no-peers", action="store_true", help="leave torch out")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print."""
+    import tq_hb
+    from tq_hb.cli import _machine
+    from tq_hb.cli._cases import Shape
+    from tq_hb.cli._output import print_json
+
+    if args.samples < _FEWEST_SAMPLES:
+        raise tq_hb.InvalidArgument(f"bench: samples must be at least {_FEWEST_SAMPLES}, got {args.samples}")
+    if args.kv_len < 1:
+        raise tq_hb.InvalidArgument(f"bench: kv_len must be at least 1, got {args.kv_len}")
+    if args.threads is not None:
+        tq_hb.set_num_threads(args.threads)
+    shape = Shape(args.heads, args.kv_heads, args.head_dim, args.kv_len, args.k_bits, args.v_bits)
+    report = {"machine": _machine.describe(), "results": _measure(shape, args)}
+    if args.json:
+        print_json(report)
+    else:
+        _print_tables(report)
+    return 0
+
+
+def _measure(shape: Shape, args: argparse.Namespace) -> list[dict[str, Any]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from tq_hb.cli._cases import measure_append, measure_attend
+
+    results = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        if args.op != "append":
+            task = progress.add_task("attend", total=args.samples)
+            results.append(
+                measure_attend(
+                    shape,
+                    samples=args.samples,
+                    device=args.device,
+                    peers=not args.no_peers,
+                    on_round=lambda: progress.advance(task),
+                )
+            )
+        if args.op != "attend":
+            task = progress.add_task("append", total=args.samples)
+            results.append(
+                measure_append(shape, samples=args.samples, device=args.device, on_round=lambda: progress.advance(task))
+            )
+    return results
+
+
+def _print_tables(report: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from tq_hb.cli._output import table
+
+    console = Console(markup=False)
+    machine = report["machine"]
+    console.print(f"{machine['processor']}, {machine['isa']}, {machine['threads']} threads")
+    for result in report["results"]:
+        title = f"{result['op']}: " + ", ".join(f"{field} {value}" for field, value in result["shape"].items())
+        rows = table(title, "", "median", "quartiles", "read", "GB/s", "of plain read")
+        for row in result["rows"]:
+            rows.add_row(
+                row["name"],
+                format_us(row["median_us"]),
+                f"{format_us(row['lower_us'])} - {format_us(row['upper_us'])}",
+                f"{row['nbytes'] / 1e6:.2f} MB",
+                f"{row['gb_s']:.2f}",
+                f"{row['share_of_read']:.0%}",
+            )
+        console.print()
+        console.print(rows)
+        console.print(f"plain read: {result['read_gb_s']:.1f} GB/s; {_describe_check(result)}")
+
+
+def _describe_check(result: dict[str, Any]) -> str:
+    error = result["error"]
+    if result["op"] == "append":
+        return f"checked: relative squared error {error['k']:.1e} of K, {error['v']:.1e} of V"
+    return (
+        f"checked: {error['same_codes']:.1e} from float64 attention on the same codes, "
+        f"{error['unquantised']:.1e} from unquantised attention"
+    )
+
+
+def format_us(microseconds: float) -> str:
+    """Return a duration with its unit and three digits."""
+    if microseconds < 1e3:
+        return f"{microseconds:.3g} us"
+    if microseconds < 1e6:
+        return f"{microseconds / 1e3:.3g} ms"
+    return f"{microseconds / 1e6:.3g} s"

@@ -1,0 +1,73 @@
+"""``tq-hb info``: what tq_hb can use on this machine, and why not the rest."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from typing import Any
+
+VARIABLES = ("TQ_HB_DEVICE", "TQ_HB_NUM_THREADS", "HF2Q_TQ_NSG", "HF2Q_TQ_NWG")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``info`` to the command line."""
+    parser = subparsers.add_parser("info", help="show devices, instruction set, threads and versions")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report."""
+    from tq_hb.cli._output import print_json
+
+    report = collect()
+    if args.json:
+        print_json(report)
+    else:
+        _print_tables(report)
+    return 0
+
+
+def collect() -> dict[str, Any]:
+    """Return everything that ``info`` shows."""
+    import tq_hb
+    from tq_hb.cli import _machine
+
+    return {
+        **_machine.describe(),
+        "default_device": tq_hb.Device("auto").backend,
+        "devices": [dataclasses.asdict(device) for device in tq_hb.devices()],
+        "head_dims": list(tq_hb.supported_head_dims()),
+        "bits": list(tq_hb.supported_bits()),
+        "environment": {name: os.environ.get(name) for name in VARIABLES},
+    }
+
+
+def _print_tables(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from tq_hb.cli._output import table
+
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("tq_hb", report["tq_hb"])
+    facts.add_row("processor", f"{report['processor']}, {report['isa']}, {report['threads']} threads")
+    facts.add_row("system", f"{report['system']}, Python {report['python']}")
+    facts.add_row("head dimensions", ", ".join(map(str, report["head_dims"])))
+    facts.add_row("bits per value", ", ".join(map(str, report["bits"])))
+    libraries = (f"{name} {version or 'not installed'}" for name, version in report["libraries"].items())
+    facts.add_row("libraries", ", ".join(libraries))
+    variables = (f"{name}={value}" for name, value in report["environment"].items() if value is not None)
+    facts.add_row("environment", ", ".join(variables) or "no variable set")
+
+    devices = table("devices", "backend", "usable", "name", numeric_from=3)
+    for device in report["devices"]:
+        name = device["name"] + (" (simulated)" if device["is_simulated"] else "")
+        usable = "default" if device["backend"] == report["default_device"] else "yes"
+        devices.add_row(device["backend"], *((usable, name) if device["available"] else ("no", device["reason"])))
+
+    console = Console()
+    console.print(facts)
+    console.print()
+    console.print(devices)
