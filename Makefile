@@ -44,7 +44,9 @@ lint: $(STAMP)-lint
 	find csrc tests -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
 
 bench: $(STAMP)-test $(STAMP)-package
-	$(BIN)/python -m bench.attend
+	$(BIN)/python -m bench.codec
+	$(BIN)/python -m bench.cpu
+	$(BIN)/python -m bench.tables
 
 mutants: $(STAMP)-test $(STAMP)-googletest
 	$(BIN)/python tests/mutants/run.py

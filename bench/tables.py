@@ -40,6 +40,25 @@ def attend_cpu() -> str:
     return _markdown(header, rows) + _provenance(report, "cpu")
 
 
+def codec() -> str:
+    """Return what a token takes per KV head, and what the codec and attention lose."""
+    report = harness.read("codec")
+    header = ("codebook", "D", "bits", "bytes per token and KV head", "squared error", "in theory", "attention error")
+    rows = [
+        (
+            f"`{result['codebook']}`",
+            str(result["head_dim"]),
+            str(result["bits"]),
+            str(result["bytes_per_token_and_kv_head"]),
+            f"{result['squared_error']:.2e}",
+            f"{result['squared_error_in_theory']:.2e}",
+            f"{result['attention_error']:.1e}",
+        )
+        for result in report["results"]
+    ]
+    return _markdown(header, rows) + f"\n`bench/results/codec.json`, written by `{report['command']}`.\n"
+
+
 def append_cpu() -> str:
     """Return the cost of appending, per token."""
     report = harness.read("cpu")
@@ -62,7 +81,7 @@ def append_cpu() -> str:
 
 
 _TORCH = ("torch float32", "torch float16", "torch bfloat16")
-_TABLES: dict[str, Callable[[], str]] = {"attend_cpu": attend_cpu, "append_cpu": append_cpu}
+_TABLES: dict[str, Callable[[], str]] = {"attend_cpu": attend_cpu, "append_cpu": append_cpu, "codec": codec}
 
 
 def main() -> None:
