@@ -1,0 +1,224 @@
+"""Devices, their buffers, and the life of a command encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import tq_hb
+
+
+def record(enc, device):
+    data = device.array(np.ones((2, 256), np.float32))
+    enc.fwht_sign_premult_f32(data)
+    return data
+
+
+class TestLife:
+    def test_nothing_runs_before_the_commit(self, device):
+        enc = device.encoder()
+        data = record(enc, device)
+        assert (data.numpy() == 1.0).all()
+
+        enc.commit()
+        enc.wait()
+
+        assert np.array_equal(data.numpy(), tq_hb.rotate(np.ones((2, 256), np.float32)))
+
+    def test_an_empty_encoder_commits(self, device):
+        device.encoder().commit_and_wait()
+
+    def test_wait_before_commit_raises(self, device):
+        enc = device.encoder()
+        record(enc, device)
+        with pytest.raises(tq_hb.DeviceError, match="wait.*commit"):
+            enc.wait()
+
+    def test_committing_twice_raises(self, device):
+        enc = device.encoder()
+        enc.commit()
+        with pytest.raises(tq_hb.DeviceError, match="commit"):
+            enc.commit()
+        enc.wait()
+
+    def test_recording_after_the_commit_raises(self, device):
+        enc = device.encoder()
+        enc.commit()
+        with pytest.raises(tq_hb.DeviceError, match="fwht_sign_premult_f32.*commit"):
+            record(enc, device)
+        with pytest.raises(tq_hb.DeviceError, match="memory_barrier.*commit"):
+            enc.memory_barrier()
+        enc.wait()
+
+    def test_waiting_twice_is_harmless(self, device):
+        enc = device.encoder()
+        record(enc, device)
+        enc.commit()
+        enc.wait()
+        enc.wait()
+
+    def test_gpu_time_is_known_after_the_wait(self, device):
+        enc = device.encoder()
+        record(enc, device)
+        with pytest.raises(tq_hb.DeviceError, match="gpu_time.*wait"):
+            _ = enc.gpu_time
+        enc.commit_and_wait()
+        assert 0.0 <= enc.gpu_time < 10.0
+
+    def test_ops_keep_their_buffers_alive(self, device):
+        enc = device.encoder()
+        output = device.empty((1, 256), np.float32)
+        packed = device.array(np.full((1, 1, 256), 255, np.uint8))
+        norms = device.array(np.full((1, 1), 16.0, np.float32))
+        p = tq_hb.FlashAttnVecTqHbParams(
+            num_heads=1, num_kv_heads=1, head_dim=256, kv_seq_len=1, kv_capacity=1, scale=1.0
+        )
+        enc.flash_attn_vec_tq_hb(np.zeros((1, 256), np.float32), packed, norms, packed, norms, output, None, p)
+        del packed, norms
+
+        enc.commit_and_wait()
+
+        assert (output.numpy() == tq_hb.codebook(8)[255]).all()
+
+    def test_params_are_taken_when_the_op_is_recorded(self, device):
+        hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=1, write_pos=0, cache_capacity=2)
+        packed, norms = device.empty((1, 2, 256), np.uint8), device.empty((1, 2), np.float32)
+        enc = device.encoder()
+        for pos in range(2):
+            hp.write_pos = pos
+            enc.hadamard_quantize_kv_hb(np.full((1, 256), pos + 1.0, np.float32), packed, norms, hp)
+
+        enc.commit_and_wait()
+
+        np.testing.assert_allclose(norms.numpy(), [[16.0, 32.0]], rtol=1e-6)
+
+    def test_array_inputs_are_taken_when_the_op_is_recorded(self, device):
+        hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=1, write_pos=0, cache_capacity=1)
+        packed, norms = device.empty((1, 1, 256), np.uint8), device.empty((1, 1), np.float32)
+        src = np.ones((1, 256), np.float32)
+        enc = device.encoder()
+        enc.hadamard_quantize_kv_hb(src, packed, norms, hp)
+        src[:] = 5.0
+
+        enc.commit_and_wait()
+
+        np.testing.assert_allclose(norms.numpy(), [[16.0]], rtol=1e-6)
+
+
+class TestDevice:
+    def test_properties(self, device):
+        assert device.backend in ("cpu", "metal", "cuda")
+        assert device.name
+        assert isinstance(device.is_simulated, bool)
+        assert device.limits.max_buffer_bytes > 2**20
+        assert device.limits.num_threads >= 1
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            device.limits.num_threads = 1
+
+    def test_devices_lists_every_backend_once(self):
+        infos = tq_hb.devices()
+        assert sorted(d.backend for d in infos) == ["cpu", "cuda", "metal"]
+        assert all(d.available or d.reason for d in infos)
+        assert next(d for d in infos if d.backend == "cpu").available
+
+    def test_an_unknown_name_is_refused(self):
+        with pytest.raises(tq_hb.InvalidArgument, match="cpu.*got.*tpu"):
+            tq_hb.Device("tpu")
+
+    @pytest.mark.parametrize("value", [3, b"cpu", object()], ids=["int", "bytes", "object"])
+    def test_a_device_is_none_a_name_or_a_device(self, value):
+        with pytest.raises(tq_hb.InvalidArgument, match="device"):
+            tq_hb.quantize(np.ones((1, 256), np.float32), 8, device=value)
+
+    def test_none_auto_name_and_device_all_serve(self, device):
+        x = np.ones((1, 256), np.float32)
+        results = [tq_hb.quantize(x, 8, device=d)[0] for d in (None, "auto", device.backend, device)]
+        assert all(np.array_equal(results[0], r) for r in results)
+
+    def test_the_device_of_a_cache_is_visible(self, device):
+        assert tq_hb.KVCache(1, 256, device=device).device.backend == device.backend
+
+
+class TestBuffer:
+    def test_array_copies_in_and_numpy_copies_or_views_out(self, device):
+        x = np.arange(24, dtype=np.float32).reshape(4, 6)
+        buf = device.array(x)
+        x[:] = 0.0
+
+        assert buf.shape == (4, 6)
+        assert buf.dtype == np.float32
+        assert np.array_equal(buf.numpy(), np.arange(24).reshape(4, 6))
+
+    @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint8, np.uint16, np.uint32, np.int32])
+    def test_every_dtype_round_trips(self, device, dtype):
+        x = np.arange(10).astype(dtype)
+        assert np.array_equal(device.array(x).numpy(), x)
+        assert device.array(x).dtype == dtype
+
+    @pytest.mark.parametrize("dtype", [np.complex64, object, "U3"], ids=["complex", "object", "text"])
+    def test_other_dtypes_are_refused(self, device, dtype):
+        with pytest.raises(tq_hb.InvalidArgument, match="dtype"):
+            device.empty((3,), dtype)
+
+    def test_slices_share_storage(self, device):
+        buf = device.array(np.zeros((4, 256), np.float32))
+        part = buf[1:3]
+        assert part.shape == (2, 256)
+        enc = device.encoder()
+        src = device.array(np.ones((2, 256), np.float32))
+        packed, norms = device.empty((2, 1, 256), np.uint8), device.empty((2, 1), np.float32)
+        hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=2, write_pos=0, cache_capacity=1)
+        enc.hadamard_quantize_kv_hb(src, packed, norms, hp)
+        enc.memory_barrier()
+        enc.tq_dequantize_hb_kv(packed, norms, part, hp, pos=0)
+
+        enc.commit_and_wait()
+
+        got = buf.numpy()
+        assert not got[[0, 3]].any()
+        assert got[1].any()
+        assert np.array_equal(got[1], got[2])
+
+    def test_a_slice_of_a_slice_keeps_its_offset(self, device):
+        buf = device.array(np.arange(40, dtype=np.float32).reshape(10, 4))
+        assert np.array_equal(buf[2:9][3:5].numpy(), buf.numpy()[5:7])
+        assert np.array_equal(buf[-3:].numpy(), buf.numpy()[-3:])
+        assert np.array_equal(buf[4].numpy(), buf.numpy()[4])
+
+    def test_slices_with_a_step_are_refused(self, device):
+        with pytest.raises(tq_hb.InvalidArgument, match="step"):
+            _ = device.array(np.zeros((4, 4), np.float32))[::2]
+
+    def test_an_index_beyond_the_end_is_an_index_error(self, device):
+        with pytest.raises(IndexError):
+            _ = device.array(np.zeros((4, 4), np.float32))[4]
+
+    @pytest.mark.parametrize("shape", [(-1, 4), (2.5,), (2**40, 2**40), "ab"], ids=str)
+    def test_bad_shapes_are_refused(self, device, shape):
+        with pytest.raises((tq_hb.InvalidArgument, tq_hb.OutOfMemoryError)):
+            device.empty(shape, np.float32)
+
+    def test_memory_that_cannot_be_had_is_an_out_of_memory_error(self, device):
+        with pytest.raises(tq_hb.OutOfMemoryError, match=r"\d+ bytes"):
+            device.empty((2**30, 2**24), np.float32)
+
+    def test_a_buffer_outlives_its_slices_and_device_name(self, device):
+        part = tq_hb.Device(device.backend).array(np.full((4, 8), 3.0, np.float32))[1:2]
+        assert (part.numpy() == 3.0).all()
+
+
+def test_empty_is_aligned_and_writable():
+    x = tq_hb.empty((3, 256), np.float32)
+    assert x.shape == (3, 256)
+    assert x.dtype == np.float32
+    assert x.flags.c_contiguous
+    assert x.flags.writeable
+    # A page: what a GPU needs to use host memory in place.
+    assert x.ctypes.data % 4096 == 0
+
+
+def test_warmup_leaves_everything_usable(device):
+    tq_hb.warmup(device=device)
+    assert tq_hb.quantize(np.ones((1, 256), np.float32), 8, device=device)[0].shape == (1, 256)
