@@ -156,7 +156,7 @@ def main() -> int:
         for name, text in tables.items():
             (HERE / name).write_text(text)
         return 0
-    on_disk = {path.name: path.read_text() for path in HERE.glob("*.inc")}
+    on_disk = {path.name: path.read_text() for path in HERE.glob("*_*_*.inc")}
     wrong = sorted(name for name in tables.keys() | on_disk.keys() if tables.get(name) != on_disk.get(name))
     for name in wrong:
         print(f"{name}: differs from what generate.py makes", file=sys.stderr)

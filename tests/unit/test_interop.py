@@ -1,0 +1,323 @@
+"""Arrays of every library and layout in, and results back in the caller's library."""
+
+from __future__ import annotations
+
+import array
+
+import numpy as np
+import pytest
+import tolerance
+
+import tq_hb
+
+
+def library(name: str):
+    return pytest.importorskip(name, reason=f"{name} is not installed")
+
+
+@pytest.fixture
+def x() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((6, 2, 256)).astype(np.float32)
+
+
+def strided(x):
+    wide = np.zeros((*x.shape[:-1], 2 * x.shape[-1]), x.dtype)
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+def read_only(x):
+    x = x.copy()
+    x.setflags(write=False)
+    return x
+
+
+LAYOUTS = {
+    "strided": strided,
+    "reversed": lambda x: x[::-1].copy()[::-1],
+    "fortran": np.asfortranarray,
+    "read-only": read_only,
+    "byte-swapped": lambda x: x.astype(x.dtype.newbyteorder()),
+    "float64": lambda x: x.astype(np.float64),
+    "unaligned": lambda x: np.frombuffer(b"\0" + x.tobytes(), np.uint8)[1:].view(np.float32).reshape(x.shape),
+    "memoryview": memoryview,
+    "transposed": lambda x: np.ascontiguousarray(x.transpose(1, 0, 2)).transpose(1, 0, 2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_of_input_gives_the_same_bytes(x, layout):
+    codes, norms = tq_hb.quantize(x, 8)
+
+    other_codes, other_norms = tq_hb.quantize(LAYOUTS[layout](x), 8)
+
+    assert np.array_equal(codes, other_codes)
+    assert np.array_equal(norms, other_norms)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_goes_through_a_cache(x, layout):
+    q = x[0, :1].repeat(2, axis=0)
+    plain, other = tq_hb.KVCache(2, 256), tq_hb.KVCache(2, 256)
+    plain.append(x, x)
+
+    other.append(LAYOUTS[layout](x), LAYOUTS[layout](x))
+
+    got = other.attend(LAYOUTS[layout](q[None])) if layout == "transposed" else other.attend(LAYOUTS[layout](q))
+    assert np.array_equal(np.asarray(got).reshape(2, 256), plain.attend(q))
+
+
+@pytest.mark.parametrize("layout", ["strided", "fortran", "read-only", "transposed"])
+def test_codes_and_norms_may_be_in_any_layout_too(x, layout):
+    codes, norms = tq_hb.quantize(x, 8)
+    norms = norms[..., None]
+
+    back = tq_hb.dequantize(LAYOUTS[layout](codes), LAYOUTS[layout](norms)[..., 0], 8, head_dim=256)
+
+    assert np.array_equal(back, tq_hb.dequantize(codes, norms[..., 0], 8, head_dim=256))
+
+
+def test_float16_input_is_taken_at_its_value(x):
+    half = x.astype(np.float16)
+    codes, norms = tq_hb.quantize(half, 8)
+    want_codes, want_norms = tq_hb.quantize(half.astype(np.float32), 8)
+    assert np.array_equal(codes, want_codes)
+    assert np.array_equal(norms, want_norms)
+    assert norms.dtype == np.float32
+
+
+def test_float64_is_rounded_to_float32_first(x):
+    wide = x.astype(np.float64) * (1 + 1e-12)
+    assert np.array_equal(tq_hb.quantize(wide, 8)[1], tq_hb.quantize(wide.astype(np.float32), 8)[1])
+
+
+def test_the_buffer_protocol_suffices(x):
+    flat = array.array("f", x[0, 0].tolist())
+    codes, _ = tq_hb.quantize(flat, 8)
+    assert np.array_equal(codes, tq_hb.quantize(x[0, 0], 8)[0])
+
+
+class ByDlpackOnly:
+    """An array that offers nothing but DLPack."""
+
+    def __init__(self, array):
+        self._array = array
+
+    def __dlpack__(self, **keywords):
+        return self._array.__dlpack__(**keywords)
+
+    def __dlpack_device__(self):
+        return self._array.__dlpack_device__()
+
+
+class LegacyDlpack(ByDlpackOnly):
+    """An exporter from before ``max_version`` and its friends."""
+
+    def __dlpack__(self, stream=None):
+        return self._array.__dlpack__(stream=stream)
+
+
+class ElsewhereDlpack(ByDlpackOnly):
+    """An array on a GPU that this process does not use."""
+
+    def __dlpack_device__(self):
+        return (2, 5)
+
+
+@pytest.mark.parametrize("exporter", [ByDlpackOnly, LegacyDlpack])
+def test_dlpack_suffices(x, exporter):
+    codes, _ = tq_hb.quantize(exporter(x), 8)
+    assert np.array_equal(np.asarray(codes), tq_hb.quantize(x, 8)[0])
+
+
+def test_an_array_on_another_gpu_is_refused(x):
+    with pytest.raises(tq_hb.InvalidArgument, match="quantize.*x"):
+        tq_hb.quantize(ElsewhereDlpack(x), 8)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_results_have_the_type_of_the_query(x, dtype):
+    cache = tq_hb.KVCache(2, 256)
+    cache.append(x, x)
+    q = np.random.default_rng(1).standard_normal((4, 256)).astype(dtype)
+
+    got = cache.attend(q)
+
+    want = cache.attend(q.astype(np.float32))
+    assert got.dtype == (np.float32 if dtype == "float64" else q.dtype)
+    np.testing.assert_allclose(got.astype(np.float32), want, rtol=2.0**-10 if dtype == "float16" else 0, atol=1e-6)
+
+
+def test_a_byte_swapped_query_gives_a_native_result(x):
+    cache = tq_hb.KVCache(2, 256)
+    cache.append(x, x)
+    q = x[0].repeat(2, axis=0)
+    got = cache.attend(q.astype(">f4"))
+    assert got.dtype.isnative
+    assert np.array_equal(got, cache.attend(q))
+
+
+def test_rotations_leave_their_input_alone(x):
+    before = x.copy()
+    for op in (tq_hb.rotate, tq_hb.unrotate):
+        op(x)
+    tq_hb.quantize(x, 8)
+    assert np.array_equal(x, before)
+
+
+def test_ml_dtypes_bfloat16(x):
+    bfloat16 = library("ml_dtypes").bfloat16
+    narrow = x.astype(bfloat16)
+    cache, plain = tq_hb.KVCache(2, 256), tq_hb.KVCache(2, 256)
+    cache.append(narrow, narrow)
+    plain.append(narrow.astype(np.float32), narrow.astype(np.float32))
+    q = np.random.default_rng(1).standard_normal((4, 256)).astype(bfloat16)
+
+    got = cache.attend(q)
+
+    assert got.dtype == bfloat16
+    assert np.array_equal(got, plain.attend(q.astype(np.float32)).astype(bfloat16))
+    out = np.zeros((4, 256), bfloat16)
+    assert cache.attend(q, out=out) is out
+    assert np.array_equal(out, got)
+
+
+class TestTorch:
+    @pytest.fixture
+    def torch(self):
+        return library("torch")
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+    def test_results_are_tensors_of_the_querys_type(self, torch, x, dtype):
+        t = torch.from_numpy(x).to(getattr(torch, dtype))
+        cache, plain = tq_hb.KVCache(2, 256), tq_hb.KVCache(2, 256)
+        cache.append(t, t)
+        plain.append(t.to(torch.float32).numpy(), t.to(torch.float32).numpy())
+        q = torch.from_numpy(np.random.default_rng(1).standard_normal((4, 256))).to(t.dtype)
+
+        got = cache.attend(q)
+
+        want = torch.from_numpy(plain.attend(q.to(torch.float32).numpy()))
+        result_dtype = torch.float32 if dtype == "float64" else t.dtype
+        assert isinstance(got, torch.Tensor)
+        assert got.dtype == result_dtype
+        assert torch.equal(got, want.to(result_dtype))
+
+    def test_codes_and_norms_are_tensors(self, torch, x):
+        codes, norms = tq_hb.quantize(torch.from_numpy(x), 8)
+        assert (codes.dtype, norms.dtype) == (torch.uint8, torch.float32)
+        assert np.array_equal(codes.numpy(), tq_hb.quantize(x, 8)[0])
+        assert isinstance(tq_hb.dequantize(codes, norms, 8, head_dim=256), torch.Tensor)
+        assert isinstance(tq_hb.rotate(torch.from_numpy(x)), torch.Tensor)
+
+    def test_a_cache_in_tensors_is_written_in_place(self, torch, x):
+        packed, norms = torch.zeros((2, 6, 256), dtype=torch.uint8), torch.zeros((2, 6))
+        pointer = packed.data_ptr()
+        hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=2, write_pos=0, cache_capacity=6)
+        tq_hb.hadamard_quantize_kv_hb(torch.from_numpy(x), packed, norms, hp)
+        codes, lengths = tq_hb.quantize(x, 8)
+        assert packed.data_ptr() == pointer
+        assert np.array_equal(packed.numpy(), codes.swapaxes(0, 1))
+        assert np.array_equal(norms.numpy(), lengths.swapaxes(0, 1))
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_out_is_filled_in_place(self, torch, x, dtype):
+        cache = tq_hb.KVCache(2, 256)
+        cache.append(x, x)
+        q = torch.from_numpy(x[0].repeat(2, axis=0)).to(getattr(torch, dtype))
+        out = torch.zeros((4, 256), dtype=q.dtype)
+        pointer = out.data_ptr()
+        assert cache.attend(q, out=out) is out
+        assert out.data_ptr() == pointer
+        assert torch.equal(out, cache.attend(q))
+
+    def test_non_contiguous_and_gradient_carrying_tensors(self, torch, x):
+        t = torch.from_numpy(strided(x)).requires_grad_()
+        assert np.array_equal(tq_hb.quantize(t, 8)[0].numpy(), tq_hb.quantize(x, 8)[0])
+
+    def test_a_non_contiguous_destination_is_refused(self, torch, x):
+        packed = torch.zeros((6, 2, 256), dtype=torch.uint8).transpose(0, 1)
+        hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=2, write_pos=0, cache_capacity=6)
+        with pytest.raises(tq_hb.InvalidArgument, match="packed"):
+            tq_hb.hadamard_quantize_kv_hb(torch.from_numpy(x), packed, torch.zeros((2, 6)), hp)
+
+    def test_a_tensor_without_memory_is_refused(self, torch):
+        with pytest.raises(tq_hb.InvalidArgument, match="quantize.*x"):
+            tq_hb.quantize(torch.zeros((2, 256), device="meta"), 8)
+
+    def test_integer_tensors_are_refused(self, torch):
+        with pytest.raises(tq_hb.InvalidArgument, match="quantize.*x.*got"):
+            tq_hb.quantize(torch.zeros((2, 256), dtype=torch.int64), 8)
+
+
+class TestMlx:
+    @pytest.fixture
+    def mx(self):
+        return library("mlx.core")
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+    def test_results_are_mlx_arrays_of_the_querys_type(self, mx, x, dtype):
+        a = mx.array(x).astype(getattr(mx, dtype))
+        cache, plain = tq_hb.KVCache(2, 256), tq_hb.KVCache(2, 256)
+        cache.append(a, a)
+        wide = np.array(a.astype(mx.float32))
+        plain.append(wide, wide)
+        q = a[0][:1] + a[1]
+
+        got = cache.attend(q)
+
+        want = mx.array(plain.attend(np.array(q.astype(mx.float32)))).astype(q.dtype)
+        assert isinstance(got, mx.array)
+        assert got.dtype == q.dtype
+        assert mx.array_equal(got, want)
+
+    def test_codes_and_norms_are_mlx_arrays(self, mx, x):
+        codes, norms = tq_hb.quantize(mx.array(x), 8)
+        assert (codes.dtype, norms.dtype) == (mx.uint8, mx.float32)
+        assert np.array_equal(np.array(codes), tq_hb.quantize(x, 8)[0])
+        assert isinstance(tq_hb.dequantize(codes, norms, 8, head_dim=256), mx.array)
+        assert isinstance(tq_hb.rotate(mx.array(x)), mx.array)
+
+    def test_lazy_and_transposed_arrays(self, mx, x):
+        a = mx.array(x).transpose(1, 0, 2) * 2.0
+        codes, _ = tq_hb.quantize(a, 8)
+        assert np.array_equal(np.array(codes), tq_hb.quantize(x.transpose(1, 0, 2) * 2.0, 8)[0])
+
+    def test_an_mlx_array_cannot_be_a_destination(self, mx, x):
+        hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=2, write_pos=0, cache_capacity=6)
+        with pytest.raises(tq_hb.InvalidArgument, match="packed"):
+            tq_hb.hadamard_quantize_kv_hb(x, mx.zeros((2, 6, 256), dtype=mx.uint8), np.zeros((2, 6), np.float32), hp)
+
+
+class TestBuffers:
+    """A device's own buffers in the array form."""
+
+    def test_a_cache_in_buffers(self, device, x):
+        packed, norms = device.empty((2, 6, 256), np.uint8), device.empty((2, 6), np.float32)
+        hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=2, write_pos=0, cache_capacity=6)
+        p = tq_hb.FlashAttnVecTqHbParams(
+            num_heads=4, num_kv_heads=2, head_dim=256, kv_seq_len=6, kv_capacity=6, scale=1.0
+        )
+        q = x[0].repeat(2, axis=0)
+
+        tq_hb.hadamard_quantize_kv_hb(device.array(x), packed, norms, hp, device=device)
+        got = tq_hb.flash_attn_vec_tq_hb(device.array(q), packed, norms, packed, norms, p, device=device)
+
+        want = tq_hb.flash_attn_vec_tq_hb(
+            q, packed.numpy(), norms.numpy(), packed.numpy(), norms.numpy(), p, device=device
+        )
+        assert np.array_equal(got.numpy(), want)
+
+    def test_a_buffer_is_a_buffer_and_speaks_dlpack(self, device, x):
+        buf = device.array(x)
+        assert np.array_equal(np.asarray(memoryview(buf)), x)
+        assert np.array_equal(np.from_dlpack(buf), x)
+
+
+def test_numpy_results_of_the_op_keep_the_querys_library(x):
+    p = tq_hb.FlashAttnVecTqHbParams(num_heads=2, num_kv_heads=2, head_dim=256, kv_seq_len=6, kv_capacity=6, scale=1.0)
+    codes, norms = tq_hb.quantize(np.ascontiguousarray(x.swapaxes(0, 1)), 8)
+    got = tq_hb.flash_attn_vec_tq_hb(x[0].astype(np.float64), codes, norms, codes, norms, p)
+    assert type(got) is np.ndarray
+    assert got.dtype == np.float32
+    assert tolerance.nmse(got, tq_hb.flash_attn_vec_tq_hb(x[0], codes, norms, codes, norms, p)) == 0.0

@@ -1,0 +1,145 @@
+"""How calls are split, and what the environment may change about it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import tq_hb
+
+
+@pytest.mark.parametrize(
+    ("kv_len", "nsg"),
+    [(1, 1), (64, 1), (256, 1), (1024, 1), (1025, 4), (1536, 4), (2048, 4), (4096, 4), (8192, 4), (16384, 4)],
+)
+def test_nsg(kv_len, nsg):
+    assert tq_hb.compute_nsg(kv_len) == nsg
+
+
+@pytest.mark.parametrize(("kv_len", "nwg"), [(1, 16), (64, 16), (512, 16), (513, 32), (1024, 32), (100_000, 32)])
+def test_nwg(kv_len, nwg):
+    assert tq_hb.compute_nwg(kv_len) == nwg
+
+
+@pytest.mark.parametrize("choose", [tq_hb.compute_nsg, tq_hb.compute_nwg], ids=["nsg", "nwg"])
+@pytest.mark.parametrize("kv_len", [-1, 1.5, 2**32, "64", None], ids=repr)
+def test_lengths_that_are_none_are_refused(choose, kv_len):
+    with pytest.raises(tq_hb.InvalidArgument, match=f"{choose.__name__}.*kv_seq_len.*got"):
+        choose(kv_len)
+
+
+@pytest.mark.parametrize("value", ["1", "2", "4"])
+def test_nsg_override(environment, value):
+    environment(HF2Q_TQ_NSG=value)
+    assert tq_hb.compute_nsg(64) == tq_hb.compute_nsg(4096) == int(value)
+
+
+@pytest.mark.parametrize("value", ["1", "3", "7", "31", "32"])
+def test_nwg_override(environment, value):
+    environment(HF2Q_TQ_NWG=value)
+    assert tq_hb.compute_nwg(64) == tq_hb.compute_nwg(4096) == int(value)
+
+
+@pytest.mark.parametrize("value", ["0", "3", "8", "-1", "1.0", "two", "", " ", "4294967297", "9" * 30, "٤"])
+def test_a_bad_nsg_override_is_no_override(environment, value):
+    environment(HF2Q_TQ_NSG=value)
+    assert tq_hb.compute_nsg(64) == 1
+    assert tq_hb.compute_nsg(4096) == 4
+
+
+@pytest.mark.parametrize("value", ["0", "33", "-1", "16.0", "many", "", "4294967312", "9" * 30])
+def test_a_bad_nwg_override_is_no_override(environment, value):
+    environment(HF2Q_TQ_NWG=value)
+    assert tq_hb.compute_nwg(64) == 16
+    assert tq_hb.compute_nwg(4096) == 32
+
+
+def test_the_environment_is_read_once_until_reload(monkeypatch, environment):
+    environment(HF2Q_TQ_NSG="2")
+    monkeypatch.setenv("HF2Q_TQ_NSG", "4")
+    assert tq_hb.compute_nsg(64) == 2
+
+    tq_hb.policy.reload()
+
+    assert tq_hb.compute_nsg(64) == 4
+
+
+def test_arguments_of_a_call_override_the_environment(environment):
+    environment(HF2Q_TQ_NWG="33", HF2Q_TQ_NSG="2")
+    p = tq_hb.FlashAttnVecTqHbParams(
+        num_heads=1, num_kv_heads=1, head_dim=256, kv_seq_len=1, kv_capacity=1, scale=1.0, nsg=4
+    )
+    packed, norms = np.zeros((1, 1, 256), np.uint8), np.zeros((1, 1), np.float32)
+
+    got = tq_hb.flash_attn_vec_tq_hb(np.zeros((1, 256), np.float32), packed, norms, packed, norms, p, nwg=7)
+
+    assert got.shape == (1, 256)
+    assert p.nsg == 4
+
+
+def run_python(code: str, **variables: str) -> str:
+    """What a fresh interpreter prints; its last line of stderr if it fails."""
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **variables}, capture_output=True, text=True, check=False
+    )
+    return run.stdout.strip() if run.returncode == 0 else run.stderr.strip().splitlines()[-1]
+
+
+USE_THE_DEFAULT_DEVICE = "import numpy, tq_hb; print(tq_hb.KVCache(1, 256).device.backend)"
+USE_THE_CPU = "import numpy as np, tq_hb; tq_hb.quantize(np.ones((1, 256), np.float32), 8, device='cpu'); print(tq_hb.num_threads())"
+
+
+def test_the_device_variable_chooses_the_default():
+    assert run_python(USE_THE_DEFAULT_DEVICE, TQ_HB_DEVICE="cpu") == "cpu"
+
+
+@pytest.mark.parametrize("value", ["tpu", "CPU ", "0"])
+def test_a_bad_device_variable_is_an_error_at_first_use(value):
+    assert run_python("import tq_hb; print('imported')", TQ_HB_DEVICE=value) == "imported"
+
+    message = run_python(USE_THE_DEFAULT_DEVICE, TQ_HB_DEVICE=value)
+
+    assert "InvalidArgument" in message
+    assert "TQ_HB_DEVICE" in message
+    assert value in message
+
+
+def test_a_named_device_does_not_read_the_device_variable():
+    assert run_python("import tq_hb; print(tq_hb.KVCache(1, 256, device='cpu').device.backend)", TQ_HB_DEVICE="tpu") == "cpu"
+
+
+@pytest.mark.parametrize("value", ["1", "3"])
+def test_the_thread_variable_sets_the_number_of_threads(value):
+    assert run_python(USE_THE_CPU, TQ_HB_NUM_THREADS=value) == value
+
+
+@pytest.mark.parametrize("value", ["0", "-2", "1.5", "all", "99999999999"])
+def test_a_bad_thread_variable_is_an_error_at_first_use(value):
+    assert run_python("import tq_hb; print('imported')", TQ_HB_NUM_THREADS=value) == "imported"
+
+    message = run_python(USE_THE_CPU, TQ_HB_NUM_THREADS=value)
+
+    assert "InvalidArgument" in message
+    assert "TQ_HB_NUM_THREADS" in message
+    assert value in message
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "2", None, 2**40])
+def test_set_num_threads_refuses_what_is_no_number_of_threads(value):
+    before = tq_hb.num_threads()
+    with pytest.raises(tq_hb.InvalidArgument, match="set_num_threads.*got"):
+        tq_hb.set_num_threads(value)
+    assert tq_hb.num_threads() == before
+
+
+def test_set_num_threads_is_seen_by_the_device_limits():
+    before = tq_hb.num_threads()
+    try:
+        tq_hb.set_num_threads(3)
+        assert tq_hb.num_threads() == tq_hb.Device("cpu").limits.num_threads == 3
+    finally:
+        tq_hb.set_num_threads(before)
