@@ -1,0 +1,52 @@
+// The extension module tq_hb._core: tables, thread settings and the bindings of the other files.
+
+#include "bind/bind.h"
+#include "core/bits.h"
+#include "core/codebook.h"
+#include "core/codec.h"
+#include "core/params.h"
+#include "cpu/device.h"
+
+namespace tq_hb {
+namespace {
+
+py::array_t<float> copy(const float* values, std::size_t count) {
+  return py::array_t<float>(static_cast<py::ssize_t>(count), values);
+}
+
+}  // namespace
+}  // namespace tq_hb
+
+PYBIND11_MODULE(_core, module) {
+  using namespace tq_hb;
+  module.doc() = "The C++ core of tq_hb. Use the tq_hb package; this module may change at any time.";
+  bind_errors(module);
+  bind_params(module);
+  bind_device(module);
+  bind_dlpack(module);
+
+  module.def("to_uint32", &to_uint32);
+  module.def("to_float32", &to_float32);
+  module.def("check_head_dim", &check_head_dim);
+  module.def("tmp_buffer_bytes", &tmp_buffer_bytes);
+  module.def("supported_bits", [] {
+    py::list bits;
+#define TQ_APPEND(cbits) bits.append(cbits);
+    TQ_HB_FOR_EACH_CBITS(TQ_APPEND)
+#undef TQ_APPEND
+    return py::tuple(bits);
+  });
+  module.def("codebook", [](const std::string& op, unsigned cbits, const std::string& name) {
+    const Codebook& table = find_codebook(op, parse_codebook_name(op, name), cbits);
+    return py::make_tuple(copy(table.levels, table.num_levels()), copy(table.boundaries, table.num_levels() - 1));
+  });
+  module.def("signs", [](std::uint64_t head_dim) {
+    check_head_dim("signs", head_dim);
+    return copy(sign_table(), head_dim);
+  });
+
+  module.def("cpu_isa", &cpu_isa);
+  module.def("num_threads", &cpu_num_threads);
+  module.def("set_num_threads", &set_cpu_num_threads, py::call_guard<py::gil_scoped_release>());
+  module.def("warm_up_cpu", &warm_up_cpu, py::call_guard<py::gil_scoped_release>());
+}

@@ -1,0 +1,98 @@
+#include "core/codebook.h"
+
+#include <array>
+
+#include "core/bits.h"
+#include "core/error.h"
+
+namespace tq_hb {
+namespace {
+
+constexpr float kLloydMax5Levels[] = {
+#include "core/codebooks/lloyd_max_5_levels.inc"
+};
+constexpr float kLloydMax5Boundaries[] = {
+#include "core/codebooks/lloyd_max_5_boundaries.inc"
+};
+constexpr float kLloydMax6Levels[] = {
+#include "core/codebooks/lloyd_max_6_levels.inc"
+};
+constexpr float kLloydMax6Boundaries[] = {
+#include "core/codebooks/lloyd_max_6_boundaries.inc"
+};
+constexpr float kLloydMax8Levels[] = {
+#include "core/codebooks/lloyd_max_8_levels.inc"
+};
+constexpr float kLloydMax8Boundaries[] = {
+#include "core/codebooks/lloyd_max_8_boundaries.inc"
+};
+constexpr float kMlxNative5Levels[] = {
+#include "core/codebooks/mlx_native_5_levels.inc"
+};
+constexpr float kMlxNative5Boundaries[] = {
+#include "core/codebooks/mlx_native_5_boundaries.inc"
+};
+constexpr float kMlxNative6Levels[] = {
+#include "core/codebooks/mlx_native_6_levels.inc"
+};
+constexpr float kMlxNative6Boundaries[] = {
+#include "core/codebooks/mlx_native_6_boundaries.inc"
+};
+constexpr float kMlxNative8Levels[] = {
+#include "core/codebooks/mlx_native_8_levels.inc"
+};
+constexpr float kMlxNative8Boundaries[] = {
+#include "core/codebooks/mlx_native_8_boundaries.inc"
+};
+
+template <std::size_t kLevels, std::size_t kBoundaries>
+constexpr Codebook make(unsigned cbits, const float (&levels)[kLevels], const float (&boundaries)[kBoundaries]) {
+  static_assert(kBoundaries + 1 == kLevels, "a table has one boundary fewer than levels");
+  return kLevels == std::size_t{1} << cbits ? Codebook{cbits, levels, boundaries} : throw "wrong table size";
+}
+
+struct NamedCodebook {
+  CodebookName name;
+  Codebook table;
+};
+
+constexpr NamedCodebook kCodebooks[] = {
+#define TQ_NAMED_CODEBOOKS(cbits)                                                                 \
+  {CodebookName::kLloydMax, make(cbits, kLloydMax##cbits##Levels, kLloydMax##cbits##Boundaries)}, \
+      {CodebookName::kMlxNative, make(cbits, kMlxNative##cbits##Levels, kMlxNative##cbits##Boundaries)},
+    TQ_HB_FOR_EACH_CBITS(TQ_NAMED_CODEBOOKS)
+#undef TQ_NAMED_CODEBOOKS
+};
+
+constexpr std::uint8_t kSignBits[] = {
+#include "core/codebooks/signs.inc"
+};
+constexpr std::size_t kMaxHeadDim = 8 * sizeof(kSignBits);
+
+std::array<float, kMaxHeadDim> expand_signs() {
+  std::array<float, kMaxHeadDim> signs{};
+  for (std::size_t j = 0; j < kMaxHeadDim; ++j) signs[j] = (kSignBits[j / 8] >> (j % 8)) & 1 ? -1.0f : 1.0f;
+  return signs;
+}
+
+}  // namespace
+
+const Codebook& find_codebook(const std::string& op, CodebookName name, unsigned cbits) {
+  for (const NamedCodebook& entry : kCodebooks) {
+    if (entry.name == name && entry.table.cbits == cbits) return entry.table;
+  }
+  throw invalid(op, "codebook_bits", "must be 5, 6 or 8", cbits);
+}
+
+CodebookName parse_codebook_name(const std::string& op, const std::string& name) {
+  if (name == "lloyd_max") return CodebookName::kLloydMax;
+  if (name == "mlx_native") return CodebookName::kMlxNative;
+  throw invalid(op, "codebook", "must be \"lloyd_max\" or \"mlx_native\"", '"' + name + '"');
+}
+
+const float* sign_table() noexcept {
+  static const std::array<float, kMaxHeadDim> signs = expand_signs();
+  return signs.data();
+}
+
+}  // namespace tq_hb

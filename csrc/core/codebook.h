@@ -1,0 +1,40 @@
+// The quantiser's tables: levels, decision boundaries and sign bits.
+//
+// The tie rule lives here: an index is the number of boundaries strictly below the value, so a value
+// on a boundary takes the lower index and NaN takes 0.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace tq_hb {
+
+enum class CodebookName { kLloydMax, kMlxNative };
+
+struct Codebook {
+  unsigned cbits;
+  const float* levels;      ///< 2^cbits values, ascending
+  const float* boundaries;  ///< 2^cbits - 1 values, ascending
+
+  unsigned num_levels() const noexcept { return 1u << cbits; }
+
+  /// Index of `value`: branchless binary search over the boundaries.
+  std::uint8_t index_of(float value) const noexcept {
+    unsigned index = 0;
+    for (unsigned step = num_levels() / 2; step > 0; step /= 2) {
+      index += value > boundaries[index + step - 1] ? step : 0;
+    }
+    return static_cast<std::uint8_t>(index);
+  }
+};
+
+/// The table for `cbits`, which must be one of bits.h; throws otherwise.
+const Codebook& find_codebook(const std::string& op, CodebookName name, unsigned cbits);
+
+/// Parses "lloyd_max" or "mlx_native".
+CodebookName parse_codebook_name(const std::string& op, const std::string& name);
+
+/// +1 or -1 for each of the 512 coordinates; a smaller head takes the first head_dim of them.
+const float* sign_table() noexcept;
+
+}  // namespace tq_hb

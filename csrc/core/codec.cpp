@@ -1,0 +1,158 @@
+#include "core/codec.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace tq_hb {
+namespace {
+
+constexpr std::size_t kLanes = 32;
+// Values below this count as zero, so that hardware which flushes denormals stores the same bytes.
+constexpr float kFlushBelow = 0x1p-60f;
+constexpr float kSmallestNorm = 1e-10f;
+constexpr float kBlockRms = 1.0f / 16.0f;  // 1 / sqrt(kNormBlock): turns a block's L2 norm into its RMS
+
+float inverse_sqrt_head_dim(std::size_t head_dim) noexcept {
+  switch (head_dim) {
+    case 64:
+      return 0.125f;
+    case 128:
+      return 0.0883883461f;
+    case 256:
+      return 0.0625f;
+    default:
+      return 0.0441941731f;
+  }
+}
+
+/// Natural-order Walsh-Hadamard butterflies, unscaled: strides 1, 2, 4, ...
+void hadamard(float* row, std::size_t head_dim) noexcept {
+  for (std::size_t stride = 1; stride < head_dim; stride *= 2) {
+    for (std::size_t start = 0; start < head_dim; start += 2 * stride) {
+      float* lower = row + start;
+      float* upper = lower + stride;
+      for (std::size_t j = 0; j < stride; ++j) {
+        const float a = lower[j];
+        const float b = upper[j];
+        lower[j] = a + b;
+        upper[j] = a - b;
+      }
+    }
+  }
+}
+
+/// Sum of squares of one norm block: 32 lanes over the whole row, serial inside a lane, then an XOR tree.
+///
+/// A lane outside the block adds an exact zero, so the tree over the block's own lanes gives the same bits.
+float block_energy(const float* block, std::size_t block_dim, std::size_t head_dim) noexcept {
+  const std::size_t per_lane = head_dim / kLanes;
+  const std::size_t lanes = block_dim / per_lane;
+  float sums[kLanes];
+  for (std::size_t lane = 0; lane < lanes; ++lane) {
+    float sum = 0.0f;
+    for (std::size_t j = 0; j < per_lane; ++j) {
+      const float y = block[lane * per_lane + j];
+      sum += y * y;
+    }
+    sums[lane] = sum;
+  }
+  for (std::size_t step = 1; step < lanes; step *= 2) {
+    for (std::size_t lane = 0; lane < lanes; lane += 2 * step) sums[lane] += sums[lane + step];
+  }
+  return sums[0];
+}
+
+/// Rotates `src` into `y`, flushes tiny values and computes the norms; false if a norm is not finite.
+bool rotate_and_measure(const float* src, std::size_t head_dim, float* y, float* norms) noexcept {
+  std::memcpy(y, src, head_dim * sizeof(float));
+  rotate_row(y, head_dim);
+  for (std::size_t j = 0; j < head_dim; ++j) y[j] = std::fabs(y[j]) < kFlushBelow ? 0.0f : y[j];
+  const std::size_t blocks = norms_per_row(head_dim);
+  const std::size_t block_dim = head_dim / blocks;
+  bool finite = true;
+  for (std::size_t b = 0; b < blocks; ++b) {
+    const float energy = block_energy(y + b * block_dim, block_dim, head_dim);
+    // Dividing the energy instead would give the same bits but could pass through a denormal.
+    norms[b] = std::sqrt(energy) * (blocks == 1 ? 1.0f : kBlockRms);
+    finite = finite && std::isfinite(norms[b]);
+  }
+  return finite;
+}
+
+}  // namespace
+
+void rotate_row(float* row, std::size_t head_dim) noexcept {
+  const float* signs = sign_table();
+  for (std::size_t j = 0; j < head_dim; ++j) row[j] *= signs[j];
+  hadamard(row, head_dim);
+  const float scale = inverse_sqrt_head_dim(head_dim);
+  for (std::size_t j = 0; j < head_dim; ++j) row[j] *= scale;
+}
+
+void unrotate_row(float* row, std::size_t head_dim) noexcept {
+  hadamard(row, head_dim);
+  const float* signs = sign_table();
+  const float scale = inverse_sqrt_head_dim(head_dim);
+  for (std::size_t j = 0; j < head_dim; ++j) row[j] = row[j] * scale * signs[j];
+}
+
+bool encode_row(const float* src, std::size_t head_dim, float scale_factor_d512, const Codebook& codebook,
+                std::uint8_t* codes, float* norms) noexcept {
+  float y[kMaxHeadDim];
+  float measured[kMaxHeadDim / kNormBlock];
+  if (!rotate_and_measure(src, head_dim, y, measured)) return false;
+
+  const std::size_t blocks = norms_per_row(head_dim);
+  const std::size_t block_dim = head_dim / blocks;
+  for (std::size_t b = 0; b < blocks; ++b) {
+    const float norm = measured[b];
+    const float inverse = norm > kSmallestNorm ? 1.0f / norm : 0.0f;
+    const float* block = y + b * block_dim;
+    std::uint8_t* block_codes = codes + b * block_dim;
+    norms[b] = norm;
+    if (blocks == 1) {
+      const float to_unit_variance = inverse * std::sqrt(static_cast<float>(head_dim));
+      for (std::size_t j = 0; j < block_dim; ++j) block_codes[j] = codebook.index_of(block[j] * to_unit_variance);
+    } else {
+      for (std::size_t j = 0; j < block_dim; ++j) {
+        block_codes[j] = codebook.index_of(block[j] * inverse * scale_factor_d512);
+      }
+    }
+  }
+  return true;
+}
+
+bool is_encodable_row(const float* src, std::size_t head_dim) noexcept {
+  // A row this small cannot overflow anywhere below; NaN and infinity fail the comparison.
+  constexpr float kSafeEnergy = 1e30f;
+  float energy = 0.0f;
+  for (std::size_t j = 0; j < head_dim; ++j) energy += src[j] * src[j];
+  if (energy < kSafeEnergy) return true;
+  float y[kMaxHeadDim];
+  float norms[kMaxHeadDim / kNormBlock];
+  return rotate_and_measure(src, head_dim, y, norms);
+}
+
+bool is_finite_row(const float* row, std::size_t head_dim) noexcept {
+  bool finite = true;
+  for (std::size_t j = 0; j < head_dim; ++j) finite = finite && std::isfinite(row[j]);
+  return finite;
+}
+
+float decode_factor(float norm, std::size_t head_dim, float scale_factor_d512) noexcept {
+  return norms_per_row(head_dim) == 1 ? norm * inverse_sqrt_head_dim(head_dim) : norm / scale_factor_d512;
+}
+
+void decode_row(const std::uint8_t* codes, const float* norms, std::size_t head_dim, float scale_factor_d512,
+                const Codebook& codebook, float* out) noexcept {
+  const std::size_t block_dim = head_dim / norms_per_row(head_dim);
+  const unsigned mask = codebook.num_levels() - 1;
+  for (std::size_t b = 0; b < norms_per_row(head_dim); ++b) {
+    const float factor = decode_factor(norms[b], head_dim, scale_factor_d512);
+    for (std::size_t j = b * block_dim; j < (b + 1) * block_dim; ++j) {
+      out[j] = codebook.levels[codes[j] & mask] * factor;
+    }
+  }
+}
+
+}  // namespace tq_hb

@@ -1,0 +1,212 @@
+#include "core/params.h"
+
+#include <cmath>
+
+#include "core/checked.h"
+#include "core/codec.h"
+
+namespace tq_hb {
+namespace {
+
+void check_scale_factor(const std::string& op, float value) {
+  if (!std::isfinite(value) || value <= 0.0f) throw invalid(op, "scale_factor_d512", "must be finite and > 0", value);
+}
+
+void check_codebook_bits(const std::string& op, TqU32 cbits) {
+  find_codebook(op, CodebookName::kLloydMax, cbits);
+}
+
+void check_buffer(const std::string& op, const std::string& field, const Buffer& buffer, DType dtype,
+                  const Device* device) {
+  if (buffer.device() != device) throw invalid(op, field, "must be a buffer of this device", "one of another device");
+  if (buffer.dtype() != dtype) {
+    throw invalid(op, field, std::string("must have dtype ") + name_of(dtype), name_of(buffer.dtype()));
+  }
+}
+
+void check_buffer(const std::string& op, const std::string& field, const Buffer& buffer, DType dtype,
+                  const Shape& shape, const Device* device) {
+  check_buffer(op, field, buffer, dtype, device);
+  if (buffer.shape() != shape) {
+    throw invalid(op, field, "must have shape " + to_string(shape), to_string(buffer.shape()));
+  }
+}
+
+Shape norms_shape(std::uint64_t num_kv_heads, std::uint64_t capacity, std::uint64_t head_dim) {
+  Shape shape{num_kv_heads, capacity};
+  if (norms_per_row(head_dim) > 1) shape.push_back(norms_per_row(head_dim));
+  return shape;
+}
+
+struct Named {
+  std::string field;
+  const Buffer* buffer;
+};
+
+void check_disjoint(const std::string& op, const Named& a, const Named& b) {
+  if (a.buffer->overlaps(*b.buffer)) {
+    throw invalid(op, a.field, "must not overlap " + b.field, "shared memory");
+  }
+}
+
+}  // namespace
+
+void check_head_dim(const std::string& op, std::uint64_t head_dim) {
+  if (head_dim == 256 || head_dim == 512) return;
+  if (head_dim == 64 || head_dim == 128) throw unsupported(op, "head_dim " + std::to_string(head_dim));
+  throw invalid(op, "head_dim", "must be 64, 128, 256 or 512", head_dim);
+}
+
+void validate(const std::string& op, const TqFlashAttnVecArgs& args) {
+  check_head_dim(op, args.head_dim);
+  if (args.num_heads == 0) throw invalid(op, "num_heads", "must be > 0", args.num_heads);
+  if (args.num_kv_heads == 0) throw invalid(op, "num_kv_heads", "must be > 0", args.num_kv_heads);
+  if (args.num_heads % args.num_kv_heads != 0) {
+    throw invalid(op, "num_heads", "must be a multiple of num_kv_heads (num_heads % num_kv_heads != 0)",
+                  std::to_string(args.num_heads) + " and " + std::to_string(args.num_kv_heads));
+  }
+  if (args.kv_seq_len == 0) throw invalid(op, "kv_seq_len", "must be > 0", args.kv_seq_len);
+  if (args.kv_capacity < args.kv_seq_len) {
+    throw invalid(op, "kv_capacity", "must be >= kv_seq_len " + std::to_string(args.kv_seq_len), args.kv_capacity);
+  }
+  check_codebook_bits(op, args.codebook_bits);
+  if (args.nsg == 0 || (args.nsg & (args.nsg - 1)) != 0) throw invalid(op, "nsg", "must be a power of two", args.nsg);
+  if (args.nsg > kMaxNsg) throw invalid(op, "nsg", "must be 1, 2 or 4 (kernel reduce cap)", args.nsg);
+  if (args.mask_type > 2) throw invalid(op, "mask_type", "must be 0, 1 or 2", args.mask_type);
+  if (args.mask_type == 2 && args.sliding_window == 0) {
+    throw invalid(op, "sliding_window", "must be >= 1 when mask_type is 2", args.sliding_window);
+  }
+  if (args.ring_start >= args.kv_capacity) {
+    throw invalid(op, "ring_start", "must be < kv_capacity " + std::to_string(args.kv_capacity), args.ring_start);
+  }
+  if (args.ring_start != 0 && args.kv_seq_len != args.kv_capacity) {
+    throw invalid(op, "ring_start", "must be 0 unless the ring is full (kv_seq_len == kv_capacity)", args.ring_start);
+  }
+  if (!std::isfinite(args.scale)) throw invalid(op, "scale", "must be finite", args.scale);
+  if (!std::isfinite(args.softcap) || args.softcap < 0.0f) {
+    throw invalid(op, "softcap", "must be finite and >= 0", args.softcap);
+  }
+  check_scale_factor(op, args.scale_factor_d512);
+  if (args.fuse_fwht_pre > 1) throw invalid(op, "fuse_fwht_pre", "must be 0 or 1", args.fuse_fwht_pre);
+}
+
+void validate(const std::string& op, const TqHadamardQuantizeArgs& args) {
+  check_head_dim(op, args.head_dim);
+  if (args.num_kv_heads == 0) throw invalid(op, "num_kv_heads", "must be > 0", args.num_kv_heads);
+  if (args.cache_capacity == 0) throw invalid(op, "cache_capacity", "must be > 0", args.cache_capacity);
+  if (args.is_sliding > 1) throw invalid(op, "is_sliding", "must be 0 or 1", args.is_sliding);
+  check_scale_factor(op, args.scale_factor_d512);
+  check_codebook_bits(op, args.codebook_bits);
+}
+
+void validate(const AttendOp& op, const Device* device) {
+  const TqFlashAttnVecArgs& args = op.args;
+  validate(op.name, args);
+  if (args.nwg == 0 || args.nwg > kMaxNwg) throw invalid(op.name, "nwg", "must be from 1 to 32", args.nwg);
+
+  const Shape& q_shape = op.q.shape();
+  if (q_shape.size() == 3 && q_shape[0] == 0) throw invalid(op.name, "q", "must hold at least one query", 0);
+  if (q_shape.size() == 3 && q_shape[0] > 1) throw unsupported(op.name, "more than one query token per call");
+  Shape wanted{args.num_heads, args.head_dim};
+  if (q_shape.size() == 3) wanted.insert(wanted.begin(), 1);
+  check_buffer(op.name, "q", op.q, DType::kFloat32, wanted, device);
+
+  const Shape packed{args.num_kv_heads, args.kv_capacity, args.head_dim};
+  const Shape norms = norms_shape(args.num_kv_heads, args.kv_capacity, args.head_dim);
+  check_buffer(op.name, "k_packed", op.k_packed, DType::kUint8, packed, device);
+  check_buffer(op.name, "k_norms", op.k_norms, DType::kFloat32, norms, device);
+  check_buffer(op.name, "v_packed", op.v_packed, DType::kUint8, packed, device);
+  check_buffer(op.name, "v_norms", op.v_norms, DType::kFloat32, norms, device);
+  check_buffer(op.name, "output", op.output, DType::kFloat32, wanted, device);
+
+  const Named inputs[] = {{"q", &op.q},
+                          {"k_packed", &op.k_packed},
+                          {"k_norms", &op.k_norms},
+                          {"v_packed", &op.v_packed},
+                          {"v_norms", &op.v_norms}};
+  const Named output{"output", &op.output};
+  for (const Named& input : inputs) check_disjoint(op.name, output, input);
+  if (op.tmp) {
+    check_buffer(op.name, "tmp", *op.tmp, DType::kFloat32, device);
+    const std::uint64_t needed = tmp_buffer_bytes(args.num_heads, args.head_dim);
+    if (op.tmp->nbytes() < needed) {
+      throw invalid(op.name, "tmp", "must hold at least " + std::to_string(needed) + " bytes", op.tmp->nbytes());
+    }
+    const Named tmp{"tmp", &*op.tmp};
+    for (const Named& input : inputs) check_disjoint(op.name, tmp, input);
+    check_disjoint(op.name, tmp, output);
+  }
+}
+
+void validate(const QuantizeOp& op, const Device* device) {
+  const TqHadamardQuantizeArgs& args = op.args;
+  validate(op.name, args);
+  const Shape packed{args.num_kv_heads, args.cache_capacity, args.head_dim};
+  const Shape norms = norms_shape(args.num_kv_heads, args.cache_capacity, args.head_dim);
+  for (const QuantizeTarget& target : op.targets) {
+    const Shape& src = target.src.shape();
+    const std::uint64_t tokens = src.size() == 3 ? src[0] : 1;
+    Shape wanted{args.num_kv_heads, args.head_dim};
+    if (src.size() == 3) wanted.insert(wanted.begin(), tokens);
+    check_buffer(op.name, target.src_name(), target.src, DType::kFloat32, wanted, device);
+    check_buffer(op.name, target.packed_name(), target.packed, DType::kUint8, packed, device);
+    check_buffer(op.name, target.norms_name(), target.norms, DType::kFloat32, norms, device);
+    if (src.size() != op.targets.front().src.shape().size() || src.front() != op.targets.front().src.shape().front()) {
+      throw invalid(op.name, target.src_name(), "must have the shape of " + op.targets.front().src_name(),
+                    to_string(src));
+    }
+    if (args.is_sliding == 0 && std::uint64_t{args.write_pos} + tokens > args.cache_capacity) {
+      throw invalid(op.name, "write_pos",
+                    "plus the " + std::to_string(tokens) + " token(s) written must be <= cache_capacity " +
+                        std::to_string(args.cache_capacity) + " unless is_sliding is 1",
+                    args.write_pos);
+    }
+  }
+  std::vector<Named> written;
+  for (const QuantizeTarget& target : op.targets) {
+    written.push_back({target.packed_name(), &target.packed});
+    written.push_back({target.norms_name(), &target.norms});
+  }
+  for (std::size_t i = 0; i < written.size(); ++i) {
+    for (const QuantizeTarget& target : op.targets)
+      check_disjoint(op.name, written[i], {target.src_name(), &target.src});
+    for (std::size_t j = i + 1; j < written.size(); ++j) check_disjoint(op.name, written[i], written[j]);
+  }
+}
+
+void validate(const DequantizeOp& op, const Device* device) {
+  const TqHadamardQuantizeArgs& args = op.args;
+  validate(op.name, args);
+  check_buffer(op.name, "packed", op.packed, DType::kUint8, {args.num_kv_heads, args.cache_capacity, args.head_dim},
+               device);
+  check_buffer(op.name, "norms", op.norms, DType::kFloat32,
+               norms_shape(args.num_kv_heads, args.cache_capacity, args.head_dim), device);
+  const std::uint64_t tokens = op.out.shape().empty() ? 0 : op.out.shape().front();
+  check_buffer(op.name, "out", op.out, DType::kFloat32, {tokens, args.num_kv_heads, args.head_dim}, device);
+  const std::uint64_t capacity = args.cache_capacity;
+  if (tokens > capacity || (args.is_sliding == 0 && op.first_position > capacity - tokens)) {
+    throw invalid(op.name, "pos",
+                  "must lie below cache_capacity " + std::to_string(capacity) + " unless is_sliding is 1",
+                  op.first_position);
+  }
+  check_disjoint(op.name, {"out", &op.out}, {"packed", &op.packed});
+  check_disjoint(op.name, {"out", &op.out}, {"norms", &op.norms});
+}
+
+void validate(const FwhtOp& op, const Device* device) {
+  check_buffer(op.name, "x", op.data, DType::kFloat32, device);
+  if (op.data.shape().empty()) throw invalid(op.name, "x", "must have head_dim as its last axis", "a scalar");
+  check_head_dim(op.name, op.data.shape().back());
+}
+
+std::uint64_t tmp_buffer_bytes(std::uint64_t num_heads, std::uint64_t head_dim, std::uint64_t num_queries,
+                               std::uint64_t splits) {
+  const std::string op = "tmp_buffer_bytes";
+  check_head_dim(op, head_dim);
+  if (num_heads == 0) throw invalid(op, "num_heads", "must be > 0", num_heads);
+  if (num_queries == 0) throw invalid(op, "num_queries", "must be > 0", num_queries);
+  if (splits == 0) throw invalid(op, "splits", "must be > 0", splits);
+  return checked_product(op, "size", {num_queries, num_heads, splits, head_dim + 2, sizeof(float)});
+}
+
+}  // namespace tq_hb

@@ -1,0 +1,155 @@
+#include "cpu/device.h"
+
+#include <chrono>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <optional>
+#include <utility>
+#include <variant>
+
+#include "cpu/attend.h"
+#include "cpu/codec_ops.h"
+#include "cpu/isa.h"
+#include "cpu/thread_pool.h"
+
+namespace tq_hb {
+namespace {
+
+constexpr std::align_val_t kAlignment{64};
+
+class HostStorage final : public Storage {
+ public:
+  HostStorage(const Device* device, std::uint64_t size) : Storage(device, allocate(size), size) {}
+  ~HostStorage() override { ::operator delete(host(), kAlignment); }
+
+ private:
+  static std::byte* allocate(std::uint64_t size) {
+    auto* data = static_cast<std::byte*>(::operator new(size, kAlignment, std::nothrow));
+    if (data == nullptr) {
+      throw Error(ErrorCode::kOutOfMemory, "Device.empty: could not allocate " + std::to_string(size) + " bytes");
+    }
+    std::memset(data, 0, size);
+    return data;
+  }
+};
+
+class BorrowedStorage final : public Storage {
+ public:
+  BorrowedStorage(const Device* device, std::byte* data, std::uint64_t size, std::shared_ptr<void> owner)
+      : Storage(device, data, size), owner_(std::move(owner)) {}
+
+ private:
+  std::shared_ptr<void> owner_;
+};
+
+/// Records ops and runs them at commit, in order: a barrier has nothing left to do.
+class CpuEncoder final : public CommandEncoder {
+ public:
+  explicit CpuEncoder(const Device* device) : CommandEncoder(device) {}
+
+ private:
+  using Op = std::variant<QuantizeOp, DequantizeOp, AttendOp, FwhtOp>;
+
+  void encode(QuantizeOp op) override {
+    note(op.targets.size() == 1 ? "hadamard_quantize_kv_hb_d" : "hadamard_quantize_kv_hb_dual_d", op.args.head_dim);
+    ops_.emplace_back(std::move(op));
+  }
+  void encode(DequantizeOp op) override {
+    note("tq_dequantize_hb_kv_d", op.args.head_dim);
+    ops_.emplace_back(std::move(op));
+  }
+  void encode(AttendOp op) override {
+    note_kernel("flash_attn_vec_tq_hb_dk" + std::to_string(op.args.head_dim) + "_" + attend_kernel().isa);
+    if (op.fused_undo) note("fwht_sign_undo_f32_d", op.args.head_dim);
+    ops_.emplace_back(std::move(op));
+  }
+  void encode(FwhtOp op) override {
+    note(op.kind == Fwht::kPremult ? "fwht_sign_premult_f32_d" : "fwht_sign_undo_f32_d", op.data.shape().back());
+    ops_.emplace_back(std::move(op));
+  }
+  void encode_barrier() override {}
+
+  void note(const char* kernel, std::uint64_t head_dim) { note_kernel(kernel + std::to_string(head_dim)); }
+
+  void submit() override {
+    const auto start = std::chrono::steady_clock::now();
+    for (const Op& op : ops_) {
+      try {
+        std::visit([](const auto& one) { run(one); }, op);
+      } catch (const Error& error) {
+        if (!failure_) failure_ = error;
+      } catch (const std::bad_alloc&) {
+        if (!failure_) failure_ = Error(ErrorCode::kOutOfMemory, "cpu: no memory for the op's working storage");
+      }
+    }
+    seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    ops_.clear();
+  }
+
+  double finish() override {
+    if (failure_) throw *failure_;
+    return seconds_;
+  }
+
+  static void run(const QuantizeOp& op) {
+    std::vector<BadRows> bad_rows(op.targets.size());
+    for (std::size_t i = 0; i < op.targets.size(); ++i) {
+      quantize(op.args, op.targets[i], ThreadPool::instance(), bad_rows[i]);
+    }
+    for (std::size_t i = 0; i < op.targets.size(); ++i) {
+      bad_rows[i].check(op.name, op.targets[i].src_name(), op.args.num_kv_heads);
+    }
+  }
+  static void run(const DequantizeOp& op) { tq_hb::dequantize(op, ThreadPool::instance()); }
+  static void run(const AttendOp& op) {
+    BadRows bad_rows;
+    attend(op, ThreadPool::instance(), bad_rows);
+    bad_rows.check(op.name, "q", op.args.num_heads);
+  }
+  static void run(const FwhtOp& op) { tq_hb::fwht(op, ThreadPool::instance()); }
+
+  std::vector<Op> ops_;
+  std::optional<Error> failure_;
+  double seconds_ = 0.0;
+};
+
+class CpuDevice final : public Device {
+ public:
+  std::string name() const override { return std::string("cpu (") + cpu_isa() + ")"; }
+  std::string backend() const override { return "cpu"; }
+  DeviceLimits limits() const override {
+    return {static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()), cpu_num_threads()};
+  }
+  std::shared_ptr<Storage> wrap_host(std::byte* data, std::uint64_t size, std::shared_ptr<void> owner) const override {
+    return std::make_shared<BorrowedStorage>(this, data, size, std::move(owner));
+  }
+  std::unique_ptr<CommandEncoder> make_encoder() const override { return std::make_unique<CpuEncoder>(this); }
+
+ private:
+  std::shared_ptr<Storage> allocate(std::uint64_t size) const override {
+    return std::make_shared<HostStorage>(this, size);
+  }
+};
+
+}  // namespace
+
+const std::shared_ptr<Device>& cpu_device() {
+  static const std::shared_ptr<Device> device = std::make_shared<CpuDevice>();
+  return device;
+}
+
+const char* cpu_isa() noexcept {
+  return attend_kernel().isa;
+}
+unsigned cpu_num_threads() noexcept {
+  return ThreadPool::instance().num_threads();
+}
+void set_cpu_num_threads(unsigned count) {
+  ThreadPool::instance().set_num_threads(count);
+}
+void warm_up_cpu() {
+  ThreadPool::instance().start();
+}
+
+}  // namespace tq_hb

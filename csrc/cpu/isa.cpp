@@ -1,0 +1,25 @@
+#include "cpu/isa.h"
+
+namespace tq_hb {
+namespace {
+
+const AttendKernel& choose() noexcept {
+#if defined(TQ_HB_HAVE_X86_KERNELS)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512) return attend_kernel_avx512();
+  if (avx2) return attend_kernel_avx2();
+#endif
+  return attend_kernel_portable();
+}
+
+}  // namespace
+
+const AttendKernel& attend_kernel() noexcept {
+  static const AttendKernel& chosen = choose();
+  return chosen;
+}
+
+}  // namespace tq_hb

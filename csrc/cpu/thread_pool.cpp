@@ -1,0 +1,145 @@
+#include "cpu/thread_pool.h"
+
+#include <algorithm>
+#include <system_error>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+namespace tq_hb {
+namespace {
+
+// About 50 microseconds: longer than the gap between the ops of one decode step.
+constexpr int kSpins = 4000;
+
+inline void relax() noexcept {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+std::atomic<ThreadPool*> g_pool{nullptr};
+// Survives the pool of a parent process, so that a forked child keeps its setting.
+std::atomic<unsigned> g_num_threads{0};
+
+}  // namespace
+
+struct ThreadPool::Job {
+  Job(const std::function<void(std::size_t)>& task_in, std::size_t count_in)
+      : task(&task_in), count(count_in), unfinished(count_in) {}
+
+  /// Takes tasks until none is left.
+  void run() noexcept {
+    for (;;) {
+      const std::size_t index = next.fetch_add(1, std::memory_order_relaxed);
+      if (index >= count) return;
+      (*task)(index);
+      unfinished.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  const std::function<void(std::size_t)>* task;
+  std::size_t count;
+  std::atomic<std::size_t> next{0};
+  std::atomic<std::size_t> unfinished;
+};
+
+ThreadPool& ThreadPool::instance() {
+  ThreadPool* pool = g_pool.load(std::memory_order_acquire);
+  if (pool != nullptr) return *pool;
+#if defined(__unix__) || defined(__APPLE__)
+  // The parent's workers do not exist in the child, and its locks may be held: leave that pool behind.
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { g_pool.store(nullptr); });
+  static_cast<void>(registered);
+#endif
+  auto fresh = std::make_unique<ThreadPool>();
+  if (const unsigned count = g_num_threads.load()) fresh->num_threads_.store(count);
+  // Lives until the process ends: workers may outlast static destruction.
+  if (g_pool.compare_exchange_strong(pool, fresh.get(), std::memory_order_acq_rel)) return *fresh.release();
+  return *pool;
+}
+
+ThreadPool::~ThreadPool() {
+  const std::lock_guard<std::mutex> lock(submit_mutex_);
+  stop_locked();
+}
+
+void ThreadPool::set_num_threads(unsigned count) {
+  const std::lock_guard<std::mutex> lock(submit_mutex_);
+  if (count == num_threads()) return;
+  stop_locked();
+  num_threads_.store(count, std::memory_order_relaxed);
+  if (this == g_pool.load()) g_num_threads.store(count);
+}
+
+void ThreadPool::start() {
+  const std::lock_guard<std::mutex> lock(submit_mutex_);
+  start_locked();
+}
+
+void ThreadPool::start_locked() {
+  while (workers_.size() + 1 < num_threads()) {
+    const std::uint64_t seen = generation_.load(std::memory_order_relaxed);
+    try {
+      workers_.emplace_back([this, seen] { work(seen); });
+    } catch (const std::system_error&) {
+      return;  // the system has no more threads to give: the work is shared by those there are
+    }
+  }
+}
+
+void ThreadPool::stop_locked() {
+  {
+    const std::lock_guard<std::mutex> lock(job_mutex_);
+    stopping_ = true;
+    generation_.fetch_add(1, std::memory_order_release);
+  }
+  job_ready_.notify_all();
+  for (std::thread& worker : workers_) worker.join();
+  workers_.clear();
+  stopping_ = false;
+}
+
+void ThreadPool::parallel_for(std::size_t count, const std::function<void(std::size_t)>& task) {
+  std::unique_lock<std::mutex> submit(submit_mutex_, std::try_to_lock);
+  if (count <= 1 || !submit.owns_lock() || num_threads() == 1) {
+    for (std::size_t i = 0; i < count; ++i) task(i);
+    return;
+  }
+  start_locked();
+  const auto job = std::make_shared<Job>(task, count);
+  {
+    const std::lock_guard<std::mutex> lock(job_mutex_);
+    job_ = job;
+    generation_.fetch_add(1, std::memory_order_release);
+  }
+  job_ready_.notify_all();
+  job->run();
+  for (int spins = 0; job->unfinished.load(std::memory_order_acquire) != 0; ++spins) {
+    if (spins < kSpins) {
+      relax();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+void ThreadPool::work(std::uint64_t seen) {
+  for (;;) {
+    for (int spins = 0; spins < kSpins && generation_.load(std::memory_order_acquire) == seen; ++spins) relax();
+    std::shared_ptr<Job> job;
+    {
+      std::unique_lock<std::mutex> lock(job_mutex_);
+      job_ready_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
+      if (stopping_) return;
+      seen = generation_.load(std::memory_order_relaxed);
+      job = job_;
+    }
+    job->run();
+  }
+}
+
+}  // namespace tq_hb

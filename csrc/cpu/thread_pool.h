@@ -1,0 +1,55 @@
+// The cpu backend's persistent workers.
+//
+// Workers spin briefly before they sleep, since decode calls follow each other closely. A call made
+// while the pool is busy runs on its own thread: results never depend on how many threads helped.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace tq_hb {
+
+class ThreadPool {
+ public:
+  /// The process's pool; a forked child gets a fresh one.
+  static ThreadPool& instance();
+
+  ThreadPool() = default;
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  /// Threads that work on a call, the caller included.
+  unsigned num_threads() const noexcept { return num_threads_.load(std::memory_order_relaxed); }
+  void set_num_threads(unsigned count);
+  /// Starts the workers now rather than at the first call.
+  void start();
+
+  /// Runs task(0) ... task(count - 1) and returns when all are done. Tasks must not throw.
+  void parallel_for(std::size_t count, const std::function<void(std::size_t)>& task);
+
+ private:
+  struct Job;
+
+  void start_locked();
+  void stop_locked();
+  void work(std::uint64_t seen);
+
+  std::atomic<unsigned> num_threads_{std::max(1u, std::thread::hardware_concurrency())};
+  std::mutex submit_mutex_;  // held for the whole of a parallel call, and to start or stop workers
+  std::vector<std::thread> workers_;
+
+  std::mutex job_mutex_;  // guards job_, stopping_ and the sleep
+  std::condition_variable job_ready_;
+  std::shared_ptr<Job> job_;
+  bool stopping_ = false;
+  std::atomic<std::uint64_t> generation_{0};
+};
+
+}  // namespace tq_hb

@@ -1,0 +1,91 @@
+"""KV cache at 5, 6 or 8 bits per value, and attention that reads it without rebuilding K or V."""
+
+from importlib.metadata import version as _version
+
+from tq_hb import policy
+from tq_hb._core import (
+    DeviceError,
+    FlashAttnVecTqHbParams,
+    HadamardQuantizeKvHbParams,
+    InvalidArgument,
+    OutOfMemoryError,
+    UnsupportedError,
+)
+from tq_hb.cache import KVCache, Plan
+from tq_hb.device import (
+    Buffer,
+    CommandEncoder,
+    Device,
+    DeviceInfo,
+    DeviceLimits,
+    cpu_isa,
+    devices,
+    empty,
+    num_threads,
+    set_num_threads,
+    warmup,
+)
+from tq_hb.ops import (
+    boundaries,
+    codebook,
+    dequantize,
+    flash_attn_vec_tq_hb,
+    flash_attn_vec_tq_hb_with_fused_undo,
+    fwht_sign_premult_f32,
+    fwht_sign_undo_f32,
+    hadamard_quantize_kv_hb,
+    hadamard_quantize_kv_hb_dual,
+    quantize,
+    rotate,
+    signs,
+    supported_bits,
+    supported_head_dims,
+    tmp_buffer_bytes,
+    tq_dequantize_hb_kv,
+    unrotate,
+)
+from tq_hb.policy import compute_nsg, compute_nwg
+
+__version__ = _version("tq-hb")
+
+__all__ = [
+    "Buffer",
+    "CommandEncoder",
+    "Device",
+    "DeviceError",
+    "DeviceInfo",
+    "DeviceLimits",
+    "FlashAttnVecTqHbParams",
+    "HadamardQuantizeKvHbParams",
+    "InvalidArgument",
+    "KVCache",
+    "OutOfMemoryError",
+    "Plan",
+    "UnsupportedError",
+    "boundaries",
+    "codebook",
+    "compute_nsg",
+    "compute_nwg",
+    "cpu_isa",
+    "dequantize",
+    "devices",
+    "empty",
+    "flash_attn_vec_tq_hb",
+    "flash_attn_vec_tq_hb_with_fused_undo",
+    "fwht_sign_premult_f32",
+    "fwht_sign_undo_f32",
+    "hadamard_quantize_kv_hb",
+    "hadamard_quantize_kv_hb_dual",
+    "num_threads",
+    "policy",
+    "quantize",
+    "rotate",
+    "set_num_threads",
+    "signs",
+    "supported_bits",
+    "supported_head_dims",
+    "tmp_buffer_bytes",
+    "tq_dequantize_hb_kv",
+    "unrotate",
+    "warmup",
+]

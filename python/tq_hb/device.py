@@ -1,0 +1,472 @@
+"""Devices, and ops recorded on their buffers."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tq_hb import _core, policy
+from tq_hb.interop import Array, as_float32, borrow
+from tq_hb.options import check_attention, check_bits, check_packing, invalid
+
+Buffer = _core.Buffer
+
+# Apple's pages are the largest of the supported systems; a multiple suits all.
+_ALIGNMENT = max(mmap.PAGESIZE, 16384)
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """One backend of the project: usable here, or why not."""
+
+    backend: str
+    available: bool
+    name: str
+    is_simulated: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class DeviceLimits:
+    """What a device can hold and how wide it works."""
+
+    max_buffer_bytes: int
+    num_threads: int
+
+
+def devices() -> list[DeviceInfo]:
+    """List every backend, best first: what is usable here, and for the rest why not.
+
+    >>> import tq_hb
+    >>> [info.backend for info in tq_hb.devices() if info.available and info.backend == "cpu"]
+    ['cpu']
+    """
+    return [
+        DeviceInfo(backend, device is not None, device.name if device else "", bool(device and device.is_simulated), why)
+        for backend, device, why in _core.backend_statuses()
+    ]
+
+
+@cache
+def _apply_thread_setting() -> None:
+    count = policy.num_threads_from_environment()
+    if count is not None:
+        _core.set_num_threads(count)
+
+
+class Device:
+    """A device that ops run on: ``"cpu"``, ``"metal"``, ``"cuda"`` or ``"auto"``.
+
+    Raises
+    ------
+    InvalidArgument
+        For a name that is none of these.
+    DeviceError
+        If the backend is not available here; the message says why.
+
+    Examples
+    --------
+    >>> import numpy as np, tq_hb
+    >>> dev = tq_hb.Device("cpu")
+    >>> dev.backend, dev.is_simulated
+    ('cpu', False)
+    >>> buf = dev.array(np.ones((2, 256), np.float32))
+    >>> enc = dev.encoder()
+    >>> enc.fwht_sign_premult_f32(buf)
+    >>> enc.fwht_sign_undo_f32(buf)
+    >>> enc.commit_and_wait()
+    >>> bool(np.allclose(buf.numpy(), 1))
+    True
+    """
+
+    def __init__(self, name: str = "auto") -> None:
+        if not isinstance(name, str):
+            raise invalid("Device", "name", "must be a string", repr(name))
+        self._core = _core.open_device(_auto_backend() if name == "auto" else name)
+        if self._core.backend == "cpu":
+            _apply_thread_setting()
+
+    @property
+    def name(self) -> str:
+        """Name for people."""
+        return self._core.name
+
+    @property
+    def backend(self) -> str:
+        """``"cpu"``, ``"metal"`` or ``"cuda"``."""
+        return self._core.backend
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether this is a simulation of the hardware."""
+        return self._core.is_simulated
+
+    @property
+    def limits(self) -> DeviceLimits:
+        """Limits of the device."""
+        return DeviceLimits(self._core.max_buffer_bytes, self._core.num_threads)
+
+    def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Buffer:
+        """Allocate a zeroed buffer.
+
+        Parameters
+        ----------
+        shape : int or tuple of int
+        dtype : float32, float16, uint8, uint16, uint32 or int32
+        """
+        return self._core.empty(_check_shape("Device.empty", shape), np.dtype(dtype))
+
+    def array(self, x: Array) -> Buffer:
+        """Copy an array into a new buffer of the same shape and dtype (float64 and bfloat16 become float32)."""
+        array, is_bfloat16 = borrow("Device.array", "x", x)
+        if is_bfloat16 or array.dtype.name in ("float64", "bfloat16"):
+            array = as_float32("Device.array", "x", x)
+        buffer = self.empty(array.shape, array.dtype.newbyteorder("="))
+        buffer.numpy()[...] = array
+        return buffer
+
+    def encoder(self) -> CommandEncoder:
+        """Start recording ops."""
+        return CommandEncoder(self)
+
+    def __repr__(self) -> str:
+        return f"Device({self.backend!r}, name={self.name!r})"
+
+
+def _auto_backend() -> str:
+    """``TQ_HB_DEVICE`` if set, else the best device that is not simulated."""
+    chosen = policy.environment().device
+    names = [info.backend for info in devices()]
+    if chosen is not None and chosen != "auto":
+        if chosen not in names:
+            raise invalid("Device", "TQ_HB_DEVICE", f"must be auto, {', '.join(names)}", repr(chosen))
+        return chosen
+    return next(info.backend for info in devices() if info.available and not info.is_simulated)
+
+
+def resolve_device(device: str | Device | None) -> Device:
+    """Return the device a call runs on: ``None`` and ``"auto"`` choose one."""
+    if isinstance(device, Device):
+        return device
+    return _device("auto" if device is None else device, policy.environment())
+
+
+@cache
+def _device(name: str, _environment: policy.Environment) -> Device:
+    return Device(name)
+
+
+class CommandEncoder:
+    """Records ops on a device's buffers and runs them after :meth:`commit`.
+
+    Nothing orders two ops but :meth:`memory_barrier`. A call is checked completely when it is
+    recorded. Values are checked when it runs: a row that is not finite is left as it was, and
+    :meth:`wait` raises InvalidArgument naming the first one. Belongs to one thread at a time.
+
+    Buffers that are written must be :class:`Buffer`; inputs may be arrays, which are copied.
+
+    Examples
+    --------
+    >>> import numpy as np, tq_hb
+    >>> dev = tq_hb.Device("cpu")
+    >>> packed, norms = dev.empty((1, 8, 256), np.uint8), dev.empty((1, 8))
+    >>> hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=1, write_pos=0, cache_capacity=8)
+    >>> enc = dev.encoder()
+    >>> enc.hadamard_quantize_kv_hb(np.ones((1, 256), np.float32), packed, norms, hp)
+    >>> enc.commit_and_wait()
+    >>> float(norms.numpy()[0, 0])
+    16.0
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._core = device._core.make_encoder()
+
+    def _input(self, op: str, field: str, x: Array) -> Buffer:
+        if isinstance(x, Buffer):
+            return x
+        array, _ = borrow(op, field, x)
+        return self._device.array(x if array.dtype == np.uint8 else as_float32(op, field, x))
+
+    @staticmethod
+    def _written(op: str, field: str, x: object) -> Buffer:
+        if not isinstance(x, Buffer):
+            raise invalid(op, field, "must be a Buffer of the encoder's device, since it is written", type(x).__name__)
+        return x
+
+    def hadamard_quantize_kv_hb(
+        self,
+        src: Array,
+        packed: Buffer,
+        norms: Buffer,
+        hp: _core.HadamardQuantizeKvHbParams,
+        *,
+        codebook: str = "lloyd_max",
+        packing: str = "byte",
+    ) -> None:
+        """Record the encoding of ``src`` (G, D) or (T, G, D) into a cache; see :func:`tq_hb.hadamard_quantize_kv_hb`."""
+        op = "hadamard_quantize_kv_hb"
+        check_packing(op, packing)
+        target = (
+            "",
+            self._input(op, "src", src),
+            self._written(op, "packed", packed),
+            self._written(op, "norms", norms),
+            hp.codebook_bits,
+        )
+        self._core.hadamard_quantize(op, hp, [target], codebook)
+
+    def hadamard_quantize_kv_hb_dual(
+        self,
+        src_k: Array,
+        src_v: Array,
+        k_packed: Buffer,
+        v_packed: Buffer,
+        k_norms: Buffer,
+        v_norms: Buffer,
+        hp: _core.HadamardQuantizeKvHbParams,
+        *,
+        v_bits: int | None = None,
+        codebook: str = "lloyd_max",
+        packing: str = "byte",
+    ) -> None:
+        """Record the encoding of K and V together; see :func:`tq_hb.hadamard_quantize_kv_hb_dual`."""
+        op = "hadamard_quantize_kv_hb_dual"
+        check_packing(op, packing)
+        bits = hp.codebook_bits if v_bits is None else check_bits(op, "v_bits", v_bits)
+        targets = [
+            (
+                "k",
+                self._input(op, "src_k", src_k),
+                self._written(op, "k_packed", k_packed),
+                self._written(op, "k_norms", k_norms),
+                hp.codebook_bits,
+            ),
+            (
+                "v",
+                self._input(op, "src_v", src_v),
+                self._written(op, "v_packed", v_packed),
+                self._written(op, "v_norms", v_norms),
+                bits,
+            ),
+        ]
+        self._core.hadamard_quantize(op, hp, targets, codebook)
+
+    def tq_dequantize_hb_kv(
+        self,
+        packed: Array,
+        norms: Array,
+        output: Buffer,
+        hp: _core.HadamardQuantizeKvHbParams,
+        *,
+        pos: int,
+        codebook: str = "lloyd_max",
+        packing: str = "byte",
+    ) -> None:
+        """Record the decoding of ``output.shape[0]`` positions from ``pos`` on into float32 (T, G, D), still rotated."""
+        op = "tq_dequantize_hb_kv"
+        check_packing(op, packing)
+        self._core.dequantize(
+            op,
+            hp,
+            _core.to_uint32(op, "pos", pos),
+            self._input(op, "packed", packed),
+            self._input(op, "norms", norms),
+            self._written(op, "output", output),
+            codebook,
+        )
+
+    def fwht_sign_premult_f32(self, data: Buffer) -> None:
+        """Record R, in place on float32 (..., D)."""
+        self._core.fwht("fwht_sign_premult_f32", True, self._written("fwht_sign_premult_f32", "x", data))
+
+    def fwht_sign_undo_f32(self, data: Buffer) -> None:
+        """Record the inverse of R, in place on float32 (..., D)."""
+        self._core.fwht("fwht_sign_undo_f32", False, self._written("fwht_sign_undo_f32", "x", data))
+
+    def flash_attn_vec_tq_hb(
+        self,
+        q: Array,
+        k_packed: Array,
+        k_norms: Array,
+        v_packed: Array,
+        v_norms: Array,
+        output: Buffer,
+        tmp: Buffer | None,
+        p: _core.FlashAttnVecTqHbParams,
+        **options: Any,
+    ) -> None:
+        """Record decode attention; ``output`` stays rotated. See :func:`tq_hb.flash_attn_vec_tq_hb` for the options.
+
+        ``tmp`` is float32 of at least :func:`tq_hb.tmp_buffer_bytes`, or None: the encoder brings its own.
+        """
+        cache_buffers = (k_packed, k_norms, v_packed, v_norms)
+        self._attend("flash_attn_vec_tq_hb", q, cache_buffers, output, tmp, p, fused_undo=False, **options)
+
+    def flash_attn_vec_tq_hb_with_fused_undo(
+        self,
+        q: Array,
+        k_packed: Array,
+        k_norms: Array,
+        v_packed: Array,
+        v_norms: Array,
+        output: Buffer,
+        tmp: Buffer | None,
+        p: _core.FlashAttnVecTqHbParams,
+        **options: Any,
+    ) -> None:
+        """Record decode attention with an un-rotated ``output``."""
+        cache_buffers = (k_packed, k_norms, v_packed, v_norms)
+        self._attend("flash_attn_vec_tq_hb_with_fused_undo", q, cache_buffers, output, tmp, p, fused_undo=True, **options)
+
+    def _attend(
+        self,
+        op: str,
+        q: Array,
+        cache_buffers: tuple[Array, Array, Array, Array],
+        output: Buffer,
+        tmp: Buffer | None,
+        p: _core.FlashAttnVecTqHbParams,
+        *,
+        fused_undo: bool,
+        nwg: int | None = None,
+        v_bits: int | None = None,
+        codebook: str = "lloyd_max",
+        packing: str = "byte",
+        sinks: Array | None = None,
+        precision: str = "default",
+        return_lse: bool = False,
+    ) -> None:
+        check_attention(op, packing=packing, precision=precision, sinks=sinks, return_lse=return_lse)
+        names = ("k_packed", "k_norms", "v_packed", "v_norms")
+        self._core.flash_attn_vec(
+            op,
+            self._input(op, "q", q),
+            *(self._input(op, name, x) for name, x in zip(names, cache_buffers, strict=True)),
+            self._written(op, "output", output),
+            None if tmp is None else self._written(op, "tmp", tmp),
+            p,
+            policy.compute_nwg(p.kv_seq_len) if nwg is None else _core.to_uint32(op, "nwg", nwg),
+            p.codebook_bits if v_bits is None else check_bits(op, "v_bits", v_bits),
+            codebook,
+            fused_undo,
+        )
+
+    def memory_barrier(self) -> None:
+        """Order everything recorded so far before everything recorded later."""
+        self._core.memory_barrier()
+
+    def commit(self) -> None:
+        """Hand the recorded ops to the device; nothing can be recorded afterwards."""
+        self._core.commit()
+
+    def wait(self) -> None:
+        """Block until the committed ops are done.
+
+        Raises
+        ------
+        InvalidArgument
+            If an op met a row that is not finite or whose norm overflows; the other rows were written.
+        DeviceError
+            If the device failed, or nothing has been committed.
+        """
+        self._core.wait()
+
+    def commit_and_wait(self) -> None:
+        """Commit, then wait."""
+        self._core.commit()
+        self._core.wait()
+
+    @property
+    def gpu_time(self) -> float:
+        """Seconds the device spent on the ops; known after :meth:`wait`."""
+        return self._core.gpu_time
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the kernels recorded so far."""
+        return self._core.kernels
+
+
+def empty(shape: int | tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
+    """Zeroed numpy array that every device can use without a copy: page-aligned, whole pages long.
+
+    >>> import numpy as np, tq_hb
+    >>> a = tq_hb.empty((3, 5), np.uint8)
+    >>> a.shape, a.ctypes.data % 4096
+    ((3, 5), 0)
+    """
+    extents = _check_shape("empty", shape)
+    kind = np.dtype(dtype)
+    size = kind.itemsize
+    for extent in extents:
+        size *= extent
+    if size > _core.open_device("cpu").max_buffer_bytes - 2 * _ALIGNMENT:
+        raise _core.OutOfMemoryError(f"empty: {size} bytes are more than can be addressed")
+    pages = -(-size // _ALIGNMENT) * _ALIGNMENT
+    try:
+        raw = np.zeros(pages + _ALIGNMENT, np.uint8)
+    except MemoryError as error:
+        raise _core.OutOfMemoryError(f"empty: could not allocate {size} bytes") from error
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(kind).reshape(extents)
+
+
+def _check_shape(op: str, shape: int | tuple[int, ...]) -> tuple[int, ...]:
+    extents = shape if isinstance(shape, tuple | list) else (shape,)
+    return tuple(_core.to_uint32(op, "shape", extent) for extent in extents)
+
+
+def num_threads() -> int:
+    """Threads that the cpu backend works with.
+
+    >>> import tq_hb
+    >>> tq_hb.num_threads() >= 1
+    True
+    """
+    _apply_thread_setting()
+    return _core.num_threads()
+
+
+def set_num_threads(n: int) -> None:
+    """Set the threads of the cpu backend, 1 to 1024. Results do not depend on it.
+
+    ``TQ_HB_NUM_THREADS`` sets it at the first use; without either it is the number of processors.
+
+    >>> import tq_hb
+    >>> before = tq_hb.num_threads()
+    >>> tq_hb.set_num_threads(2)
+    >>> tq_hb.num_threads()
+    2
+    >>> tq_hb.set_num_threads(before)
+    """
+    count = policy.check_num_threads("set_num_threads", "n", n)
+    _apply_thread_setting()
+    _core.set_num_threads(count)
+
+
+def cpu_isa() -> str:
+    """Instruction set of the cpu backend's kernels: ``"portable"``, ``"avx2"`` or ``"avx512"``.
+
+    >>> import tq_hb
+    >>> tq_hb.cpu_isa() in ("portable", "avx2", "avx512")
+    True
+    """
+    return _core.cpu_isa()
+
+
+def warmup(device: str | Device | None = None) -> None:
+    """Do now what the first call would do: start threads, compile kernels.
+
+    >>> import tq_hb
+    >>> tq_hb.warmup("cpu")
+    """
+    if resolve_device(device).backend == "cpu":
+        _core.warm_up_cpu()
+
+

@@ -1,0 +1,168 @@
+"""Arrays of numpy, torch, mlx and others, in and out.
+
+Input is anything with ``__dlpack__`` or the buffer protocol. It is borrowed where its dtype and
+layout allow and converted otherwise. Results go back in the library they came from.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tq_hb import _core
+from tq_hb.options import invalid
+
+Array = Any
+"""Anything with ``__dlpack__`` or the buffer protocol."""
+
+Float32Array = npt.NDArray[np.float32]
+
+
+def _library(x: Array) -> str:
+    return type(x).__module__.partition(".")[0]
+
+
+def borrow(op: str, field: str, x: Array) -> tuple[npt.NDArray[Any], bool]:
+    """View ``x`` as a numpy array without copying.
+
+    Returns
+    -------
+    (array, is_bfloat16)
+        With ``is_bfloat16`` the array holds uint16 bit patterns.
+    """
+    if isinstance(x, np.ndarray):
+        return x, False
+    if isinstance(x, _core.Buffer):
+        return x.numpy(), False
+    if hasattr(x, "__dlpack__"):
+        # torch exports no tensor that still records gradients.
+        return _core.from_dlpack(op, field, x.detach() if hasattr(x, "detach") else x)
+    try:
+        return np.asarray(memoryview(x)), False
+    except TypeError:
+        raise invalid(op, field, "must be an array with __dlpack__ or the buffer protocol", type(x).__name__) from None
+
+
+def _is_float(array: npt.NDArray[Any]) -> bool:
+    return array.dtype.name in ("float16", "float32", "float64", "bfloat16")
+
+
+def as_float32(op: str, field: str, x: Array) -> Float32Array:
+    """Return ``x`` as a C-contiguous float32 array, borrowed where possible and rounded otherwise."""
+    array, is_bfloat16 = borrow(op, field, x)
+    if is_bfloat16:
+        return (np.ascontiguousarray(array).astype(np.uint32) << 16).view(np.float32)
+    if not _is_float(array):
+        raise invalid(op, field, "must have dtype float16, bfloat16, float32 or float64", array.dtype)
+    with np.errstate(over="ignore"):
+        return _contiguous(array.astype(np.float32, copy=False))
+
+
+def as_codes(op: str, field: str, x: Array) -> npt.NDArray[np.uint8]:
+    """Return ``x`` as a C-contiguous uint8 array, borrowed where possible."""
+    array, _ = borrow(op, field, x)
+    if array.dtype != np.uint8:
+        raise invalid(op, field, "must have dtype uint8", array.dtype)
+    return _contiguous(array)
+
+
+def _contiguous(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    # ascontiguousarray would turn a scalar into a vector.
+    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+
+
+def as_writable(op: str, field: str, x: Array, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Borrow an array that will be written in place: exact dtype, C-contiguous, writable."""
+    if _library(x) == "mlx":
+        raise invalid(op, field, "must be writable (mlx arrays are not; use tq_hb.empty)", "an mlx array")
+    array, is_bfloat16 = borrow(op, field, x)
+    if is_bfloat16 or array.dtype != np.dtype(dtype):
+        raise invalid(op, field, f"must have dtype {np.dtype(dtype)}", "bfloat16" if is_bfloat16 else array.dtype)
+    _check_layout(op, field, array)
+    return array
+
+
+def require_rows(op: str, field: str, rows: Float32Array, *, as_query: bool = False) -> None:
+    """Raise if a row cannot be used: not finite, or (unless ``as_query``) with a norm beyond float32.
+
+    ``rows`` is (heads, head_dim) or (tokens, heads, head_dim).
+    """
+    heads = rows.shape[-2] if rows.ndim > 1 else 1
+    bad = _core.first_bad_row(_core.open_device("cpu").wrap(op, field, rows), as_query)
+    if bad >= 0:
+        raise _core.InvalidArgument(_core.bad_row_message(op, field, bad // heads, bad % heads))
+
+
+def result_dtype(op: str, field: str, x: Array) -> str:
+    """Name of the dtype that a result computed from ``x`` has: its own, with float64 rounded to float32."""
+    array, is_bfloat16 = borrow(op, field, x)
+    name = "bfloat16" if is_bfloat16 else array.dtype.name
+    return "float32" if name == "float64" else name
+
+
+def like(x: Array, result: npt.NDArray[Any], dtype: str = "float32") -> Array:
+    """Return ``result`` in the library of ``x``, as ``dtype``."""
+    library = _library(x)
+    if library == "torch":
+        torch = sys.modules["torch"]
+        return torch.from_dlpack(result).to(getattr(torch, dtype))
+    if library == "mlx":
+        mx = sys.modules["mlx.core"]
+        return mx.array(result).astype(getattr(mx, dtype))
+    if isinstance(x, _core.Buffer):
+        return _core.open_device("cpu").wrap("like", "result", result.astype(dtype, copy=False))
+    if isinstance(x, np.ndarray):
+        # x's own dtype in native byte order: "bfloat16" is no name that numpy knows.
+        return result.astype(x.dtype.newbyteorder("=")) if dtype in ("float16", "bfloat16") else result
+    if hasattr(x, "__array_namespace__"):
+        namespace = x.__array_namespace__()
+        return namespace.astype(namespace.from_dlpack(result), getattr(namespace, dtype))
+    return result.astype(dtype, copy=False)
+
+
+def as_out(op: str, out: Array, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
+    """Borrow an output array, which must have this shape and the named dtype; bfloat16 is seen as uint16 bits."""
+    if _library(out) == "mlx":
+        raise invalid(op, "out", "must be writable (mlx arrays are not)", "an mlx array")
+    array, is_bfloat16 = borrow(op, "out", out)
+    name = "bfloat16" if is_bfloat16 else array.dtype.name
+    if name != dtype:
+        raise invalid(op, "out", f"must have dtype {dtype}", name)
+    if array.shape != shape:
+        raise invalid(op, "out", f"must have shape {shape}", array.shape)
+    _check_layout(op, "out", array)
+    return array
+
+
+def require_disjoint(op: str, written_name: str, written: npt.NDArray[Any], read_name: str, read: Array) -> None:
+    """Raise if an array that is written shares memory with one that is read."""
+    if np.may_share_memory(written, borrow(op, read_name, read)[0]):
+        raise invalid(op, written_name, f"must not overlap {read_name}", "shared memory")
+
+
+def finish(x: Array, out: Array | None, writable: npt.NDArray[Any] | None, result: Float32Array, dtype: str) -> Array:
+    """Hand over the result of a call on ``x``: in ``out``, whose memory is ``writable``, or as a new array."""
+    if writable is None:
+        return like(x, result, dtype)
+    if writable is not result:
+        writable[...] = _bfloat16_bits(result) if writable.dtype == np.uint16 else result
+    return out
+
+
+def _check_layout(op: str, field: str, array: npt.NDArray[Any]) -> None:
+    """Accept an array that can be written in place."""
+    if not array.flags.c_contiguous:
+        raise invalid(op, field, "must be C-contiguous", f"strides {array.strides}")
+    if not array.flags.writeable:
+        raise invalid(op, field, "must be writable", "a read-only array")
+    if not array.dtype.isnative:
+        raise invalid(op, field, "must be in native byte order", array.dtype.str)
+
+
+def _bfloat16_bits(values: Float32Array) -> npt.NDArray[np.uint16]:
+    """Round finite float32 values to the nearest bfloat16, ties to even."""
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

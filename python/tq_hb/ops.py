@@ -1,0 +1,622 @@
+"""The codec and the attention op on arrays, synchronously.
+
+Arrays are checked and borrowed by :mod:`tq_hb.interop`, scalars and shapes by the core. Host values
+that cannot be used raise before anything is written.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from tq_hb import _core
+from tq_hb.device import Device, resolve_device
+from tq_hb.interop import (
+    Array,
+    Float32Array,
+    as_codes,
+    as_float32,
+    as_out,
+    as_writable,
+    finish,
+    like,
+    require_disjoint,
+    require_rows,
+    result_dtype,
+)
+from tq_hb.options import check_bits, check_head_dim, check_packing, invalid
+
+_HEAD_DIMS = (256, 512)
+_NORM_BLOCK = 256
+
+
+def supported_bits() -> tuple[int, ...]:
+    """Bits per value that a cache can have.
+
+    >>> import tq_hb
+    >>> tq_hb.supported_bits()
+    (5, 6, 8)
+    """
+    return _core.supported_bits()
+
+
+def supported_head_dims() -> tuple[int, ...]:
+    """Head sizes that every op accepts.
+
+    >>> import tq_hb
+    >>> 256 in tq_hb.supported_head_dims()
+    True
+    """
+    return _HEAD_DIMS
+
+
+def codebook(bits: int, name: str = "lloyd_max") -> Float32Array:
+    """Levels of a codebook: float32 (2**bits,), ascending.
+
+    ``"lloyd_max"`` is the converged Lloyd-Max quantiser of N(0, 1); ``"mlx_native"`` holds the tables
+    published with mlx-native, so that its caches stay readable.
+
+    >>> import tq_hb
+    >>> tq_hb.codebook(5).shape, float(tq_hb.codebook(5)[-1])
+    ((32,), 3.260732412338257)
+    """
+    return _core.codebook("codebook", _core.to_uint32("codebook", "bits", bits), name)[0]
+
+
+def boundaries(bits: int, name: str = "lloyd_max") -> Float32Array:
+    """Decision boundaries of a codebook: float32 (2**bits - 1,); a value on one takes the lower index.
+
+    >>> import tq_hb
+    >>> tq_hb.boundaries(8).shape
+    (255,)
+    """
+    return _core.codebook("boundaries", _core.to_uint32("boundaries", "bits", bits), name)[1]
+
+
+def signs(head_dim: int) -> Float32Array:
+    """Signs of the rotation: float32 (head_dim,), +1 or -1.
+
+    >>> import tq_hb
+    >>> int((tq_hb.signs(256) < 0).sum())
+    132
+    """
+    return _core.signs(_core.to_uint32("signs", "head_dim", head_dim))
+
+
+def _transform(op: str, premult: bool, x: Array) -> Array:
+    rows = as_float32(op, "x", x)
+    if rows.ndim == 0:
+        raise invalid(op, "x", "must have head_dim as its last axis", "a scalar")
+    check_head_dim(op, rows.shape[-1])
+    result = rows.copy()
+    core = Device("cpu")._core
+    encoder = core.make_encoder()
+    encoder.fwht(op, premult, core.wrap(op, "x", result))
+    encoder.commit()
+    encoder.wait()
+    return like(x, result)
+
+
+def rotate(x: Array) -> Array:
+    """R: signs, then a Walsh-Hadamard transform, scaled to keep the norm.
+
+    Parameters
+    ----------
+    x : array, shape (..., head_dim)
+
+    Returns
+    -------
+    float32 array of the same shape, in the library of ``x``.
+
+    Examples
+    --------
+    >>> import numpy as np, tq_hb
+    >>> x = np.random.default_rng(0).standard_normal((3, 256), np.float32)
+    >>> bool(np.allclose(tq_hb.unrotate(tq_hb.rotate(x)), x, atol=1e-5))
+    True
+    """
+    return _transform("rotate", True, x)
+
+
+def unrotate(y: Array) -> Array:
+    """Invert :func:`rotate`: a Walsh-Hadamard transform, then signs.
+
+    >>> import numpy as np, tq_hb
+    >>> y = np.zeros(256, np.float32)
+    >>> y[0] = 16
+    >>> bool(np.array_equal(tq_hb.unrotate(y), tq_hb.signs(256)))
+    True
+    """
+    return _transform("unrotate", False, y)
+
+
+def fwht_sign_premult_f32(x: Array) -> Array:
+    """Rotate queries before :func:`flash_attn_vec_tq_hb`: R of (..., head_dim), float32.
+
+    >>> import numpy as np, tq_hb
+    >>> x = np.ones((2, 256), np.float32)
+    >>> bool(np.array_equal(tq_hb.fwht_sign_premult_f32(x), tq_hb.rotate(x)))
+    True
+    """
+    return _transform("fwht_sign_premult_f32", True, x)
+
+
+def fwht_sign_undo_f32(x: Array) -> Array:
+    """Un-rotate the output of :func:`flash_attn_vec_tq_hb`: the inverse of R of (..., head_dim), float32.
+
+    >>> import numpy as np, tq_hb
+    >>> x = np.ones((2, 256), np.float32)
+    >>> bool(np.array_equal(tq_hb.fwht_sign_undo_f32(x), tq_hb.unrotate(x)))
+    True
+    """
+    return _transform("fwht_sign_undo_f32", False, x)
+
+
+def _norms_shape(lead: tuple[int, ...], head_dim: int) -> tuple[int, ...]:
+    return (*lead, head_dim // _NORM_BLOCK) if head_dim > _NORM_BLOCK else lead
+
+
+def _run(encoder: Any) -> None:
+    encoder.commit()
+    encoder.wait()
+
+
+def quantize(
+    x: Array,
+    bits: int,
+    *,
+    codebook: str = "lloyd_max",
+    packing: str = "byte",
+    device: str | Device | None = None,
+) -> tuple[Array, Array]:
+    """Rotate and quantise vectors.
+
+    Parameters
+    ----------
+    x : array, shape (..., head_dim)
+    bits : 5, 6 or 8
+
+    Returns
+    -------
+    codes : uint8 (..., head_dim)
+    norms : float32 (...), or (..., 2) for head_dim 512
+
+    Raises
+    ------
+    InvalidArgument
+        If a value is not finite or a vector's norm does not fit in float32.
+
+    Examples
+    --------
+    >>> import numpy as np, tq_hb
+    >>> codes, norms = tq_hb.quantize(np.ones((3, 256), np.float32), 6)
+    >>> codes.shape, codes.dtype.name, norms.tolist()
+    ((3, 256), 'uint8', [16.0, 16.0, 16.0])
+    """
+    op = "quantize"
+    check_packing(op, packing)
+    bits = check_bits(op, "bits", bits)
+    rows = as_float32(op, "x", x)
+    if rows.ndim == 0:
+        raise invalid(op, "x", "must have head_dim as its last axis", "a scalar")
+    lead, head_dim = rows.shape[:-1], check_head_dim(op, rows.shape[-1])
+    count = math.prod(lead)
+    core = resolve_device(device)._core
+    _core.codebook(op, bits, codebook)
+    codes = np.empty((count, head_dim), np.uint8)
+    norms = np.empty(_norms_shape((count,), head_dim), np.float32)
+    if count > 0:
+        require_rows(op, "x", rows.reshape(count, 1, head_dim))
+        hp = _core.HadamardQuantizeKvHbParams(
+            head_dim=head_dim, num_kv_heads=1, write_pos=0, cache_capacity=count, codebook_bits=bits
+        )
+        target = (
+            "",
+            core.wrap(op, "x", rows.reshape(count, 1, head_dim)),
+            core.wrap(op, "codes", codes[None]),
+            core.wrap(op, "norms", norms[None]),
+            bits,
+        )
+        encoder = core.make_encoder()
+        encoder.hadamard_quantize(op, hp, [target], codebook)
+        _run(encoder)
+    norms_out = norms.reshape(_norms_shape(lead, head_dim))
+    return like(x, codes.reshape(*lead, head_dim), "uint8"), like(x, norms_out)
+
+
+def dequantize(
+    codes: Array,
+    norms: Array,
+    bits: int,
+    *,
+    head_dim: int,
+    codebook: str = "lloyd_max",
+    packing: str = "byte",
+    rotated: bool = False,
+    scale_factor_d512: float = 1.0,
+) -> Array:
+    """Rebuild vectors from codes and norms.
+
+    Parameters
+    ----------
+    codes : uint8 (..., head_dim)
+    norms : float32 (...), or (..., 2) for head_dim 512
+    rotated : bool
+        Leave the vectors rotated, as the attention op reads them.
+
+    Returns
+    -------
+    float32 (..., head_dim), in the library of ``codes``.
+
+    Examples
+    --------
+    >>> import numpy as np, tq_hb
+    >>> x = np.random.default_rng(0).standard_normal((4, 256), np.float32)
+    >>> y = tq_hb.dequantize(*tq_hb.quantize(x, 8), 8, head_dim=256)
+    >>> bool(((x - y) ** 2).sum() / (x**2).sum() < 5e-5)
+    True
+    """
+    op = "dequantize"
+    check_packing(op, packing)
+    bits = check_bits(op, "bits", bits)
+    head_dim = check_head_dim(op, head_dim)
+    code_rows, norm_rows = as_codes(op, "codes", codes), as_float32(op, "norms", norms)
+    if code_rows.ndim == 0 or code_rows.shape[-1] != head_dim:
+        raise invalid(op, "codes", f"must have head_dim {head_dim} as its last axis", code_rows.shape)
+    lead = code_rows.shape[:-1]
+    if norm_rows.shape != _norms_shape(lead, head_dim):
+        raise invalid(op, "norms", f"must have shape {_norms_shape(lead, head_dim)}", norm_rows.shape)
+    count = math.prod(lead)
+    result = np.empty((count, 1, head_dim), np.float32)
+    _core.codebook(op, bits, codebook)
+    hp = _core.HadamardQuantizeKvHbParams(
+        head_dim=head_dim,
+        num_kv_heads=1,
+        write_pos=0,
+        cache_capacity=max(count, 1),
+        codebook_bits=bits,
+        scale_factor_d512=scale_factor_d512,
+    )
+    hp.validate()
+    if count > 0:
+        core = Device("cpu")._core
+        out = core.wrap(op, "out", result)
+        encoder = core.make_encoder()
+        encoder.dequantize(
+            op,
+            hp,
+            0,
+            core.wrap(op, "codes", code_rows.reshape(1, count, head_dim)),
+            core.wrap(op, "norms", norm_rows.reshape(1, *_norms_shape((count,), head_dim))),
+            out,
+            codebook,
+        )
+        if not rotated:
+            encoder.memory_barrier()
+            encoder.fwht(op, False, out)
+        _run(encoder)
+    return like(codes, result.reshape(*lead, head_dim))
+
+
+def hadamard_quantize_kv_hb(
+    src: Array,
+    packed: Array,
+    norms: Array,
+    hp: _core.HadamardQuantizeKvHbParams,
+    *,
+    codebook: str = "lloyd_max",
+    packing: str = "byte",
+    device: str | Device | None = None,
+) -> None:
+    """Encode one token or a run of tokens into a cache, in place.
+
+    Parameters
+    ----------
+    src : array, shape (num_kv_heads, head_dim) or (tokens, num_kv_heads, head_dim)
+        Not rotated. Of a run longer than a ring only the newest ``cache_capacity`` tokens are kept.
+    packed : uint8 (num_kv_heads, cache_capacity, head_dim)
+    norms : float32 (num_kv_heads, cache_capacity), or (num_kv_heads, cache_capacity, 2) for head_dim 512
+    hp : HadamardQuantizeKvHbParams
+        Token t goes to slot ``write_pos + t``, modulo ``cache_capacity`` when ``is_sliding`` is 1.
+
+    Raises
+    ------
+    InvalidArgument
+        If an argument breaks a rule or ``src`` cannot be encoded; nothing is written then.
+
+    Examples
+    --------
+    >>> import numpy as np, tq_hb
+    >>> packed, norms = np.zeros((2, 8, 256), np.uint8), np.zeros((2, 8), np.float32)
+    >>> hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=2, write_pos=3, cache_capacity=8)
+    >>> tq_hb.hadamard_quantize_kv_hb(np.ones((2, 256), np.float32), packed, norms, hp)
+    >>> norms[:, 3].tolist()
+    [16.0, 16.0]
+    """
+    op = "hadamard_quantize_kv_hb"
+    targets = [("src", src, "packed", packed, "norms", norms, hp.codebook_bits, "")]
+    _quantize(op, targets, hp, codebook, packing, device)
+
+
+def hadamard_quantize_kv_hb_dual(
+    src_k: Array,
+    src_v: Array,
+    k_packed: Array,
+    v_packed: Array,
+    k_norms: Array,
+    v_norms: Array,
+    hp: _core.HadamardQuantizeKvHbParams,
+    *,
+    v_bits: int | None = None,
+    codebook: str = "lloyd_max",
+    packing: str = "byte",
+    device: str | Device | None = None,
+) -> None:
+    """Encode K and V together; the same bytes as two calls of :func:`hadamard_quantize_kv_hb`.
+
+    ``v_bits`` is the width of V where it differs from ``hp.codebook_bits``. Shapes and errors are those of
+    the single form; nothing of either is written if one cannot be encoded.
+
+    >>> import numpy as np, tq_hb
+    >>> k_packed, v_packed = np.zeros((2, 1, 4, 256), np.uint8)
+    >>> k_norms, v_norms = np.zeros((2, 1, 4), np.float32)
+    >>> hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=1, write_pos=0, cache_capacity=4)
+    >>> k, v = np.ones((2, 1, 256), np.float32)
+    >>> tq_hb.hadamard_quantize_kv_hb_dual(k, v, k_packed, v_packed, k_norms, v_norms, hp, v_bits=5)
+    >>> int(v_packed.max()) < 32
+    True
+    """
+    op = "hadamard_quantize_kv_hb_dual"
+    bits = hp.codebook_bits if v_bits is None else check_bits(op, "v_bits", v_bits)
+    targets = [
+        ("src_k", src_k, "k_packed", k_packed, "k_norms", k_norms, hp.codebook_bits, "k"),
+        ("src_v", src_v, "v_packed", v_packed, "v_norms", v_norms, bits, "v"),
+    ]
+    _quantize(op, targets, hp, codebook, packing, device)
+
+
+def _quantize(
+    op: str,
+    targets: list[tuple[str, Array, str, Array, str, Array, int, str]],
+    hp: _core.HadamardQuantizeKvHbParams,
+    codebook: str,
+    packing: str,
+    device: str | Device | None,
+) -> None:
+    check_packing(op, packing)
+    core = resolve_device(device)._core
+    encoder = core.make_encoder()
+    wrapped = []
+    sources = []
+    for src_name, src, packed_name, packed, norms_name, norms, bits, key in targets:
+        rows = as_float32(op, src_name, src)
+        codes_out = as_writable(op, packed_name, packed, np.uint8)
+        norms_out = as_writable(op, norms_name, norms, np.float32)
+        require_disjoint(op, packed_name, codes_out, src_name, src)
+        require_disjoint(op, norms_name, norms_out, src_name, src)
+        sources.append((src_name, rows))
+        buffers = (
+            core.wrap(op, name, array)
+            for name, array in ((src_name, rows), (packed_name, codes_out), (norms_name, norms_out))
+        )
+        wrapped.append((key, *buffers, bits))
+    encoder.hadamard_quantize(op, hp, wrapped, codebook)
+    for src_name, rows in sources:
+        require_rows(op, src_name, rows)
+    _run(encoder)
+
+
+def tq_dequantize_hb_kv(
+    packed: Array,
+    norms: Array,
+    hp: _core.HadamardQuantizeKvHbParams,
+    *,
+    pos: int,
+    codebook: str = "lloyd_max",
+    packing: str = "byte",
+) -> Array:
+    """Rebuild one position of a cache, still rotated.
+
+    Parameters
+    ----------
+    packed : uint8 (num_kv_heads, cache_capacity, head_dim)
+    norms : float32 (num_kv_heads, cache_capacity), or (num_kv_heads, cache_capacity, 2) for head_dim 512
+    pos : int
+        Slot ``pos``, or ``pos`` modulo ``cache_capacity`` when ``hp.is_sliding`` is 1.
+
+    Returns
+    -------
+    float32 (num_kv_heads, head_dim), in the library of ``packed``.
+
+    Examples
+    --------
+    >>> import numpy as np, tq_hb
+    >>> packed, norms = np.zeros((1, 4, 256), np.uint8), np.zeros((1, 4), np.float32)
+    >>> hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=1, write_pos=2, cache_capacity=4)
+    >>> x = np.ones((1, 256), np.float32)
+    >>> tq_hb.hadamard_quantize_kv_hb(x, packed, norms, hp)
+    >>> y = tq_hb.unrotate(tq_hb.tq_dequantize_hb_kv(packed, norms, hp, pos=2))
+    >>> bool(np.abs(y - x).max() < 0.1)
+    True
+    """
+    op = "tq_dequantize_hb_kv"
+    check_packing(op, packing)
+    position = _core.to_uint32(op, "pos", pos)
+    hp.validate()
+    core = Device("cpu")._core
+    result = np.empty((1, hp.num_kv_heads, hp.head_dim), np.float32)
+    encoder = core.make_encoder()
+    encoder.dequantize(
+        op,
+        hp,
+        position,
+        core.wrap(op, "packed", as_codes(op, "packed", packed)),
+        core.wrap(op, "norms", as_float32(op, "norms", norms)),
+        core.wrap(op, "out", result),
+        codebook,
+    )
+    _run(encoder)
+    return like(packed, result[0])
+
+
+def tmp_buffer_bytes(num_heads: int, head_dim: int, *, num_queries: int = 1, splits: int = 32) -> int:
+    """Bytes of working storage that a recorded attention call needs for its partial results.
+
+    ``num_queries * num_heads * splits * (head_dim + 2) * 4``: the output, the maximum and the sum of each split.
+
+    >>> import tq_hb
+    >>> tq_hb.tmp_buffer_bytes(16, 256)
+    528384
+    """
+    op = "tmp_buffer_bytes"
+    return _core.tmp_buffer_bytes(
+        _core.to_uint32(op, "num_heads", num_heads),
+        _core.to_uint32(op, "head_dim", head_dim),
+        _core.to_uint32(op, "num_queries", num_queries),
+        _core.to_uint32(op, "splits", splits),
+    )
+
+
+def flash_attn_vec_tq_hb(
+    q: Array,
+    k_packed: Array,
+    k_norms: Array,
+    v_packed: Array,
+    v_norms: Array,
+    p: _core.FlashAttnVecTqHbParams,
+    *,
+    nwg: int | None = None,
+    v_bits: int | None = None,
+    codebook: str = "lloyd_max",
+    packing: str = "byte",
+    sinks: Array | None = None,
+    precision: str = "default",
+    return_lse: bool = False,
+    out: Array | None = None,
+    device: str | Device | None = None,
+) -> Array:
+    """Attend one query token per head to a quantised cache; the output stays rotated.
+
+    Parameters
+    ----------
+    q : array, shape (num_heads, head_dim) or (1, num_heads, head_dim)
+        Rotated by :func:`fwht_sign_premult_f32`, unless ``p.fuse_fwht_pre`` is 1.
+    k_packed, v_packed : uint8 (num_kv_heads, kv_capacity, head_dim)
+    k_norms, v_norms : float32 (num_kv_heads, kv_capacity), or (num_kv_heads, kv_capacity, 2) for head_dim 512
+    p : FlashAttnVecTqHbParams
+    nwg : int, optional
+        Workgroups per head, 1 to 32; :func:`compute_nwg` chooses otherwise.
+    v_bits : int, optional
+        Width of V where it differs from ``p.codebook_bits``.
+    precision : "default" or "strict"
+        Accuracy class. The cpu computes in float32 for both.
+    out : array, optional
+        Where the result is written; shape and dtype of the result.
+
+    Returns
+    -------
+    array, shape, library and floating dtype of ``q`` (float64 gives float32).
+
+    Raises
+    ------
+    InvalidArgument
+        If an argument breaks a rule, or q is not finite.
+    UnsupportedError
+        For what no backend serves yet: more than one query, sinks, return_lse, packing="plane".
+
+    Examples
+    --------
+    >>> import numpy as np, tq_hb
+    >>> k, v = np.random.default_rng(0).standard_normal((2, 1, 40, 256), np.float32)
+    >>> p = tq_hb.FlashAttnVecTqHbParams(num_heads=2, num_kv_heads=1, head_dim=256, kv_seq_len=40,
+    ...     kv_capacity=40, scale=0.0625)
+    >>> q = tq_hb.rotate(np.ones((2, 256), np.float32))
+    >>> o = tq_hb.flash_attn_vec_tq_hb(q, *tq_hb.quantize(k, 8), *tq_hb.quantize(v, 8), p)
+    >>> o.shape
+    (2, 256)
+    """
+    return _attend(
+        "flash_attn_vec_tq_hb", False, q, k_packed, k_norms, v_packed, v_norms, p, out, device,
+        nwg=nwg, v_bits=v_bits, codebook=codebook, packing=packing, sinks=sinks, precision=precision,
+        return_lse=return_lse,
+    )  # fmt: skip
+
+
+def flash_attn_vec_tq_hb_with_fused_undo(
+    q: Array,
+    k_packed: Array,
+    k_norms: Array,
+    v_packed: Array,
+    v_norms: Array,
+    p: _core.FlashAttnVecTqHbParams,
+    *,
+    nwg: int | None = None,
+    v_bits: int | None = None,
+    codebook: str = "lloyd_max",
+    packing: str = "byte",
+    sinks: Array | None = None,
+    precision: str = "default",
+    return_lse: bool = False,
+    out: Array | None = None,
+    device: str | Device | None = None,
+) -> Array:
+    """Attend as :func:`flash_attn_vec_tq_hb` does, with the output already un-rotated.
+
+    >>> import numpy as np, tq_hb
+    >>> k, v = np.random.default_rng(0).standard_normal((2, 1, 40, 256), np.float32)
+    >>> p = tq_hb.FlashAttnVecTqHbParams(num_heads=2, num_kv_heads=1, head_dim=256, kv_seq_len=40,
+    ...     kv_capacity=40, scale=0.0, fuse_fwht_pre=1)
+    >>> cache = *tq_hb.quantize(k, 8), *tq_hb.quantize(v, 8)
+    >>> o = tq_hb.flash_attn_vec_tq_hb_with_fused_undo(np.ones((2, 256), np.float32), *cache, p)
+    >>> bool(np.abs(o - v[0].mean(axis=0)).max() < 0.01)
+    True
+    """
+    return _attend(
+        "flash_attn_vec_tq_hb_with_fused_undo", True, q, k_packed, k_norms, v_packed, v_norms, p, out, device,
+        nwg=nwg, v_bits=v_bits, codebook=codebook, packing=packing, sinks=sinks, precision=precision,
+        return_lse=return_lse,
+    )  # fmt: skip
+
+
+def _attend(
+    op: str,
+    fused_undo: bool,
+    q: Array,
+    k_packed: Array,
+    k_norms: Array,
+    v_packed: Array,
+    v_norms: Array,
+    p: _core.FlashAttnVecTqHbParams,
+    out: Array | None,
+    device: str | Device | None,
+    **options: Any,
+) -> Array:
+    dev = resolve_device(device)
+    core = dev._core
+    rows = as_float32(op, "q", q)
+    dtype = result_dtype(op, "q", q)
+    inputs = {"q": q, "k_packed": k_packed, "k_norms": k_norms, "v_packed": v_packed, "v_norms": v_norms}
+    writable = None
+    if out is not None:
+        writable = as_out(op, out, rows.shape, dtype)
+        for name, x in inputs.items():
+            require_disjoint(op, "out", writable, name, x)
+    result = writable if writable is not None and dtype == "float32" else np.empty(rows.shape, np.float32)
+    encoder = dev.encoder()
+    record = encoder.flash_attn_vec_tq_hb_with_fused_undo if fused_undo else encoder.flash_attn_vec_tq_hb
+    record(
+        core.wrap(op, "q", rows),
+        core.wrap(op, "k_packed", as_codes(op, "k_packed", k_packed)),
+        core.wrap(op, "k_norms", as_float32(op, "k_norms", k_norms)),
+        core.wrap(op, "v_packed", as_codes(op, "v_packed", v_packed)),
+        core.wrap(op, "v_norms", as_float32(op, "v_norms", v_norms)),
+        core.wrap(op, "out", result),
+        None,
+        p,
+        **options,
+    )
+    require_rows(op, "q", rows, as_query=True)
+    encoder.commit_and_wait()
+    return finish(q, out, writable, result, dtype)

@@ -1,0 +1,56 @@
+"""Keyword arguments that several functions share, checked in one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tq_hb import _core
+
+
+def invalid(op: str, field: str, rule: str, value: object) -> _core.InvalidArgument:
+    """Return the error for an argument that breaks a rule: ``op: field rule, got value``."""
+    return _core.InvalidArgument(f"{op}: {field} {rule}, got {value}")
+
+
+def unsupported(op: str, what: str) -> _core.UnsupportedError:
+    """Return the error for a right call that no backend serves yet."""
+    return _core.UnsupportedError(f"{op}: {what} is not supported")
+
+
+def check_bits(op: str, field: str, value: object) -> int:
+    """Return ``value`` as an index width."""
+    bits = _core.to_uint32(op, field, value)
+    if bits not in _core.supported_bits():
+        raise invalid(op, field, "must be 5, 6 or 8", bits)
+    return bits
+
+
+def check_head_dim(op: str, value: object) -> int:
+    """Return ``value`` as a head size."""
+    head_dim = _core.to_uint32(op, "head_dim", value)
+    _core.check_head_dim(op, head_dim)
+    return head_dim
+
+
+def check_packing(op: str, packing: str) -> None:
+    """Accept the layouts of spec'd names, of which only one byte per code is served."""
+    if packing == "plane":
+        raise unsupported(op, 'packing="plane"')
+    if packing != "byte":
+        raise invalid(op, "packing", 'must be "byte" or "plane"', repr(packing))
+
+
+def check_precision(op: str, precision: str) -> None:
+    """Accept the two accuracy classes."""
+    if precision not in ("default", "strict"):
+        raise invalid(op, "precision", 'must be "default" or "strict"', repr(precision))
+
+
+def check_attention(op: str, *, packing: str, precision: str, sinks: Any, return_lse: bool) -> None:
+    """Check the keywords of an attention call."""
+    check_packing(op, packing)
+    check_precision(op, precision)
+    if sinks is not None:
+        raise unsupported(op, "sinks")
+    if return_lse:
+        raise unsupported(op, "return_lse=True")
