@@ -1,0 +1,229 @@
+"""What must hold of a cache whatever is done to it."""
+
+from __future__ import annotations
+
+import numpy as np
+import tolerance
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import tq_hb
+
+HEAD_DIMS = st.sampled_from([256, 512])
+WIDTHS = st.sampled_from([5, 6, 8])
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def tokens(seed: int, count: int, heads: int, head_dim: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, heads, head_dim)).astype(np.float32)
+
+
+class RingAgainstList(RuleBasedStateMachine):
+    """A cache against a Python list of what it must still hold."""
+
+    @initialize(window=st.none() | st.integers(1, 12), spare=st.integers(0, 6), fixed=st.booleans())
+    def create(self, window: int | None, spare: int, fixed: bool) -> None:
+        self.window = window
+        linear_capacity = 40 if fixed else None
+        self.cache = tq_hb.KVCache(1, 256, window + spare if window else linear_capacity, sliding_window=window)
+        self.limit = self.cache.capacity if window else linear_capacity
+        self.held: list[int] = []  # numbers of the tokens
+        self.offset = 0
+        self.next_token = 1
+
+    def vectors(self, numbers: list[int]) -> np.ndarray:
+        """A token's number decides its vector: one-hot-like rows of a length of their own."""
+        x = np.zeros((len(numbers), 1, 256), np.float32)
+        for row, number in zip(x, numbers, strict=True):
+            row[0, number % 256] = number
+        return x
+
+    @rule(count=st.integers(0, 20))
+    def append(self, count: int) -> None:
+        new = list(range(self.next_token, self.next_token + count))
+        x = self.vectors(new)
+        if not self.window and self.limit is not None and len(self.held) + count > self.limit:
+            try:
+                self.cache.append(x, -x)
+            except tq_hb.InvalidArgument:
+                return
+            raise AssertionError("an append beyond the capacity was accepted")
+        self.cache.append(x, -x)
+        self.next_token += count
+        self.offset += count
+        self.held += new
+        if self.window:
+            self.held = self.held[-self.limit :]
+
+    @rule(count=st.integers(0, 15))
+    def trim(self, count: int) -> None:
+        left, offset = len(self.held) - count, self.offset - count
+        overwritten = self.offset > len(self.held)
+        allowed = left >= 0 and not (overwritten and left < min(offset, self.window or 0))
+        if not allowed:
+            try:
+                self.cache.trim(count)
+            except tq_hb.InvalidArgument:
+                return
+            raise AssertionError("a trim of tokens that the window needs was accepted")
+        self.cache.trim(count)
+        self.held = self.held[:left]
+        self.offset = offset
+
+    @rule()
+    def clear(self) -> None:
+        self.cache.clear()
+        self.held, self.offset = [], 0
+
+    @rule()
+    def go_on_with_a_copy(self) -> None:
+        old, self.cache = self.cache, self.cache.copy()
+        old.clear()
+
+    @precondition(lambda self: self.window is None and self.limit is None)
+    @rule(count=st.integers(0, 60))
+    def reserve(self, count: int) -> None:
+        self.cache.reserve(count)
+        assert self.cache.capacity >= count
+
+    @invariant()
+    def holds_what_the_list_holds(self) -> None:
+        assert len(self.cache) == len(self.held)
+        assert self.cache.offset == self.offset
+        k, v = self.cache.dequantize()
+        lengths = np.sqrt((k[:, 0].astype(np.float64) ** 2).sum(-1))
+        # Numbers differ by 1 and a length is kept to a per mille at 8 bits; below 300 that tells them apart.
+        assert np.round(lengths).astype(int).tolist() == self.held
+        assert np.array_equal(v, -k) or not len(k)
+
+    @precondition(lambda self: self.held)
+    @invariant()
+    def attends_to_its_window(self) -> None:
+        q = np.ones((1, 256), np.float32)
+        seen = self.vectors(self.held[-self.window :] if self.window else self.held)
+        fresh = tq_hb.KVCache(1, 256)
+        fresh.append(seen, -seen)
+        assert np.array_equal(self.cache.attend(q, scale=0.0), fresh.attend(q, scale=0.0))
+
+
+RingAgainstList.TestCase.settings = settings(max_examples=40, stateful_step_count=12, deadline=None)
+TestRingAgainstList = RingAgainstList.TestCase
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=SEEDS, head_dim=HEAD_DIMS, cbits=WIDTHS, exponent=st.integers(-15, 15), count=st.integers(1, 5))
+def test_round_trip_error_is_that_of_the_format(seed, head_dim, cbits, exponent, count):
+    x = tokens(seed, count, 1, head_dim) * np.float32(2.0**exponent)
+    codes, norms = tq_hb.quantize(x, cbits)
+    back = tq_hb.dequantize(codes, norms, cbits, head_dim=head_dim)
+    # A single vector of 256 values can be twice as far off as the average of many.
+    assert tolerance.nmse(back, x) <= 3 * tolerance.FORMAT_ERROR["lloyd_max", cbits]
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=SEEDS, head_dim=HEAD_DIMS, cbits=WIDTHS, exponent=st.integers(-20, 20))
+def test_codes_do_not_depend_on_the_length_of_a_vector(seed, head_dim, cbits, exponent):
+    """Scaling by a power of two is exact in every step."""
+    x = tokens(seed, 3, 1, head_dim)
+    codes, norms = tq_hb.quantize(x, cbits)
+    scaled_codes, scaled_norms = tq_hb.quantize(x * np.float32(2.0**exponent), cbits)
+    assert np.array_equal(codes, scaled_codes)
+    assert np.array_equal(norms * np.float32(2.0**exponent), scaled_norms)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=SEEDS,
+    head_dim=HEAD_DIMS,
+    runs=st.lists(st.integers(0, 40), min_size=1, max_size=8),
+    window=st.none() | st.integers(1, 50),
+)
+def test_appending_in_runs_equals_appending_at_once(seed, head_dim, runs, window):
+    x = tokens(seed, sum(runs), 2, head_dim)
+    in_runs, at_once = (tq_hb.KVCache(2, head_dim, sliding_window=window) for _ in range(2))
+    start = 0
+    for n in runs:
+        in_runs.append(x[start : start + n], -x[start : start + n])
+        start += n
+    at_once.append(x, -x)
+    assert len(in_runs) == len(at_once)
+    assert in_runs.offset == at_once.offset
+    for a, b in zip(in_runs.dequantize(), at_once.dequantize(), strict=True):
+        assert a.tobytes() == b.tobytes()
+    if len(at_once):
+        q = tokens(seed, 1, 4, head_dim)[0]
+        assert in_runs.attend(q).tobytes() == at_once.attend(q).tobytes()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=SEEDS, head_dim=HEAD_DIMS, count=st.integers(1, 150), window=st.integers(1, 170), spare=st.integers(0, 40))
+def test_a_window_equals_the_sliced_cache_bit_for_bit(seed, head_dim, count, window, spare):
+    x, v = tokens(seed, count, 2, head_dim), tokens(seed + 1, count, 2, head_dim)
+    q = tokens(seed + 2, 1, 4, head_dim)[0]
+    ring = tq_hb.KVCache(2, head_dim, window + spare, sliding_window=window)
+    ring.append(x, v)
+    sliced = tq_hb.KVCache(2, head_dim)
+    sliced.append(x[-window:], v[-window:])
+    assert ring.attend(q).tobytes() == sliced.attend(q).tobytes()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=SEEDS, count=st.integers(1, 120), num_kv_heads=st.integers(1, 4), group=st.integers(1, 5))
+def test_grouped_heads_equal_repeated_heads(seed, count, num_kv_heads, group):
+    k, v = tokens(seed, count, num_kv_heads, 256), tokens(seed + 1, count, num_kv_heads, 256)
+    q = tokens(seed + 2, 1, num_kv_heads * group, 256)[0]
+    grouped = tq_hb.KVCache(num_kv_heads, 256)
+    grouped.append(k, v)
+    repeated = tq_hb.KVCache(num_kv_heads * group, 256)
+    repeated.append(k.repeat(group, axis=1), v.repeat(group, axis=1))
+    assert tolerance.nmse(grouped.attend(q), repeated.attend(q)) <= tolerance.SPLIT_NMSE
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=SEEDS, count=st.integers(2, 150), softcap=st.sampled_from([0.0, 3.0]))
+def test_the_order_of_the_keys_does_not_matter(seed, count, softcap):
+    k, v = tokens(seed, count, 1, 256), tokens(seed + 1, count, 1, 256)
+    q = tokens(seed + 2, 1, 3, 256)[0]
+    order = np.random.default_rng(seed).permutation(count)
+    straight, shuffled = tq_hb.KVCache(1, 256), tq_hb.KVCache(1, 256)
+    straight.append(k, v)
+    shuffled.append(k[order], v[order])
+    assert tolerance.nmse(shuffled.attend(q, softcap=softcap), straight.attend(q, softcap=softcap)) <= tolerance.SPLIT_NMSE
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=SEEDS,
+    kv_len=st.integers(1, 300),
+    nsg=st.sampled_from([1, 2, 4]),
+    nwg=st.integers(1, 32),
+    head_dim=HEAD_DIMS,
+    data=st.data(),
+)
+def test_the_split_does_not_matter(seed, kv_len, nsg, nwg, head_dim, data):
+    ring_start = data.draw(st.integers(0, kv_len - 1), label="ring_start")
+    window = data.draw(st.integers(0, kv_len + 3), label="window")
+    k, v = tokens(seed, kv_len, 1, head_dim), tokens(seed + 1, kv_len, 1, head_dim)
+    q = tokens(seed + 2, 1, 2, head_dim)[0]
+    (k_codes, k_norms), (v_codes, v_norms) = (tq_hb.quantize(x.swapaxes(0, 1), 8) for x in (k, v))
+
+    def attend(nsg: int, nwg: int) -> np.ndarray:
+        p = tq_hb.FlashAttnVecTqHbParams(
+            num_heads=2, num_kv_heads=1, head_dim=head_dim, kv_seq_len=kv_len, kv_capacity=kv_len,
+            scale=head_dim**-0.5, mask_type=2 if window else 0, sliding_window=window, ring_start=ring_start, nsg=nsg,
+        )  # fmt: skip
+        return tq_hb.flash_attn_vec_tq_hb(q, k_codes, k_norms, v_codes, v_norms, p, nwg=nwg)
+
+    once = attend(nsg, nwg)
+    assert once.tobytes() == attend(nsg, nwg).tobytes()
+    assert tolerance.nmse(once, attend(1, 1)) <= tolerance.SPLIT_NMSE
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=SEEDS, head_dim=HEAD_DIMS)
+def test_the_rotation_keeps_lengths_and_inner_products(seed, head_dim):
+    x, y = tokens(seed, 2, 1, head_dim)[:, 0]
+    rotated_x, rotated_y = tq_hb.rotate(x), tq_hb.rotate(y)
+    assert np.allclose(rotated_x @ rotated_y, x @ y, atol=1e-3)
+    assert tolerance.nmse(tq_hb.unrotate(rotated_x), x) <= 4 * tolerance.ROTATE_NMSE
