@@ -1,0 +1,451 @@
+"""KV caches of transformers models, held at 5, 6 or 8 bits per value.
+
+`TqCache` is a transformers cache whose layers each hold a `tq_hb.KVCache`; `enable` makes a model attend through it.
+Which arithmetic serves a forward pass depends on what it finds:
+
+=====================================  =================================================================
+an empty cache (the first prefill)     full precision over the new tokens, which are then encoded
+one new token (decode)                 the codes, by `KVCache.attend`; K and V are never rebuilt
+several new tokens on a filled cache   full precision over the decoded visible past and the new tokens
+=====================================  =================================================================
+
+One sequence at a time: batches, padding and beams raise `tq_hb.UnsupportedError`.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NoReturn, TypeAlias
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from tq_hb import InvalidArgument, KVCache, UnsupportedError
+
+__all__ = ["ATTENTION_NAME", "TqCache", "TqLayer", "attention", "attention_mask", "enable"]
+
+ATTENTION_NAME = "tq_hb"
+"""What the attention and mask functions are registered as, for ``attn_implementation=``."""
+
+Config: TypeAlias = Any
+Model: TypeAlias = Any
+Plan: TypeAlias = Any
+
+
+def enable(model: Model) -> None:
+    """Make a model attend through tq_hb, in place.
+
+    It then works with a `TqCache`, and with the library's own caches as under ``"sdpa"``.
+    ``model.set_attn_implementation("sdpa")`` takes it back.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A causal language model with head dimension 256 or 512.
+
+    Raises
+    ------
+    tq_hb.UnsupportedError
+        If the model's class doesn't let its attention be replaced.
+
+    Examples
+    --------
+    >>> from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+    >>> from tq_hb.integrations.transformers import TqCache, enable
+    >>> config = Gemma3TextConfig(
+    ...     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+    ...     num_key_value_heads=1, head_dim=256, sliding_window=8)
+    >>> model = Gemma3ForCausalLM(config).eval()
+    >>> enable(model)
+    >>> cache = TqCache(model.config, k_bits=8, v_bits=6)
+    >>> prompt = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]])
+    >>> tokens = model.generate(prompt, cache=cache, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    >>> tokens.shape
+    torch.Size([1, 15])
+    >>> cache.bytes_per_token  # six layers of 520 bytes, a byte per code
+    3120
+    """
+    model.set_attn_implementation(ATTENTION_NAME)
+    if model.config.get_text_config(decoder=True)._attn_implementation != ATTENTION_NAME:
+        raise UnsupportedError(f"enable: model must allow its attention to be replaced, got {type(model).__name__}")
+
+
+class TqCache(Cache):  # type: ignore[misc]
+    """A transformers cache held by tq_hb: pass it as ``cache=`` to a model that `enable` was called on.
+
+    Sliding-window layers hold a ring of `sliding_window` tokens, the others grow.
+
+    Parameters
+    ----------
+    config : transformers.PreTrainedConfig
+        The model's config; tells each layer's kind, heads, head dimension and window.
+    k_bits, v_bits : int
+        Bits per value of K and of V: 5, 6 or 8.
+    codebook, packing, precision, device
+        As for `tq_hb.KVCache`.
+    rollback : int
+        How many tokens `crop` can take back once a ring has overwritten its oldest. Assisted decoding and prompt
+        lookup need as many as they propose at a time. The rings get that many more slots.
+
+    Raises
+    ------
+    tq_hb.InvalidArgument
+        If an argument, or the model's head dimension, is outside what tq_hb knows.
+    tq_hb.UnsupportedError
+        If a layer is of another kind than full or sliding attention, or tq_hb doesn't offer its head dimension.
+
+    Examples
+    --------
+    >>> from transformers import Qwen3Config
+    >>> config = Qwen3Config(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=256)
+    >>> cache = TqCache(config, k_bits=8, v_bits=5)
+    >>> cache.get_seq_length(), cache.bytes_per_token
+    (0, 2080)
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        k_bits: int = 8,
+        v_bits: int = 8,
+        codebook: str = "lloyd_max",
+        packing: str = "byte",
+        precision: str = "default",
+        device: Any = None,
+        rollback: int = 0,
+    ) -> None:
+        if not isinstance(rollback, int) or rollback < 0:
+            raise InvalidArgument(f"TqCache: rollback must be an integer of at least 0, got {rollback!r}")
+        options = {
+            "k_bits": k_bits,
+            "v_bits": v_bits,
+            "codebook": codebook,
+            "packing": packing,
+            "precision": precision,
+            "device": device,
+        }
+        config = config.get_text_config(decoder=True)
+        layer_types, layer_kwargs = get_layer_types_and_kwargs(config)
+        layers = []
+        for index, (layer_type, layer_config) in enumerate(zip(layer_types, config.per_layer_config, strict=True)):
+            if layer_type not in ("full_attention", "sliding_attention"):
+                raise UnsupportedError(
+                    f"TqCache: layer {index} must be full_attention or sliding_attention, got {layer_type}"
+                )
+            window = layer_kwargs[index].get("sliding_window")
+            kv = KVCache(
+                getattr(layer_config, "num_key_value_heads", None) or layer_config.num_attention_heads,
+                getattr(layer_config, "head_dim", None) or layer_config.hidden_size // layer_config.num_attention_heads,
+                None if window is None else window + rollback,
+                sliding_window=window,
+                **options,
+            )
+            layers.append(TqLayer(kv))
+        super().__init__(layers=layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for codes and norms, all layers together."""
+        return sum(layer.kv.nbytes for layer in self.layers)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of codes and norms per token held, all layers together."""
+        return sum(layer.kv.bytes_per_token for layer in self.layers)
+
+    @property
+    def last_plans(self) -> tuple[Plan | None, ...]:
+        """Per layer, what served the last attention on codes; None for a layer that hasn't done any yet."""
+        return tuple(layer.kv.last_plan for layer in self.layers)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens, in every layer or, if that can't be, in none.
+
+        Parameters
+        ----------
+        tokens_to_remove : int
+            Minus the number of tokens, as in transformers.
+
+        Raises
+        ------
+        tq_hb.InvalidArgument
+            If the number is positive, or there are fewer tokens than that.
+        tq_hb.UnsupportedError
+            If a ring has overwritten tokens that would come into view again; see `rollback`.
+        """
+        for layer in self.layers:
+            layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+
+class TqLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer of a `TqCache`: transformers' layer protocol over a `tq_hb.KVCache`."""
+
+    def __init__(self, kv: KVCache) -> None:
+        super().__init__()
+        self.kv = kv
+        self.is_initialized = True
+
+    def __repr__(self) -> str:
+        return f"TqLayer({self.kv!r})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TqLayer:
+        clone = copy.copy(self)
+        clone.kv = self.kv.copy()
+        return clone
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether queries see the newest `sliding_window` tokens only."""
+        return self.kv.sliding_window is not None
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` works however many tokens have been seen."""
+        return self.kv.sliding_window is None or self.kv.capacity > self.kv.sliding_window
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Do nothing: the cache was made from the model's config."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Encode the new tokens and return what the attention function shall attend to.
+
+        Parameters
+        ----------
+        key_states, value_states : torch.Tensor, shape (1, kv_heads, tokens, head_dim)
+
+        Returns
+        -------
+        tuple
+            Full-precision keys and values, shape (1, kv_heads, visible, head_dim); for one new token on a filled
+            cache `CodesOnly`, twice.
+        """
+        if key_states.shape[0] != 1:
+            raise UnsupportedError(f"TqCache: batch must be 1, got {key_states.shape[0]}")
+        if self.kv.offset == 0:
+            keys: Any = key_states
+            values: Any = value_states
+        elif key_states.shape[2] == 1:
+            keys = values = CodesOnly(self.kv)
+        else:
+            keys, values = self._visible_past(key_states)
+            keys = torch.cat([keys, key_states], dim=2)
+            values = torch.cat([values, value_states], dim=2)
+        self.kv.append(_token_major(key_states), _token_major(value_states))
+        return keys, values
+
+    def _visible_past(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the next token sees of the keys and values held, decoded, in the model's layout."""
+        length = self._visible_past_length()
+        k, v = (torch.from_numpy(x[len(x) - length :]).transpose(0, 1) for x in self.kv.dequantize())
+        return k[None].to(like), v[None].to(like)
+
+    def _visible_past_length(self) -> int:
+        window = self.kv.sliding_window
+        return len(self.kv) if window is None else min(len(self.kv), window - 1)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many keys the next `query_length` tokens are masked over, and the position of the first."""
+        past = self._visible_past_length()
+        return past + query_length, self.kv.offset - past
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens seen."""
+        return int(self.kv.offset)
+
+    def get_max_length(self) -> int:
+        """Return the window, or -1 where there is no maximum."""
+        return -1 if self.kv.sliding_window is None else int(self.kv.sliding_window)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.kv.clear()
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise what `crop` would raise; see `TqCache.crop`."""
+        count, kv = -tokens_to_remove, self.kv
+        if not 0 <= count <= kv.offset:
+            raise InvalidArgument(
+                f"TqCache.crop: tokens_to_remove must be from -{kv.offset} (the tokens seen) to 0, "
+                f"got {tokens_to_remove}"
+            )
+        # Once a ring has overwritten tokens, what is left must still fill the window.
+        if len(kv) < kv.offset and count > len(kv) - kv.sliding_window:
+            raise UnsupportedError(
+                f"TqCache.crop: tokens_to_remove must be at least -{len(kv) - kv.sliding_window} after a "
+                f"sliding-window layer has wrapped (make the cache with a larger rollback), got {tokens_to_remove}"
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens; see `TqCache.crop`."""
+        self.check_crop(tokens_to_remove)
+        self.kv.trim(-tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> NoReturn:
+        """Raise: beams need a batch."""
+        raise UnsupportedError(f"TqCache: beams are not supported, got a reordering by {beam_idx.tolist()}")
+
+    def batch_repeat_interleave(self, repeats: int) -> NoReturn:
+        """Raise: batches are not supported."""
+        raise UnsupportedError(f"TqCache: batch must be 1, got {repeats} repeats")
+
+    def batch_select_indices(self, indices: torch.Tensor) -> NoReturn:
+        """Raise: batches are not supported."""
+        raise UnsupportedError(f"TqCache: batch must be 1, got a selection of {len(indices)} sequences")
+
+
+class CodesOnly:
+    """Stands in for the keys and values of a decode step, which exist as codes only.
+
+    Only this module's attention function can use it. Anything else that touches it, say another attention
+    implementation, gets an error instead of a wrong result.
+    """
+
+    def __init__(self, kv: KVCache) -> None:
+        self.kv = kv
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # Python's own protocols (copy, pickle, numpy) probe for optional methods and expect an AttributeError.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self._refuse()
+
+    @classmethod
+    def __torch_function__(cls, *_args: Any, **_kwargs: Any) -> NoReturn:
+        cls._refuse()
+
+    @staticmethod
+    def _refuse() -> NoReturn:
+        raise UnsupportedError(
+            f"TqCache: attn_implementation must be {ATTENTION_NAME!r} (call "
+            "tq_hb.integrations.transformers.enable on the model), got a model that attends in another way"
+        )
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor | CodesOnly,
+    value: torch.Tensor | CodesOnly,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend as transformers' attention functions do, on codes where `TqLayer.update` gave `CodesOnly`.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        The attention layer.
+    query : torch.Tensor, shape (batch, heads, queries, head_dim)
+    key, value : torch.Tensor, shape (batch, kv_heads, keys, head_dim), or CodesOnly
+    attention_mask : torch.Tensor, shape (batch, 1, queries, keys), optional
+        True or 0 for keys that are seen. None: causal.
+    scaling : float, optional
+        Multiplies the scores. Default ``head_dim ** -0.5``.
+    softcap : float, optional
+        Scores become ``softcap * tanh(score / softcap)``.
+
+    Returns
+    -------
+    tuple of torch.Tensor, shape (batch, queries, heads, head_dim), and None (attention weights are not kept)
+
+    Raises
+    ------
+    tq_hb.UnsupportedError
+        For sinks and position biases; on codes also for dropout and for a mask that hides a key.
+    """
+    for name in ("s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedError(f"attention: {name} is not supported, got {type(module).__name__} with it")
+    if isinstance(key, CodesOnly):
+        return _attend_on_codes(key.kv, query, attention_mask, scaling, softcap, dropout), None
+    if softcap:
+        return _attend_softcapped(query, key, value, attention_mask, scaling, softcap), None
+    output, _ = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+    return output, None
+
+
+def _attend_on_codes(
+    kv: KVCache,
+    query: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    if dropout:
+        raise UnsupportedError(f"attention: dropout must be 0 on a TqCache, got {dropout}")
+    if mask is not None and not _hides_nothing(mask):
+        raise UnsupportedError("attention: attention_mask must not hide a key from decode on a TqCache, got one that does")
+    output = kv.attend(query[0, :, 0].detach(), scale=scale, softcap=softcap or 0.0)
+    return output[None, None]
+
+
+def _attend_softcapped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float | None,
+    softcap: float,
+) -> torch.Tensor:
+    """Attend in full precision with a softcap, which torch's fused attention lacks."""
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    if mask is None:
+        # No mask means that the queries are the newest tokens, in order.
+        hidden_from = key.shape[2] - query.shape[2] + 1
+        mask = ~torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device).triu(hidden_from)
+    scores = (query @ key.mT).float() * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    output: torch.Tensor = scores.softmax(dim=-1).to(value.dtype) @ value
+    return output.transpose(1, 2).contiguous()
+
+
+def attention_mask(
+    batch_size: int, q_length: int, kv_length: int, *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any
+) -> torch.Tensor | None:
+    """Make the mask that `attention` takes, as transformers' mask functions do.
+
+    Without a mask function of its own, an attention function gets no mask at all, and sliding-window layers silently
+    see beyond their window.
+
+    Raises
+    ------
+    tq_hb.UnsupportedError
+        If `attention_mask`, shape (batch, tokens), marks padding.
+    """
+    if attention_mask is not None and not attention_mask.all():
+        raise UnsupportedError(
+            f"attention_mask: padding is not supported, got a mask that hides {int((attention_mask == 0).sum())} tokens"
+        )
+    mask: torch.Tensor | None = sdpa_mask(
+        batch_size, q_length, kv_length, *args, attention_mask=attention_mask, **kwargs
+    )
+    return mask
+
+
+def _hides_nothing(mask: torch.Tensor) -> bool:
+    return bool((mask if mask.dtype == torch.bool else mask >= 0).all())
+
+
+def _token_major(states: torch.Tensor) -> torch.Tensor:
+    """View (1, kv_heads, tokens, head_dim) as (tokens, kv_heads, head_dim)."""
+    return states.detach()[0].transpose(0, 1)
+
+
+AttentionInterface.register(ATTENTION_NAME, attention)
+AttentionMaskInterface.register(ATTENTION_NAME, attention_mask)
