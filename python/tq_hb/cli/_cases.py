@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 import tq_hb
-from tq_hb.cli._sampling import Call, PlainRead, Timing, buffers_to_stay_cold, sample
+from tq_hb.cli._sampling import Call, PlainRead, Timing, Track, buffers_to_stay_cold, sample
 
 Array = npt.NDArray[np.float32]
 
@@ -45,7 +44,7 @@ def measure_attend(
     samples: int,
     device: str | None = None,
     peers: bool = True,
-    on_round: Callable[[], object] = lambda: None,
+    track: Track = iter,
 ) -> dict[str, Any]:
     """Time one token's attention on cold caches, against torch's attention on float caches of the same shape.
 
@@ -77,7 +76,7 @@ def measure_attend(
         for name, itemsize, call in _torch_attention(shape, q, k, v):
             calls[name] = call
             read_bytes[name] = shape.kv_values * itemsize
-    timings, read_gb_s = _sample_with_read(calls, samples, on_round)
+    timings, read_gb_s = _sample_with_read(calls, samples, track)
     return {
         "op": "attend",
         "shape": dataclasses.asdict(shape),
@@ -88,9 +87,7 @@ def measure_attend(
     }
 
 
-def measure_append(
-    shape: Shape, *, samples: int, device: str | None = None, on_round: Callable[[], object] = lambda: None
-) -> dict[str, Any]:
+def measure_append(shape: Shape, *, samples: int, device: str | None = None, track: Track = iter) -> dict[str, Any]:
     """Time the encoding of one token and of a run of tokens into a ring of ``kv_len`` slots.
 
     Returns
@@ -119,7 +116,7 @@ def measure_append(
     if run > 1:
         calls[f"{run} tokens"] = lambda _: cache.append(k, v)
         read_bytes[f"{run} tokens"] = run * token_bytes
-    timings, read_gb_s = _sample_with_read(calls, samples, on_round)
+    timings, read_gb_s = _sample_with_read(calls, samples, track)
     return {
         "op": "append",
         "shape": dataclasses.asdict(shape),
@@ -188,10 +185,8 @@ def _torch_attention(shape: Shape, q: Array, k: Array, v: Array) -> list[tuple[s
     return [(f"torch {name}", dtype.itemsize, contender(dtype)) for name, dtype in dtypes.items()]
 
 
-def _sample_with_read(
-    calls: dict[str, Call], samples: int, on_round: Callable[[], object]
-) -> tuple[dict[str, Timing], float]:
-    timings = sample({**calls, "read": PlainRead(tq_hb.num_threads())}, samples, on_round)
+def _sample_with_read(calls: dict[str, Call], samples: int, track: Track) -> tuple[dict[str, Timing], float]:
+    timings = sample({**calls, "read": PlainRead(tq_hb.num_threads())}, samples, track)
     return timings, timings.pop("read").gb_s(PlainRead.nbytes)
 
 

@@ -19,5 +19,5 @@ def table(title: str, *columns: str, numeric_from: int = 1) -> Any:
 
     result = Table(title=title, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        result.add_column(column, justify="right" if i >= numeric_from else "left")
+        result.add_column(column, justify="right" if i >= numeric_from else "left", no_wrap=i > 0)
     return result

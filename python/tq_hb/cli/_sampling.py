@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,9 @@ import numpy.typing as npt
 
 Call: TypeAlias = Callable[[int], object]
 """Runs once, on the buffer that its argument, a running number, selects."""
+
+Track: TypeAlias = Callable[[range], Iterable[int]]
+"""Passes on the numbers of the rounds, and may show how far they are."""
 
 _SHORTEST_SAMPLE_S = 1e-3
 _WARMUP_ROUNDS = 3
@@ -42,7 +45,7 @@ class Timing:
         return nbytes / self.median_us / 1e3
 
 
-def sample(calls: Mapping[str, Call], samples: int, on_round: Callable[[], object] = lambda: None) -> dict[str, Timing]:
+def sample(calls: Mapping[str, Call], samples: int, track: Track = iter) -> dict[str, Timing]:
     """Time each call `samples` times, taking turns.
 
     Parameters
@@ -51,18 +54,17 @@ def sample(calls: Mapping[str, Call], samples: int, on_round: Callable[[], objec
         What to time, by name.
     samples : int
         How many samples each call gets. A sample of a short call is the mean of several.
-    on_round : callable, optional
-        Called after every round.
+    track : callable, optional
+        Wraps the range of rounds, to show progress.
 
     Returns
     -------
     dict of str to Timing
     """
     timers = {name: _Timer(call) for name, call in calls.items()}
-    for _ in range(samples):
+    for _ in track(range(samples)):
         for timer in timers.values():
             timer.take_sample()
-        on_round()
     return {name: timer.timing() for name, timer in timers.items()}
 
 

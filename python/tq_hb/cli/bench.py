@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,28 +54,19 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(shape: Shape, args: argparse.Namespace) -> list[dict[str, Any]]:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import track
 
     from tq_hb.cli._cases import measure_append, measure_attend
 
+    def progress(rounds: range) -> Iterable[int]:
+        return track(rounds, "measuring", console=Console(stderr=True), transient=True)
+
     results = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        if args.op != "append":
-            task = progress.add_task("attend", total=args.samples)
-            results.append(
-                measure_attend(
-                    shape,
-                    samples=args.samples,
-                    device=args.device,
-                    peers=not args.no_peers,
-                    on_round=lambda: progress.advance(task),
-                )
-            )
-        if args.op != "attend":
-            task = progress.add_task("append", total=args.samples)
-            results.append(
-                measure_append(shape, samples=args.samples, device=args.device, on_round=lambda: progress.advance(task))
-            )
+    if args.op != "append":
+        peers = not args.no_peers
+        results.append(measure_attend(shape, samples=args.samples, device=args.device, peers=peers, track=progress))
+    if args.op != "attend":
+        results.append(measure_append(shape, samples=args.samples, device=args.device, track=progress))
     return results
 
 
@@ -88,7 +80,7 @@ def _print_tables(report: dict[str, Any]) -> None:
     console.print(f"{machine['processor']}, {machine['isa']}, {machine['threads']} threads")
     for result in report["results"]:
         title = f"{result['op']}: " + ", ".join(f"{field} {value}" for field, value in result["shape"].items())
-        rows = table(title, "", "median", "quartiles", "read", "GB/s", "of plain read")
+        rows = table(title, "", "median", "quartiles", "read", "GB/s", "of floor")
         for row in result["rows"]:
             rows.add_row(
                 row["name"],
@@ -100,7 +92,7 @@ def _print_tables(report: dict[str, Any]) -> None:
             )
         console.print()
         console.print(rows)
-        console.print(f"plain read: {result['read_gb_s']:.1f} GB/s; {_describe_check(result)}")
+        console.print(f"floor, a plain read: {result['read_gb_s']:.1f} GB/s; {_describe_check(result)}")
 
 
 def _describe_check(result: dict[str, Any]) -> str:
