@@ -65,6 +65,7 @@ def measure_attend(
     cache.append(k, v)
     out = cache.attend(q)
     plan = cache.last_plan
+    assert plan is not None
     error = relative_l2(out, attention64(q, *cache.dequantize()))
     _require(error <= _ATTEND_LIMIT[plan.precision], f"attend is off by {error:.1e} from float64 attention")
 

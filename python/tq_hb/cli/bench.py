@@ -58,8 +58,10 @@ def _measure(shape: Shape, args: argparse.Namespace) -> list[dict[str, Any]]:
 
     from tq_hb.cli._cases import measure_append, measure_attend
 
+    console = Console(stderr=True)
+
     def progress(rounds: range) -> Iterable[int]:
-        return track(rounds, "measuring", console=Console(stderr=True), transient=True)
+        return track(rounds, "measuring", console=console, transient=True, disable=not console.is_terminal)
 
     results = []
     if args.op != "append":
@@ -86,8 +88,8 @@ def _print_tables(report: dict[str, Any]) -> None:
                 row["name"],
                 format_us(row["median_us"]),
                 f"{format_us(row['lower_us'])} - {format_us(row['upper_us'])}",
-                f"{row['nbytes'] / 1e6:.2f} MB",
-                f"{row['gb_s']:.2f}",
+                format_bytes(row["nbytes"]),
+                f"{row['gb_s']:.3g}",
                 f"{row['share_of_read']:.0%}",
             )
         console.print()
@@ -103,6 +105,11 @@ def _describe_check(result: dict[str, Any]) -> str:
         f"checked: {error['same_codes']:.1e} from float64 attention on the same codes, "
         f"{error['unquantised']:.1e} from unquantised attention"
     )
+
+
+def format_bytes(nbytes: int) -> str:
+    """Return a size with its unit and three digits."""
+    return f"{nbytes / 1e6:.3g} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.3g} kB"
 
 
 def format_us(microseconds: float) -> str:
