@@ -37,26 +37,44 @@ def attend_cpu() -> str:
                 f"{by_name['tq_hb']['share_of_read']:.0%}",
             )
         )
-    return _markdown(header, rows) + _provenance(report, "cpu")
+    return _markdown(header, rows) + _source(report, "cpu") + _machine(report)
+
+
+def memory() -> str:
+    """Return what the default codebook takes and loses at each width, for D = 256."""
+    report = harness.read("codec")
+    header = ("bits", "bytes per token and KV head", "squared error", "attention error")
+    rows = [
+        (
+            str(result["bits"]),
+            str(result["bytes_per_token_and_kv_head"]),
+            f"{result['squared_error']:.1e}",
+            f"{result['attention_error']:.1e}",
+        )
+        for result in report["results"]
+        if result["codebook"] == "lloyd_max" and result["head_dim"] == 256
+    ]
+    return _markdown(header, rows) + _source(report, "codec") + ".\n"
 
 
 def codec() -> str:
-    """Return what a token takes per KV head, and what the codec and attention lose."""
+    """Return what every codebook and head size takes and loses."""
     report = harness.read("codec")
-    header = ("codebook", "D", "bits", "bytes per token and KV head", "squared error", "in theory", "attention error")
+    header = ("codebook", "D", "bits", "bytes", "squared error", "in theory", "attention error", "of the kernel")
     rows = [
         (
             f"`{result['codebook']}`",
             str(result["head_dim"]),
             str(result["bits"]),
             str(result["bytes_per_token_and_kv_head"]),
-            f"{result['squared_error']:.2e}",
-            f"{result['squared_error_in_theory']:.2e}",
+            f"{result['squared_error']:.3e}",
+            f"{result['squared_error_in_theory']:.3e}",
             f"{result['attention_error']:.1e}",
+            f"{result['attention_error_on_the_same_codes']:.1e}",
         )
         for result in report["results"]
     ]
-    return _markdown(header, rows) + f"\n`bench/results/codec.json`, written by `{report['command']}`.\n"
+    return _markdown(header, rows) + _source(report, "codec") + ".\n"
 
 
 def append_cpu() -> str:
@@ -77,11 +95,16 @@ def append_cpu() -> str:
             )
         )
     header = ("KV heads / D", "bits", "one token", f"a token of a run of {tokens}")
-    return _markdown(header, rows) + _provenance(report, "cpu")
+    return _markdown(header, rows) + _source(report, "cpu") + _machine(report)
 
 
 _TORCH = ("torch float32", "torch float16", "torch bfloat16")
-_TABLES: dict[str, Callable[[], str]] = {"attend_cpu": attend_cpu, "append_cpu": append_cpu, "codec": codec}
+_TABLES: dict[str, Callable[[], str]] = {
+    "attend_cpu": attend_cpu,
+    "append_cpu": append_cpu,
+    "codec": codec,
+    "memory": memory,
+}
 
 
 def main() -> None:
@@ -107,12 +130,14 @@ def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _provenance(report: dict[str, Any], name: str) -> str:
+def _source(report: dict[str, Any], name: str) -> str:
+    return f"\n`bench/results/{name}.json`, written by `{report['command']}`"
+
+
+def _machine(report: dict[str, Any]) -> str:
     machine = report["machine"]
-    return (
-        f"\n`bench/results/{name}.json`, written by `{report['command']}`: {machine['processor']}, "
-        f"{machine['threads']} threads, {machine['isa']}, torch {machine['libraries']['torch']}.\n"
-    )
+    torch = machine["libraries"]["torch"]
+    return f": {machine['processor']}, {machine['threads']} threads, {machine['isa']}, torch {torch}.\n"
 
 
 if __name__ == "__main__":
