@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-import reference
 
+import reference
 import tq_hb
 
 
@@ -145,9 +145,7 @@ def cover_pairs(factors: dict[str, tuple], seed: int = 0) -> list[dict[str, Any]
     while missing:
         # Start from a pair that is still missing, so that every round makes progress.
         first = dict(min(missing))
-        candidates = [
-            {n: first.get(n, rng.randrange(len(factors[n]))) for n in names} for _ in range(50)
-        ]
+        candidates = [{n: first.get(n, rng.randrange(len(factors[n]))) for n in names} for _ in range(50)]
         best = max(candidates, key=lambda row: len(pairs(row) & missing))
         missing -= pairs(best)
         rows.append({n: factors[n][i] for n, i in best.items()})

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # reference, tolerance
 for variable in ("HF2Q_TQ_NSG", "HF2Q_TQ_NWG", "TQ_HB_DEVICE", "TQ_HB_NUM_THREADS"):
     os.environ.pop(variable, None)
 
-import tq_hb
+import tq_hb  # noqa: E402
 
 
 def pytest_report_header() -> list[str]:

@@ -139,9 +139,7 @@ def encode_float32(
     return codes.reshape(x.shape), norms.reshape(lead if head_dim == BLOCK else (*lead, 2))
 
 
-def attend(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, *, scale: float, softcap: float = 0.0
-) -> np.ndarray:
+def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, *, scale: float, softcap: float = 0.0) -> np.ndarray:
     """One query per head over every key given: q ``(H, D)``, k and v ``(G, keys, D)``."""
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     group = len(q) // len(k)

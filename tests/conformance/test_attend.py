@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 import reference
 import tolerance
-from cases import Case, attend_cases, expected, make_problem
-
 import tq_hb
+from cases import Case, attend_cases, expected, make_problem
 
 CASES = attend_cases()
 

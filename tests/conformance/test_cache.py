@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+
 import reference
 import tolerance
-from cases import cover_pairs
-
 import tq_hb
+from cases import cover_pairs
 
 
 @dataclass(frozen=True)

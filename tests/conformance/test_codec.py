@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 import reference
 import tolerance
-
 import tq_hb
 
 HEAD_DIMS = (256, 512)

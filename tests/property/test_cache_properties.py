@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import tolerance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+import tolerance
 import tq_hb
 
 HEAD_DIMS = st.sampled_from([256, 512])
@@ -32,12 +32,10 @@ class RingAgainstList(RuleBasedStateMachine):
         self.offset = 0
         self.next_token = 1
 
-    def vectors(self, numbers: list[int]) -> np.ndarray:
-        """A token's number decides its vector: one-hot-like rows of a length of their own."""
-        x = np.zeros((len(numbers), 1, 256), np.float32)
-        for row, number in zip(x, numbers, strict=True):
-            row[0, number % 256] = number
-        return x
+    @staticmethod
+    def vectors(numbers: list[int]) -> np.ndarray:
+        """A token's number decides its vector."""
+        return np.concatenate([tokens(n, 1, 1, 256) for n in numbers] or [tokens(0, 0, 1, 256)])
 
     @rule(count=st.integers(0, 20))
     def append(self, count: int) -> None:
@@ -91,20 +89,18 @@ class RingAgainstList(RuleBasedStateMachine):
     def holds_what_the_list_holds(self) -> None:
         assert len(self.cache) == len(self.held)
         assert self.cache.offset == self.offset
-        k, v = self.cache.dequantize()
-        lengths = np.sqrt((k[:, 0].astype(np.float64) ** 2).sum(-1))
-        # Numbers differ by 1 and a length is kept to a per mille at 8 bits; below 300 that tells them apart.
-        assert np.round(lengths).astype(int).tolist() == self.held
-        assert np.array_equal(v, -k) or not len(k)
+        x = self.vectors(self.held)
+        for got, want in zip(self.cache.dequantize(), (x, -x), strict=True):
+            assert np.array_equal(got, tq_hb.dequantize(*tq_hb.quantize(want, 8), 8, head_dim=256))
 
     @precondition(lambda self: self.held)
     @invariant()
     def attends_to_its_window(self) -> None:
-        q = np.ones((1, 256), np.float32)
+        q = tokens(0, 1, 1, 256)[0]
         seen = self.vectors(self.held[-self.window :] if self.window else self.held)
         fresh = tq_hb.KVCache(1, 256)
         fresh.append(seen, -seen)
-        assert np.array_equal(self.cache.attend(q, scale=0.0), fresh.attend(q, scale=0.0))
+        assert np.array_equal(self.cache.attend(q), fresh.attend(q))
 
 
 RingAgainstList.TestCase.settings = settings(max_examples=40, stateful_step_count=12, deadline=None)
@@ -189,7 +185,9 @@ def test_the_order_of_the_keys_does_not_matter(seed, count, softcap):
     straight, shuffled = tq_hb.KVCache(1, 256), tq_hb.KVCache(1, 256)
     straight.append(k, v)
     shuffled.append(k[order], v[order])
-    assert tolerance.nmse(shuffled.attend(q, softcap=softcap), straight.attend(q, softcap=softcap)) <= tolerance.SPLIT_NMSE
+    assert (
+        tolerance.nmse(shuffled.attend(q, softcap=softcap), straight.attend(q, softcap=softcap)) <= tolerance.SPLIT_NMSE
+    )
 
 
 @settings(max_examples=40, deadline=None)

@@ -129,7 +129,7 @@ class TestDevice:
 
     @pytest.mark.parametrize("value", [3, b"cpu", object()], ids=["int", "bytes", "object"])
     def test_a_device_is_none_a_name_or_a_device(self, value):
-        with pytest.raises(tq_hb.InvalidArgument, match="device"):
+        with pytest.raises(tq_hb.InvalidArgument, match="[Dd]evice.*got"):
             tq_hb.quantize(np.ones((1, 256), np.float32), 8, device=value)
 
     def test_none_auto_name_and_device_all_serve(self, device):
@@ -163,9 +163,9 @@ class TestBuffer:
             device.empty((3,), dtype)
 
     def test_slices_share_storage(self, device):
-        buf = device.array(np.zeros((4, 256), np.float32))
-        part = buf[1:3]
-        assert part.shape == (2, 256)
+        buf = device.array(np.zeros((4, 2, 256), np.float32))
+        part = buf[1:2]
+        assert part.shape == (1, 2, 256)
         enc = device.encoder()
         src = device.array(np.ones((2, 256), np.float32))
         packed, norms = device.empty((2, 1, 256), np.uint8), device.empty((2, 1), np.float32)
@@ -177,9 +177,9 @@ class TestBuffer:
         enc.commit_and_wait()
 
         got = buf.numpy()
-        assert not got[[0, 3]].any()
+        assert not got[[0, 2, 3]].any()
         assert got[1].any()
-        assert np.array_equal(got[1], got[2])
+        assert np.array_equal(got[1, 0], got[1, 1])
 
     def test_a_slice_of_a_slice_keeps_its_offset(self, device):
         buf = device.array(np.arange(40, dtype=np.float32).reshape(10, 4))

@@ -6,11 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
+
 import reference
 import tolerance
-from cases import Case, expected, make_problem
-
 import tq_hb
+from cases import Case, expected, make_problem
 
 HEAD_DIMS = (256, 512)
 WIDTHS = (5, 6, 8)
@@ -92,9 +92,7 @@ def test_every_entry_point_takes_every_width(device, head_dim, k_bits, v_bits):
         num_heads=2, num_kv_heads=1, head_dim=head_dim, kv_seq_len=3, kv_capacity=3, scale=head_dim**-0.5,
         codebook_bits=k_bits, fuse_fwht_pre=1,
     )  # fmt: skip
-    by_op = tq_hb.flash_attn_vec_tq_hb_with_fused_undo(
-        q, k_packed, kn, v_packed, vn, p, v_bits=v_bits, device=device
-    )
+    by_op = tq_hb.flash_attn_vec_tq_hb_with_fused_undo(q, k_packed, kn, v_packed, vn, p, v_bits=v_bits, device=device)
     cache = tq_hb.KVCache(1, head_dim, k_bits=k_bits, v_bits=v_bits, device=device)
     cache.append(k, v)
 
@@ -258,7 +256,7 @@ def test_the_quantised_path_is_the_one_that_ran(device):
 
     plan = cache.last_plan
     assert plan.backend == device.backend
-    assert "flash_attn_vec_tq_hb_dk256" in plan.kernels
+    assert any(name.startswith("flash_attn_vec_tq_hb_dk256") for name in plan.kernels)
     assert plan.nsg in (1, 2, 4)
     assert 1 <= plan.nwg <= 32
     # Attention that silently ran on unquantised vectors would be far closer than 5 bits allow.

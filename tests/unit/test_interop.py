@@ -6,8 +6,8 @@ import array
 
 import numpy as np
 import pytest
-import tolerance
 
+import tolerance
 import tq_hb
 
 

@@ -60,6 +60,7 @@ def test_a_bad_nwg_override_is_no_override(environment, value):
 
 def test_the_environment_is_read_once_until_reload(monkeypatch, environment):
     environment(HF2Q_TQ_NSG="2")
+    assert tq_hb.compute_nsg(64) == 2
     monkeypatch.setenv("HF2Q_TQ_NSG", "4")
     assert tq_hb.compute_nsg(64) == 2
 
@@ -90,7 +91,11 @@ def run_python(code: str, **variables: str) -> str:
 
 
 USE_THE_DEFAULT_DEVICE = "import numpy, tq_hb; print(tq_hb.KVCache(1, 256).device.backend)"
-USE_THE_CPU = "import numpy as np, tq_hb; tq_hb.quantize(np.ones((1, 256), np.float32), 8, device='cpu'); print(tq_hb.num_threads())"
+USE_THE_CPU = """
+import numpy as np, tq_hb
+tq_hb.quantize(np.ones((1, 256), np.float32), 8, device="cpu")
+print(tq_hb.num_threads())
+"""
 
 
 def test_the_device_variable_chooses_the_default():
@@ -109,7 +114,8 @@ def test_a_bad_device_variable_is_an_error_at_first_use(value):
 
 
 def test_a_named_device_does_not_read_the_device_variable():
-    assert run_python("import tq_hb; print(tq_hb.KVCache(1, 256, device='cpu').device.backend)", TQ_HB_DEVICE="tpu") == "cpu"
+    code = "import tq_hb; print(tq_hb.KVCache(1, 256, device='cpu').device.backend)"
+    assert run_python(code, TQ_HB_DEVICE="tpu") == "cpu"
 
 
 @pytest.mark.parametrize("value", ["1", "3"])

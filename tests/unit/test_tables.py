@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 import reference
 import tolerance
-
 import tq_hb
 
 WIDTHS = (5, 6, 8)
@@ -90,7 +90,7 @@ def test_every_lloyd_max_level_is_the_mean_of_its_cell(cbits):
     levels = tq_hb.codebook(cbits).astype(float)
     half = levels[len(levels) // 2 :]
     edges = [0.0, *(0.5 * (half[1:] + half[:-1])), math.inf]
-    for level, low, high in zip(half, edges, edges[1:], strict=True):
+    for level, low, high in zip(half, edges[:-1], edges[1:], strict=True):
         mass = 0.5 * (math.erfc(low / math.sqrt(2)) - math.erfc(high / math.sqrt(2)))
         mean = (math.exp(-0.5 * low * low) - math.exp(-0.5 * high * high)) / math.sqrt(2 * math.pi) / mass
         # Half a unit in the last place of a float32 near 4.6, for the level and its two edges.
@@ -123,7 +123,7 @@ def test_changing_a_returned_table_changes_nothing():
         first = table()
         if first.flags.writeable:
             first[:] = 0.0
-        assert (table() != 0.0).sum() >= 255
+        assert (table() != 0.0).sum() >= 254
 
 
 GOLDEN_INPUTS = {

@@ -57,9 +57,7 @@ def test_plane_packing():
     with unsupported("quantize", "plane"):
         tq_hb.quantize(np.zeros((2, 256), np.float32), 5, packing="plane")
     with unsupported("dequantize", "plane"):
-        tq_hb.dequantize(
-            np.zeros((2, 160), np.uint8), np.zeros(2, np.float32), 5, head_dim=256, packing="plane"
-        )
+        tq_hb.dequantize(np.zeros((2, 160), np.uint8), np.zeros(2, np.float32), 5, head_dim=256, packing="plane")
     with unsupported("flash_attn_vec_tq_hb", "plane"):
         attend(packing="plane")
     with unsupported("KVCache", "plane"):

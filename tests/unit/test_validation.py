@@ -11,14 +11,16 @@ import pytest
 
 import tq_hb
 
-ATTEND = "flash_attn_vec_tq_hb"
+ATTEND = "flash_attn_vec_tq_hb(_with_fused_undo)?"
+ATTEND_PARAMS = "(flash_attn_vec_tq_hb|FlashAttnVecTqHbParams)"
 ENCODE = "hadamard_quantize_kv_hb"
+ENCODE_PARAMS = "(hadamard_quantize_kv_hb|HadamardQuantizeKvHbParams)"
 NAN, INF = float("nan"), float("inf")
 
 
-def refusal(*parts: str):
-    """An InvalidArgument whose message has these parts, in this order."""
-    return pytest.raises(tq_hb.InvalidArgument, match=".*".join(map(re.escape, parts)))
+def refusal(op: str, field: str, *rest: str):
+    """An InvalidArgument that says ``op: field rule, got value``, with ``rest`` in rule and value."""
+    return pytest.raises(tq_hb.InvalidArgument, match=rf"^{op}: {field} .*" + ".*".join(map(re.escape, rest)))
 
 
 @dataclass
@@ -119,7 +121,7 @@ def test_params_validate_themselves(name, value, rule):
     good = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 256, "kv_seq_len": 10, "kv_capacity": 12, "scale": 1.0}
     tq_hb.FlashAttnVecTqHbParams(**good).validate()
 
-    with refusal(name, rule, "got"):
+    with refusal(ATTEND_PARAMS, name, rule, "got"):
         tq_hb.FlashAttnVecTqHbParams(**{**good, name: value}).validate()
 
 
@@ -153,7 +155,7 @@ NOT_A_U32 = (-1, 2**32, 2**64, 1.5, NAN, "4", None)
 def test_attend_params_refuse_what_is_no_u32(name, value):
     call = AttendCall({name: value})
 
-    with refusal(name, "got"):
+    with refusal(ATTEND_PARAMS, name, "got"):
         call.run()
 
     call.assert_untouched()
@@ -162,7 +164,7 @@ def test_attend_params_refuse_what_is_no_u32(name, value):
 @pytest.mark.parametrize("value", ["1.0", None, 1j, [1.0]], ids=repr)
 @pytest.mark.parametrize("name", ["scale", "softcap", "scale_factor_d512"])
 def test_attend_params_refuse_what_is_no_number(name, value):
-    with refusal(name):
+    with refusal(ATTEND_PARAMS, name, "got"):
         AttendCall({name: value}).run()
 
 
@@ -173,7 +175,7 @@ def test_assigning_a_field_refuses_what_the_constructor_refuses(name):
     )
     before = getattr(p, name)
 
-    with refusal(name, "got"):
+    with refusal(ATTEND_PARAMS, name, "got"):
         setattr(p, name, -1)
 
     assert getattr(p, name) == before
@@ -203,7 +205,6 @@ BAD_ATTEND_KEYWORDS = [
     ("codebook", "gaussian", "lloyd_max"),
     ("packing", "nibble", "byte"),
     ("precision", "fast", "default"),
-    ("device", "tpu", "cpu"),
 ]
 
 
@@ -211,7 +212,7 @@ BAD_ATTEND_KEYWORDS = [
 def test_attend_refuses_a_bad_keyword(name, value, rule):
     call = AttendCall(keywords={name: value})
 
-    with refusal(name, rule, "got", str(value)):
+    with refusal(ATTEND, name, rule, "got", str(value)):
         call.run()
 
     call.assert_untouched()
@@ -257,7 +258,7 @@ def test_512_needs_two_norms_per_row(name):
 
 @pytest.mark.parametrize("value", [[[0.0] * 256] * 4, "q", 3, None], ids=["list", "str", "int", "None"])
 def test_attend_refuses_a_query_that_is_no_array(value):
-    with refusal("q"):
+    with refusal(ATTEND, "q", "got"):
         AttendCall(buffers={"q": value}).run()
 
 
@@ -273,7 +274,7 @@ def test_attend_refuses_a_bad_out(case):
     if case == "read-only":
         out.setflags(write=False)
 
-    with refusal(ATTEND, "out"):
+    with refusal(ATTEND, "out", "got"):
         AttendCall(keywords={"out": out}).run()
 
 
@@ -282,7 +283,7 @@ def test_attend_refuses_an_out_that_overlaps_an_input():
     q = storage[: 4 * 256].reshape(4, 256)
     out = storage[256:].reshape(4, 256)
 
-    with refusal(ATTEND, "overlap"):
+    with refusal(ATTEND, r"\w+ must not overlap"):
         AttendCall(buffers={"q": q}, keywords={"out": out}).run()
 
     assert not storage.any()
@@ -346,7 +347,7 @@ def test_encode_refuses_a_bad_field(name, value, rule):
 def test_encode_params_refuse_what_is_no_u32(name, value):
     call = EncodeCall({name: value})
 
-    with refusal(name, "got"):
+    with refusal(ENCODE_PARAMS, name, "got"):
         call.run()
 
     call.assert_untouched()
@@ -399,7 +400,7 @@ def test_encode_writes_only_into_contiguous_writable_native_arrays(name, how):
             array = array.astype(array.dtype.newbyteorder())
     setattr(call, name, array)
 
-    with refusal(ENCODE, name):
+    with refusal(ENCODE, name, "got"):
         call.run()
 
     call.assert_untouched()
@@ -410,7 +411,7 @@ def test_encode_refuses_overlapping_destinations():
     packed = storage[: 2 * 12 * 256].reshape(2, 12, 256)
     norms = storage[2 * 12 * 256 - 8 : -8].view(np.float32).reshape(2, 12)
 
-    with refusal(ENCODE, "overlap"):
+    with refusal(ENCODE, r"\w+ must not overlap"):
         EncodeCall(packed=packed, norms=norms).run()
 
     assert not storage.any()
@@ -420,7 +421,7 @@ def test_encode_refuses_a_source_inside_its_destination():
     packed = np.zeros((2, 12, 256), np.uint8)
     src = packed.reshape(-1)[: 2 * 256 * 4].view(np.float32).reshape(2, 256)
 
-    with refusal(ENCODE, "overlap"):
+    with refusal(ENCODE, r"\w+ must not overlap"):
         EncodeCall(src=src, packed=packed).run()
 
     assert not packed.any()
@@ -447,7 +448,7 @@ def test_dual_encode_refuses_k_and_v_in_the_same_memory(pair):
     arrays = dual_arrays()
     arrays[pair[1]] = arrays[pair[0]]
 
-    with refusal("hadamard_quantize_kv_hb_dual", "overlap"):
+    with refusal("hadamard_quantize_kv_hb_dual", r"\w+ must not overlap"):
         run_dual(arrays)
 
     assert not any(arrays[name].any() for name in ("k_packed", "v_packed", "k_norms", "v_norms"))
@@ -491,7 +492,7 @@ class TestCodec:
 
     @pytest.mark.parametrize("table", [tq_hb.codebook, tq_hb.boundaries], ids=["codebook", "boundaries"])
     def test_tables_refuse_an_unknown_name(self, table):
-        with refusal(table.__name__, "lloyd_max", "got", "uniform"):
+        with refusal(table.__name__, "(codebook|name)", "lloyd_max", "got", "uniform"):
             table(8, "uniform")
 
     @pytest.mark.parametrize("head_dim", [0, 1, 96, 255, 1024, -256, 2.5])
@@ -500,14 +501,16 @@ class TestCodec:
             tq_hb.signs(head_dim)
 
     @pytest.mark.parametrize("op", [tq_hb.rotate, tq_hb.unrotate], ids=["rotate", "unrotate"])
-    @pytest.mark.parametrize("x", [np.ones(96, np.float32), np.float32(1), np.ones((2, 0), np.float32)], ids=["96", "scalar", "0"])
+    @pytest.mark.parametrize(
+        "x", [np.ones(96, np.float32), np.float32(1), np.ones((2, 0), np.float32)], ids=["96", "scalar", "0"]
+    )
     def test_rotations_refuse_a_bad_last_axis(self, op, x):
-        with refusal(op.__name__, "got"):
+        with refusal(op.__name__, "\\w+", "got"):
             op(x)
 
     @pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.complex64, bool, object])
     def test_quantize_takes_floats_only(self, dtype):
-        with refusal("quantize", "got"):
+        with refusal("quantize", "x", "got"):
             tq_hb.quantize(np.ones((2, 256), dtype), 8)
 
     @pytest.mark.parametrize("cbits", [4, 7, -8, 8.5])
@@ -528,7 +531,7 @@ class TestCodec:
         ids=["count", "norms of 512", "norms of 256", "width", "codes dtype", "norms dtype"],
     )
     def test_dequantize_refuses_arrays_that_do_not_fit(self, codes, norms):
-        with refusal("dequantize", "got"):
+        with refusal("dequantize", "(codes|norms)", "got"):
             tq_hb.dequantize(codes, norms, 8, head_dim=512 if codes.shape[-1] == 512 else 256)
 
     @pytest.mark.parametrize("factor", [0.0, -1.0, NAN, INF])
@@ -635,7 +638,7 @@ class TestRecorded:
         storage = device.array(np.full((rows, 256), 7.0, np.float32))
         buffers["output"] = storage[:4]
         buffers[name] = storage[3:7] if name == "q" else storage[3:]
-        self.refuse(device, buffers, "overlap")
+        self.refuse(device, buffers, r"\w+ must not overlap")
 
     def test_slices_of_one_buffer_that_do_not_overlap_are_fine(self, device, buffers):
         storage = device.array(np.full((8, 256), 7.0, np.float32))
@@ -659,15 +662,15 @@ class TestRecorded:
 
     def test_what_is_written_must_be_a_buffer(self, device, buffers):
         buffers["output"] = np.zeros((4, 256), np.float32)
-        with refusal(ATTEND, "output"):
+        with refusal(ATTEND, "output", "got"):
             device.encoder().flash_attn_vec_tq_hb(*buffers.values(), self.params())
 
     @pytest.mark.parametrize("op", ["fwht_sign_premult_f32", "fwht_sign_undo_f32"])
     def test_rotations_take_float32_rows_of_a_known_size(self, device, op):
         enc = device.encoder()
-        with refusal(op, "got"):
+        with refusal(op, "head_dim", "got 96"):
             getattr(enc, op)(device.empty((4, 96), np.float32))
-        with refusal(op, "got"):
+        with refusal(op, "x", "float32", "got"):
             getattr(enc, op)(device.empty((4, 256), np.int32))
 
     def test_encode_checks_ring_and_capacity(self, device, buffers):

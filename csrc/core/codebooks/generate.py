@@ -12,6 +12,7 @@ import json
 import math
 import struct
 import sys
+from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
 
@@ -22,12 +23,12 @@ MAX_NEWTON_STEPS = 50
 
 
 def density(x: float) -> float:
-    """Density of N(0,1)."""
+    """Return the density of N(0,1)."""
     return math.exp(-0.5 * x * x) / math.sqrt(2.0 * math.pi)
 
 
 def cell_mass(low: float, high: float) -> float:
-    """Probability of [low, high], 0 <= low < high <= inf, without cancellation in the tail."""
+    """Return the probability of [low, high], 0 <= low < high <= inf, without cancellation in the tail."""
     root2 = math.sqrt(2.0)
     if low < 0.5:
         return 0.5 * (math.erf(high / root2) - math.erf(low / root2))
@@ -35,27 +36,25 @@ def cell_mass(low: float, high: float) -> float:
 
 
 def cell_mean(low: float, high: float) -> float:
-    """Mean of N(0,1) within [low, high]: the centroid that Lloyd-Max asks of that cell."""
+    """Return the mean of N(0,1) within [low, high]: the centroid that Lloyd-Max asks of that cell."""
     # density(low) - density(high); expm1 keeps the digits where the two nearly agree.
     drop = -density(low) * math.expm1(0.5 * (low - high) * (low + high))
     return drop / cell_mass(low, high)
 
 
 def cell_edges(levels: list[float]) -> list[float]:
-    """Edges of the positive half's cells: 0, the midpoints, infinity."""
-    return [0.0, *(0.5 * (a + b) for a, b in zip(levels, levels[1:])), math.inf]
+    """Return the edges of the positive half's cells: 0, the midpoints, infinity."""
+    return [0.0, *(0.5 * (a + b) for a, b in pairwise(levels)), math.inf]
 
 
 def residuals(levels: list[float]) -> list[float]:
-    """How far each level is from the mean of its own cell."""
-    edges = cell_edges(levels)
-    return [c - cell_mean(a, b) for c, a, b in zip(levels, edges, edges[1:])]
+    """Return how far each level is from the mean of its own cell."""
+    cells = pairwise(cell_edges(levels))
+    return [c - cell_mean(low, high) for c, (low, high) in zip(levels, cells, strict=True)]
 
 
-def solve_tridiagonal(
-    lower: list[float], diagonal: list[float], upper: list[float], rhs: list[float]
-) -> list[float]:
-    """Thomas algorithm; ``lower[0]`` and ``upper[-1]`` are not read."""
+def solve_tridiagonal(lower: list[float], diagonal: list[float], upper: list[float], rhs: list[float]) -> list[float]:
+    """Solve by the Thomas algorithm; ``lower[0]`` and ``upper[-1]`` are not read."""
     count = len(rhs)
     gain, partial = [0.0] * count, [0.0] * count
     for i in range(count):
@@ -70,10 +69,9 @@ def solve_tridiagonal(
 
 
 def newton_step(levels: list[float]) -> list[float]:
-    """One Newton step on ``residuals``; a cell's mean depends on its two neighbours only."""
-    edges = cell_edges(levels)
+    """Take a Newton step on ``residuals``; a cell's mean depends on its two neighbours only."""
     lower, diagonal, upper = [], [], []
-    for low, high in zip(edges, edges[1:]):
+    for low, high in pairwise(cell_edges(levels)):
         mass, mean = cell_mass(low, high), cell_mean(low, high)
         # Half of d(mean)/d(edge), since an edge moves by half of what its level moves.
         by_low = 0.5 * density(low) * (mean - low) / mass if low > 0.0 else 0.0
@@ -82,11 +80,11 @@ def newton_step(levels: list[float]) -> list[float]:
         diagonal.append(1.0 - by_low - by_high)
         upper.append(-by_high)
     step = solve_tridiagonal(lower, diagonal, upper, residuals(levels))
-    return [c - d for c, d in zip(levels, step)]
+    return [c - d for c, d in zip(levels, step, strict=True)]
 
 
 def lloyd_max(cbits: int) -> list[float]:
-    """Levels of the optimal ``2**cbits``-level quantiser of N(0,1), ascending.
+    """Return the levels of the optimal ``2**cbits``-level quantiser of N(0,1), ascending.
 
     The problem is symmetric, so only the positive half is solved. Newton's method is needed:
     Lloyd's iteration moves by less than 1e-4 a step while still 0.7 away at 256 levels.
@@ -110,29 +108,29 @@ def lloyd_max(cbits: int) -> list[float]:
 
 
 def midpoints(levels: list[float]) -> list[float]:
-    """Decision boundaries, one between each two levels."""
-    return [0.5 * (a + b) for a, b in zip(levels, levels[1:])]
+    """Return the decision boundaries, one between each two levels."""
+    return [0.5 * (a + b) for a, b in pairwise(levels)]
 
 
 def to_float32(x: float) -> float:
-    """The nearest float32."""
+    """Round to the nearest float32."""
     return struct.unpack("<f", struct.pack("<f", x))[0]
 
 
 def literal(x: float) -> str:
-    """The float32 nearest to ``x``; nine significant digits name it exactly."""
+    """Write the float32 nearest to ``x``; nine significant digits name it exactly."""
     digits = f"{to_float32(x):.9g}"
     return digits + ("f" if "." in digits or "e" in digits else ".0f")
 
 
 def table_text(title: str, values: list[float]) -> str:
-    """One ``.inc`` file: usable as ``float table[] = { #include "..." };``."""
+    """Write one ``.inc`` file: usable as ``float table[] = { #include "..." };``."""
     rows = [", ".join(map(literal, values[i : i + 6])) for i in range(0, len(values), 6)]
     return f"// {title} Written by generate.py.\n" + ",\n".join(rows) + "\n"
 
 
 def all_tables() -> dict[str, str]:
-    """File name -> content, for every codebook and width."""
+    """Return file name -> content, for every codebook and width."""
     published = json.loads((HERE / "mlx_native.json").read_text())
     tables = {}
     for cbits in CBITS:
@@ -142,12 +140,13 @@ def all_tables() -> dict[str, str]:
             "mlx_native": (published["levels"][str(cbits)], published["boundaries"][str(cbits)]),
         }
         for name, values in sources.items():
-            for kind, table in zip(("levels", "boundaries"), values):
+            for kind, table in zip(("levels", "boundaries"), values, strict=True):
                 tables[f"{name}_{cbits}_{kind}.inc"] = table_text(f"{name}, {cbits} bits: {kind}.", table)
     return tables
 
 
 def main() -> int:
+    """Write the tables, or check them."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="compare with the checked-in tables, write nothing")
     check = parser.parse_args().check
