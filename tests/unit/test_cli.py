@@ -1,0 +1,127 @@
+"""The command line: what it prints, how it refuses, and that it stays light."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import tq_hb
+from tq_hb.cli import main
+from tq_hb.cli._cases import attention64
+from tq_hb.cli._sampling import Timing, buffers_to_stay_cold, sample
+
+SMALL = ["--heads", "4", "--kv-heads", "2", "--kv-len", "70", "--samples", "30", "--no-peers"]
+
+
+@pytest.fixture(autouse=True)
+def _same_threads():
+    before = tq_hb.num_threads()
+    yield
+    tq_hb.set_num_threads(before)
+
+
+def test_info_tells_devices_and_versions(capsys):
+    assert main(["info", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["tq_hb"] == tq_hb.__version__
+    assert report["isa"] == tq_hb.cpu_isa()
+    assert report["libraries"]["numpy"] == np.__version__
+    assert {d["backend"]: d["available"] for d in report["devices"]}["cpu"]
+    assert all(d["reason"] for d in report["devices"] if not d["available"])
+
+
+def test_info_prints_every_device(capsys):
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert all(device.backend in printed for device in tq_hb.devices())
+
+
+def test_bench_reports_both_ops(capsys):
+    assert main(["bench", *SMALL, "--k-bits", "6", "--json"]) == 0
+    attend, append = json.loads(capsys.readouterr().out)["results"]
+    assert attend["op"] == "attend"
+    assert append["op"] == "append"
+    assert attend["plan"]["backend"] == tq_hb.Device("auto").backend
+    assert attend["error"]["same_codes"] < 1e-5 < attend["error"]["unquantised"]
+    (row,) = attend["rows"]
+    assert row["nbytes"] == 70 * 2 * 520
+    assert row["samples"] == 30
+    assert row["lower_us"] <= row["median_us"] <= row["upper_us"]
+    assert row["share_of_read"] == pytest.approx(row["nbytes"] / row["median_us"] / 1e3 / attend["read_gb_s"])
+
+
+def test_bench_takes_peers_of_the_same_shape(capsys):
+    pytest.importorskip("torch")
+    assert main(["bench", *SMALL[:-1], "--op", "attend", "--threads", "1", "--json"]) == 0
+    (attend,) = json.loads(capsys.readouterr().out)["results"]
+    sizes = {row["name"]: row["nbytes"] for row in attend["rows"]}
+    assert sizes["torch float32"] == 2 * sizes["torch float16"] == 2 * 70 * 2 * 256 * 4
+
+
+def test_bench_prints_tables(capsys):
+    assert main(["bench", *SMALL, "--threads", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "attend" in printed
+    assert "1 token" in printed
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--head-dim 96",
+        "--head-dim 64",
+        "--heads 3",
+        "--k-bits 4",
+        "--kv-len 0",
+        "--samples 29",
+        "--threads 0",
+        "--device nonsense",
+    ],
+)
+def test_a_refusal_is_one_line_and_exit_code_2(arguments, capsys):
+    assert main(["bench", *SMALL, *arguments.split()]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("tq-hb bench: ")
+
+
+def test_module_and_command_are_the_same():
+    run = subprocess.run([sys.executable, "-m", "tq_hb", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout == f"tq_hb {tq_hb.__version__}\n"
+
+
+def test_starting_up_imports_no_optional_library():
+    code = "import sys, tq_hb.cli; print([m for m in ('rich', 'torch', 'transformers', 'mlx') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
+
+
+def test_attention64_is_attention():
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((6, 8)), rng.standard_normal((5, 3, 8)), rng.standard_normal((5, 3, 8))
+    out = attention64(q, k, v)
+    for head in range(6):
+        weights = np.exp([q[head] @ k[t, head // 2] / np.sqrt(8) for t in range(5)])
+        np.testing.assert_allclose(out[head], weights @ v[:, head // 2] / weights.sum(), rtol=1e-12)
+
+
+def test_calls_take_turns_on_rotating_buffers():
+    seen: list[tuple[str, int]] = []
+    timings = sample({"a": lambda i: seen.append(("a", i)), "b": lambda i: seen.append(("b", i))}, 30)
+    assert {name: timing.samples for name, timing in timings.items()} == {"a": 30, "b": 30}
+    for name in "ab":
+        assert [i for n, i in seen if n == name] == list(range(sum(n == name for n, _ in seen)))
+    rounds = [name for name, _ in seen][6:]
+    assert rounds.index("b") < len(rounds) - rounds[::-1].index("a")
+
+
+def test_rates_and_buffer_counts():
+    timing = Timing(median_us=2.0, lower_us=1.0, upper_us=3.0, samples=30, calls_per_sample=1)
+    assert timing.gb_s(4000) == pytest.approx(2.0)
+    assert buffers_to_stay_cold(1 << 40) == 2
+    assert buffers_to_stay_cold(1) > 100
