@@ -76,10 +76,10 @@ void quantize(CommandEncoder& encoder, const std::string& op, const TqHadamardQu
 }
 
 void dequantize(CommandEncoder& encoder, const std::string& op, const TqHadamardQuantizeArgs& args,
-                std::uint64_t first_position, const Buffer& packed, const Buffer& norms, const Buffer& out,
+                std::uint64_t first_position, const Buffer& packed, const Buffer& norms, const Buffer& output,
                 const std::string& codebook) {
   const CodebookName name = parse_codebook_name(op, codebook);
-  encoder.dequantize({op, args, first_position, packed, norms, out, &find_codebook(op, name, args.codebook_bits)});
+  encoder.dequantize({op, args, first_position, packed, norms, output, &find_codebook(op, name, args.codebook_bits)});
 }
 
 void attend(CommandEncoder& encoder, const std::string& op, const Buffer& q, const Buffer& k_packed,

@@ -75,12 +75,16 @@ py::dtype numpy_dtype(const std::string& op, const std::string& field, const DLD
   return py::dtype(kind + std::to_string(dtype.bits / 8));
 }
 
+void check_host(const std::string& op, const std::string& field, std::int32_t device_type) {
+  if (device_type != kCpu && device_type != kCudaHost) {
+    throw invalid(op, field, "must be in host memory or on the call's device; move it to the cpu first",
+                  "DLPack device type " + std::to_string(device_type));
+  }
+}
+
 py::tuple view(const std::string& op, const std::string& field, const DLTensor& tensor, bool read_only,
                const py::capsule& owner) {
-  if (tensor.device.type != kCpu && tensor.device.type != kCudaHost) {
-    throw invalid(op, field, "must be in host memory or on the call's device; move it to the cpu first",
-                  "DLPack device type " + std::to_string(tensor.device.type));
-  }
+  check_host(op, field, tensor.device.type);
   const py::dtype dtype = numpy_dtype(op, field, tensor.dtype);
   std::vector<py::ssize_t> shape(tensor.shape, tensor.shape + tensor.ndim);
   std::vector<py::ssize_t> strides(shape.size());
@@ -96,7 +100,14 @@ py::tuple view(const std::string& op, const std::string& field, const DLTensor& 
 
 /// (numpy view, whether its uint16 values are bfloat16 bits) of an array that speaks DLPack.
 py::tuple from_dlpack(const std::string& op, const std::string& field, const py::object& producer) {
-  const py::object capsule = producer.attr("__dlpack__")();
+  py::object capsule;
+  try {
+    const py::tuple device = producer.attr("__dlpack_device__")();
+    check_host(op, field, py::int_(device[0]).cast<std::int32_t>());
+    capsule = producer.attr("__dlpack__")();
+  } catch (const py::error_already_set& error) {
+    throw invalid(op, field, "must be readable through DLPack", error.what());
+  }
   PyObject* raw = capsule.ptr();
   if (PyCapsule_IsValid(raw, "dltensor_versioned") != 0) {
     auto* managed = static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(raw, "dltensor_versioned"));

@@ -42,7 +42,7 @@ void bind_errors(py::module_& module) {
       module, "InvalidArgument",
       "An argument breaks a rule. The message names the function, the argument, the rule and the value.\n\n"
       ">>> import tq_hb\n>>> tq_hb.codebook(7)\nTraceback (most recent call last):\n"
-      "tq_hb.InvalidArgument: codebook: codebook_bits must be 5, 6 or 8, got 7",
+      "tq_hb.InvalidArgument: codebook: bits must be 5, 6 or 8, got 7",
       base(PyExc_ValueError));
   g_unsupported = make_exception(module, "UnsupportedError",
                                  "The arguments are right, but the backend does not offer this combination.\n\n"

@@ -43,22 +43,30 @@ void set(const char* op, const char* field, TqF32& target, const py::handle& val
   target = to_float32(op, field, value);
 }
 
-#define TQ_IGNORE(type, name)
-#define TQ_BIND_REQUIRED(type, name)                     \
+// Each pair of macros is applied to a field list; the FIELD form takes a default besides.
+#define TQ_SKIP(type, name)
+#define TQ_BIND_REQUIRED(type, name, doc)                \
   cls.def_property(                                      \
       #name, [](const Args& self) { return self.name; }, \
-      [](Args& self, const py::object& value) { set(kName, #name, self.name, value); });
-#define TQ_BIND_FIELD(type, name, value) TQ_BIND_REQUIRED(type, name)
-#define TQ_REPR_REQUIRED(type, name) text += std::string(#name "=") + std::string(py::repr(py::cast(self.name))) + ", ";
-#define TQ_REPR_FIELD(type, name, value) TQ_REPR_REQUIRED(type, name)
-#define TQ_EQUAL_REQUIRED(type, name) equal = equal && a.name == b.name;
-#define TQ_EQUAL_FIELD(type, name, value) TQ_EQUAL_REQUIRED(type, name)
-#define TQ_PARAMETER_REQUIRED(type, name) const py::object &name,
-#define TQ_PARAMETER_FIELD(type, name, value) const py::object &name,
-#define TQ_ASSIGN_REQUIRED(type, name) set(kName, #name, args.name, name);
-#define TQ_ASSIGN_FIELD(type, name, value) set(kName, #name, args.name, name);
-#define TQ_KEYWORD_REQUIRED(type, name) py::arg(#name),
-#define TQ_KEYWORD_FIELD(type, name, value) py::arg(#name) = static_cast<type>(value),
+      [](Args& self, const py::object& value) { set(kName, #name, self.name, value); }, doc);
+#define TQ_BIND_FIELD(type, name, value, doc) TQ_BIND_REQUIRED(type, name, doc)
+#define TQ_REPR_REQUIRED(type, name, doc) \
+  text += (text.empty() ? "" : ", ") + std::string(#name "=") + std::string(py::repr(py::cast(self.name)));
+#define TQ_REPR_FIELD(type, name, value, doc) TQ_REPR_REQUIRED(type, name, doc)
+#define TQ_EQUAL_REQUIRED(type, name, doc) equal = equal && a.name == b.name;
+#define TQ_EQUAL_FIELD(type, name, value, doc) TQ_EQUAL_REQUIRED(type, name, doc)
+#define TQ_PARAMETER_REQUIRED(type, name, doc) const py::object &name,
+#define TQ_PARAMETER_FIELD(type, name, value, doc) TQ_PARAMETER_REQUIRED(type, name, doc)
+#define TQ_ASSIGN_REQUIRED(type, name, doc) set(kName, #name, args.name, name);
+#define TQ_ASSIGN_FIELD(type, name, value, doc) TQ_ASSIGN_REQUIRED(type, name, doc)
+#define TQ_KEYWORD_REQUIRED(type, name, doc) py::arg(#name),
+#define TQ_KEYWORD_FIELD(type, name, value, doc) py::arg(#name) = static_cast<type>(value),
+
+void refuse_unknown(const char* name, const py::kwargs& unknown) {
+  for (const auto& item : unknown) {
+    throw py::type_error(std::string(name) + " has no field " + std::string(py::repr(item.first)));
+  }
+}
 
 void bind_flash_attn_vec(py::module_& module) {
   using Args = TqFlashAttnVecArgs;
@@ -70,34 +78,32 @@ void bind_flash_attn_vec(py::module_& module) {
       ">>> import tq_hb\n>>> p = tq_hb.FlashAttnVecTqHbParams(num_heads=16, num_kv_heads=8, head_dim=256,\n"
       "...     kv_seq_len=64, kv_capacity=1024, scale=0.0625)\n>>> p.codebook_bits, p.nsg\n(8, 1)\n"
       ">>> p.validate()");
-  // The unused last parameter ends the macro-made list of parameters, which closes with a comma.
-  cls.def(py::init([](TQ_FLASH_ATTN_VEC_FIELDS(TQ_PARAMETER_FIELD, TQ_PARAMETER_REQUIRED, TQ_IGNORE)
+  // The keyword bag ends the macro-made list of parameters, which closes with a comma.
+  cls.def(py::init([](TQ_FLASH_ATTN_VEC_FIELDS(TQ_PARAMETER_FIELD, TQ_PARAMETER_REQUIRED, TQ_SKIP)
                           const py::kwargs& unknown) {
-            for (const auto& item : unknown) {
-              throw py::type_error(std::string(kName) + " has no field " + std::string(py::repr(item.first)));
-            }
+            refuse_unknown(kName, unknown);
             Args args{};
-            TQ_FLASH_ATTN_VEC_FIELDS(TQ_ASSIGN_FIELD, TQ_ASSIGN_REQUIRED, TQ_IGNORE)
+            TQ_FLASH_ATTN_VEC_FIELDS(TQ_ASSIGN_FIELD, TQ_ASSIGN_REQUIRED, TQ_SKIP)
             args.nwg = 1;
             return args;
           }),
           py::kw_only(),
-          TQ_FLASH_ATTN_VEC_FIELDS(TQ_KEYWORD_FIELD, TQ_KEYWORD_REQUIRED, TQ_IGNORE)
-              py::doc("All fields are keywords."));
-  TQ_FLASH_ATTN_VEC_FIELDS(TQ_BIND_FIELD, TQ_BIND_REQUIRED, TQ_IGNORE)
+          TQ_FLASH_ATTN_VEC_FIELDS(TQ_KEYWORD_FIELD, TQ_KEYWORD_REQUIRED, TQ_SKIP) py::doc("All fields are keywords."));
+  TQ_FLASH_ATTN_VEC_FIELDS(TQ_BIND_FIELD, TQ_BIND_REQUIRED, TQ_SKIP)
   cls.def(
-      "validate", [](const Args& self) { validate("flash_attn_vec_tq_hb", self); },
-      "Raise InvalidArgument or UnsupportedError if a field breaks its rule.");
+      "validate", [](const Args& self, const std::string& op) { validate(op, self); },
+      py::arg("op") = "flash_attn_vec_tq_hb",
+      "Raise InvalidArgument or UnsupportedError, in the name of ``op``, if a field breaks its rule.");
   cls.def("__repr__", [](const Args& self) {
     std::string text;
-    TQ_FLASH_ATTN_VEC_FIELDS(TQ_REPR_FIELD, TQ_REPR_REQUIRED, TQ_IGNORE)
-    return std::string(kName) + "(" + text.substr(0, text.size() - 2) + ")";
+    TQ_FLASH_ATTN_VEC_FIELDS(TQ_REPR_FIELD, TQ_REPR_REQUIRED, TQ_SKIP)
+    return std::string(kName) + "(" + text + ")";
   });
   cls.def(
       "__eq__",
       [](const Args& a, const Args& b) {
         bool equal = true;
-        TQ_FLASH_ATTN_VEC_FIELDS(TQ_EQUAL_FIELD, TQ_EQUAL_REQUIRED, TQ_IGNORE)
+        TQ_FLASH_ATTN_VEC_FIELDS(TQ_EQUAL_FIELD, TQ_EQUAL_REQUIRED, TQ_SKIP)
         return equal;
       },
       py::is_operator());
@@ -114,9 +120,7 @@ void bind_hadamard_quantize(py::module_& module) {
       "...     cache_capacity=1024)\n>>> hp.codebook_bits\n8\n>>> hp.validate()");
   cls.def(
       py::init([](TQ_HADAMARD_QUANTIZE_FIELDS(TQ_PARAMETER_FIELD, TQ_PARAMETER_REQUIRED) const py::kwargs& unknown) {
-        for (const auto& item : unknown) {
-          throw py::type_error(std::string(kName) + " has no field " + std::string(py::repr(item.first)));
-        }
+        refuse_unknown(kName, unknown);
         Args args{};
         TQ_HADAMARD_QUANTIZE_FIELDS(TQ_ASSIGN_FIELD, TQ_ASSIGN_REQUIRED)
         return args;
@@ -125,12 +129,13 @@ void bind_hadamard_quantize(py::module_& module) {
       TQ_HADAMARD_QUANTIZE_FIELDS(TQ_KEYWORD_FIELD, TQ_KEYWORD_REQUIRED) py::doc("All fields are keywords."));
   TQ_HADAMARD_QUANTIZE_FIELDS(TQ_BIND_FIELD, TQ_BIND_REQUIRED)
   cls.def(
-      "validate", [](const Args& self) { validate("hadamard_quantize_kv_hb", self); },
-      "Raise InvalidArgument or UnsupportedError if a field breaks its rule.");
+      "validate", [](const Args& self, const std::string& op) { validate(op, self); },
+      py::arg("op") = "hadamard_quantize_kv_hb",
+      "Raise InvalidArgument or UnsupportedError, in the name of ``op``, if a field breaks its rule.");
   cls.def("__repr__", [](const Args& self) {
     std::string text;
     TQ_HADAMARD_QUANTIZE_FIELDS(TQ_REPR_FIELD, TQ_REPR_REQUIRED)
-    return std::string(kName) + "(" + text.substr(0, text.size() - 2) + ")";
+    return std::string(kName) + "(" + text + ")";
   });
   cls.def(
       "__eq__",

@@ -101,14 +101,14 @@ struct QuantizeOp {
   std::vector<QuantizeTarget> targets;
 };
 
-/// Rebuilds `out.shape[0]` consecutive positions from `first_position` on, still rotated.
+/// Rebuilds consecutive positions from `first_position` on, still rotated.
 struct DequantizeOp {
   std::string name;
   TqHadamardQuantizeArgs args;
   std::uint64_t first_position;
   Buffer packed;
   Buffer norms;
-  Buffer out;  ///< float32 (T, G, D)
+  Buffer output;  ///< float32 (G, D) for one position or (T, G, D)
   const Codebook* codebook = nullptr;
 };
 

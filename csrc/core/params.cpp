@@ -181,16 +181,18 @@ void validate(const DequantizeOp& op, const Device* device) {
                device);
   check_buffer(op.name, "norms", op.norms, DType::kFloat32,
                norms_shape(args.num_kv_heads, args.cache_capacity, args.head_dim), device);
-  const std::uint64_t tokens = op.out.shape().empty() ? 0 : op.out.shape().front();
-  check_buffer(op.name, "out", op.out, DType::kFloat32, {tokens, args.num_kv_heads, args.head_dim}, device);
+  const std::uint64_t tokens = op.output.shape().size() == 3 ? op.output.shape().front() : 1;
+  Shape wanted{args.num_kv_heads, args.head_dim};
+  if (op.output.shape().size() == 3) wanted.insert(wanted.begin(), tokens);
+  check_buffer(op.name, "output", op.output, DType::kFloat32, wanted, device);
   const std::uint64_t capacity = args.cache_capacity;
   if (tokens > capacity || (args.is_sliding == 0 && op.first_position > capacity - tokens)) {
     throw invalid(op.name, "pos",
                   "must lie below cache_capacity " + std::to_string(capacity) + " unless is_sliding is 1",
                   op.first_position);
   }
-  check_disjoint(op.name, {"out", &op.out}, {"packed", &op.packed});
-  check_disjoint(op.name, {"out", &op.out}, {"norms", &op.norms});
+  check_disjoint(op.name, {"output", &op.output}, {"packed", &op.packed});
+  check_disjoint(op.name, {"output", &op.output}, {"norms", &op.norms});
 }
 
 void validate(const FwhtOp& op, const Device* device) {

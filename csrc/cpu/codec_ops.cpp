@@ -47,11 +47,11 @@ void dequantize(const DequantizeOp& op, ThreadPool& pool) {
   const TqHadamardQuantizeArgs& args = op.args;
   const std::size_t head_dim = args.head_dim;
   const std::size_t heads = args.num_kv_heads;
-  for_each_row(pool, op.out.size() / head_dim, [&](std::size_t row) {
+  for_each_row(pool, op.output.size() / head_dim, [&](std::size_t row) {
     const std::size_t at = row % heads * args.cache_capacity + slot_of(op.first_position + row / heads, args);
     decode_row(op.packed.data<const std::uint8_t>() + at * head_dim,
                op.norms.data<const float>() + at * norms_per_row(head_dim), head_dim, args.scale_factor_d512,
-               *op.codebook, op.out.data<float>() + row * head_dim);
+               *op.codebook, op.output.data<float>() + row * head_dim);
   });
 }
 

@@ -60,8 +60,8 @@ class CpuEncoder final : public CommandEncoder {
     ops_.emplace_back(std::move(op));
   }
   void encode(AttendOp op) override {
-    note_kernel("flash_attn_vec_tq_hb_dk" + std::to_string(op.args.head_dim) + "_" + attend_kernel().isa);
-    if (op.fused_undo) note("fwht_sign_undo_f32_d", op.args.head_dim);
+    note("flash_attn_vec_tq_hb_dk", op.args.head_dim);
+    note(op.fused_undo ? "flash_attn_vec_reduce_tq_hb_undo_dk" : "flash_attn_vec_reduce_dk", op.args.head_dim);
     ops_.emplace_back(std::move(op));
   }
   void encode(FwhtOp op) override {

@@ -1,7 +1,5 @@
 """KV cache at 5, 6 or 8 bits per value, and attention that reads it without rebuilding K or V."""
 
-from importlib.metadata import version as _version
-
 from tq_hb import policy
 from tq_hb._core import (
     DeviceError,
@@ -46,8 +44,6 @@ from tq_hb.ops import (
 )
 from tq_hb.policy import compute_nsg, compute_nwg
 
-__version__ = _version("tq-hb")
-
 __all__ = [
     "Buffer",
     "CommandEncoder",
@@ -89,3 +85,12 @@ __all__ = [
     "unrotate",
     "warmup",
 ]
+
+
+def __getattr__(name: str) -> str:
+    """Look up ``__version__`` when asked: reading package metadata takes longer than all the rest."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("tq-hb")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

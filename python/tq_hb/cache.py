@@ -36,7 +36,15 @@ _MIN_GROWTH = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """What served an attention call."""
+    """What served an attention call.
+
+    >>> import numpy as np, tq_hb
+    >>> cache = tq_hb.KVCache(1, 256)
+    >>> cache.append(np.ones((1, 256), np.float32), np.ones((1, 256), np.float32))
+    >>> _ = cache.attend(np.ones((1, 256), np.float32))
+    >>> cache.last_plan.kernels
+    ('flash_attn_vec_tq_hb_dk256', 'flash_attn_vec_reduce_tq_hb_undo_dk256')
+    """
 
     backend: str
     kernels: tuple[str, ...]
@@ -124,7 +132,7 @@ class KVCache:
             raise unsupported(op, "k_mean")
         _core.codebook(op, self._k_bits, codebook)
         self._codebook, self._packing, self._precision = codebook, packing, precision
-        self._device = resolve_device(device)
+        self._device = resolve_device(op, device)
         self._lock = threading.RLock()
         self._len = self._offset = 0
         self._last_plan: Plan | None = None
@@ -247,7 +255,7 @@ class KVCache:
         op = "KVCache.append"
         rows_k, rows_v = self._rows(op, "k", k), self._rows(op, "v", v)
         if rows_k.shape != rows_v.shape:
-            raise invalid(op, "v", f"must have as many tokens as k, {len(rows_k)}", len(rows_v))
+            raise invalid(op, "v", f"must have the shape of k, {rows_k.shape}", rows_v.shape)
         tokens = len(rows_k)
         if tokens == 0:
             return
@@ -567,7 +575,7 @@ class KVCache:
         Traceback (most recent call last):
         tq_hb.UnsupportedError: KVCache.load: loading from 'cache.safetensors' is not supported
         """
-        resolve_device(device)
+        resolve_device("KVCache.load", device)
         raise unsupported("KVCache.load", f"loading from {os.fspath(path)!r}")
 
 

@@ -22,7 +22,12 @@ _ALIGNMENT = max(mmap.PAGESIZE, 16384)
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """One backend of the project: usable here, or why not."""
+    """One backend of the project: usable here, or why not.
+
+    >>> import tq_hb
+    >>> tq_hb.devices()[-1].backend
+    'cpu'
+    """
 
     backend: str
     available: bool
@@ -33,7 +38,12 @@ class DeviceInfo:
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """What a device can hold and how wide it works."""
+    """What a device can hold and how wide it works.
+
+    >>> import tq_hb
+    >>> tq_hb.Device("cpu").limits.num_threads == tq_hb.num_threads()
+    True
+    """
 
     max_buffer_bytes: int
     num_threads: int
@@ -47,7 +57,9 @@ def devices() -> list[DeviceInfo]:
     ['cpu']
     """
     return [
-        DeviceInfo(backend, device is not None, device.name if device else "", bool(device and device.is_simulated), why)
+        DeviceInfo(
+            backend, device is not None, device.name if device else "", bool(device and device.is_simulated), why
+        )
         for backend, device, why in _core.backend_statuses()
     ]
 
@@ -149,10 +161,13 @@ def _auto_backend() -> str:
     return next(info.backend for info in devices() if info.available and not info.is_simulated)
 
 
-def resolve_device(device: str | Device | None) -> Device:
+def resolve_device(op: str, device: str | Device | None) -> Device:
     """Return the device a call runs on: ``None`` and ``"auto"`` choose one."""
     if isinstance(device, Device):
         return device
+    names = ("auto", *(info.backend for info in devices()))
+    if device is not None and device not in names:
+        raise invalid(op, "device", f"must be None, a Device or one of {', '.join(names)}", repr(device))
     return _device("auto" if device is None else device, policy.environment())
 
 
@@ -209,7 +224,7 @@ class CommandEncoder:
         codebook: str = "lloyd_max",
         packing: str = "byte",
     ) -> None:
-        """Record the encoding of ``src`` (G, D) or (T, G, D) into a cache; see :func:`tq_hb.hadamard_quantize_kv_hb`."""
+        """Record the encoding of ``src`` into a cache; see :func:`tq_hb.hadamard_quantize_kv_hb`."""
         op = "hadamard_quantize_kv_hb"
         check_packing(op, packing)
         target = (
@@ -268,7 +283,7 @@ class CommandEncoder:
         codebook: str = "lloyd_max",
         packing: str = "byte",
     ) -> None:
-        """Record the decoding of ``output.shape[0]`` positions from ``pos`` on into float32 (T, G, D), still rotated."""
+        """Record the decoding of positions ``pos`` ... ``pos + T - 1`` into float32 (T, G, D), still rotated."""
         op = "tq_dequantize_hb_kv"
         check_packing(op, packing)
         self._core.dequantize(
@@ -305,8 +320,8 @@ class CommandEncoder:
 
         ``tmp`` is float32 of at least :func:`tq_hb.tmp_buffer_bytes`, or None: the encoder brings its own.
         """
-        cache_buffers = (k_packed, k_norms, v_packed, v_norms)
-        self._attend("flash_attn_vec_tq_hb", q, cache_buffers, output, tmp, p, fused_undo=False, **options)
+        op = "flash_attn_vec_tq_hb"
+        self._attend(op, False, q, k_packed, k_norms, v_packed, v_norms, output, tmp, p, **options)
 
     def flash_attn_vec_tq_hb_with_fused_undo(
         self,
@@ -321,19 +336,22 @@ class CommandEncoder:
         **options: Any,
     ) -> None:
         """Record decode attention with an un-rotated ``output``."""
-        cache_buffers = (k_packed, k_norms, v_packed, v_norms)
-        self._attend("flash_attn_vec_tq_hb_with_fused_undo", q, cache_buffers, output, tmp, p, fused_undo=True, **options)
+        op = "flash_attn_vec_tq_hb_with_fused_undo"
+        self._attend(op, True, q, k_packed, k_norms, v_packed, v_norms, output, tmp, p, **options)
 
     def _attend(
         self,
         op: str,
+        fused_undo: bool,
         q: Array,
-        cache_buffers: tuple[Array, Array, Array, Array],
+        k_packed: Array,
+        k_norms: Array,
+        v_packed: Array,
+        v_norms: Array,
         output: Buffer,
         tmp: Buffer | None,
         p: _core.FlashAttnVecTqHbParams,
         *,
-        fused_undo: bool,
         nwg: int | None = None,
         v_bits: int | None = None,
         codebook: str = "lloyd_max",
@@ -343,11 +361,13 @@ class CommandEncoder:
         return_lse: bool = False,
     ) -> None:
         check_attention(op, packing=packing, precision=precision, sinks=sinks, return_lse=return_lse)
-        names = ("k_packed", "k_norms", "v_packed", "v_norms")
         self._core.flash_attn_vec(
             op,
             self._input(op, "q", q),
-            *(self._input(op, name, x) for name, x in zip(names, cache_buffers, strict=True)),
+            self._input(op, "k_packed", k_packed),
+            self._input(op, "k_norms", k_norms),
+            self._input(op, "v_packed", v_packed),
+            self._input(op, "v_norms", v_norms),
             self._written(op, "output", output),
             None if tmp is None else self._written(op, "tmp", tmp),
             p,
@@ -466,7 +486,5 @@ def warmup(device: str | Device | None = None) -> None:
     >>> import tq_hb
     >>> tq_hb.warmup("cpu")
     """
-    if resolve_device(device).backend == "cpu":
+    if resolve_device("warmup", device).backend == "cpu":
         _core.warm_up_cpu()
-
-

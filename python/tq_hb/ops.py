@@ -20,11 +20,9 @@ from tq_hb.interop import (
     as_float32,
     as_out,
     as_writable,
-    finish,
     like,
     require_disjoint,
     require_rows,
-    result_dtype,
 )
 from tq_hb.options import check_bits, check_head_dim, check_packing, invalid
 
@@ -62,7 +60,7 @@ def codebook(bits: int, name: str = "lloyd_max") -> Float32Array:
     >>> tq_hb.codebook(5).shape, float(tq_hb.codebook(5)[-1])
     ((32,), 3.260732412338257)
     """
-    return _core.codebook("codebook", _core.to_uint32("codebook", "bits", bits), name)[0]
+    return _core.codebook("codebook", check_bits("codebook", "bits", bits), name)[0]
 
 
 def boundaries(bits: int, name: str = "lloyd_max") -> Float32Array:
@@ -72,7 +70,7 @@ def boundaries(bits: int, name: str = "lloyd_max") -> Float32Array:
     >>> tq_hb.boundaries(8).shape
     (255,)
     """
-    return _core.codebook("boundaries", _core.to_uint32("boundaries", "bits", bits), name)[1]
+    return _core.codebook("boundaries", check_bits("boundaries", "bits", bits), name)[1]
 
 
 def signs(head_dim: int) -> Float32Array:
@@ -203,7 +201,7 @@ def quantize(
         raise invalid(op, "x", "must have head_dim as its last axis", "a scalar")
     lead, head_dim = rows.shape[:-1], check_head_dim(op, rows.shape[-1])
     count = math.prod(lead)
-    core = resolve_device(device)._core
+    core = resolve_device(op, device)._core
     _core.codebook(op, bits, codebook)
     codes = np.empty((count, head_dim), np.uint8)
     norms = np.empty(_norms_shape((count,), head_dim), np.float32)
@@ -277,9 +275,9 @@ def dequantize(
         write_pos=0,
         cache_capacity=max(count, 1),
         codebook_bits=bits,
-        scale_factor_d512=scale_factor_d512,
+        scale_factor_d512=_core.to_float32(op, "scale_factor_d512", scale_factor_d512),
     )
-    hp.validate()
+    hp.validate(op)
     if count > 0:
         core = Device("cpu")._core
         out = core.wrap(op, "out", result)
@@ -386,7 +384,7 @@ def _quantize(
     device: str | Device | None,
 ) -> None:
     check_packing(op, packing)
-    core = resolve_device(device)._core
+    core = resolve_device(op, device)._core
     encoder = core.make_encoder()
     wrapped = []
     sources = []
@@ -397,11 +395,15 @@ def _quantize(
         require_disjoint(op, packed_name, codes_out, src_name, src)
         require_disjoint(op, norms_name, norms_out, src_name, src)
         sources.append((src_name, rows))
-        buffers = (
-            core.wrap(op, name, array)
-            for name, array in ((src_name, rows), (packed_name, codes_out), (norms_name, norms_out))
+        wrapped.append(
+            (
+                key,
+                core.wrap(op, src_name, rows),
+                core.wrap(op, packed_name, codes_out),
+                core.wrap(op, norms_name, norms_out),
+                bits,
+            )
         )
-        wrapped.append((key, *buffers, bits))
     encoder.hadamard_quantize(op, hp, wrapped, codebook)
     for src_name, rows in sources:
         require_rows(op, src_name, rows)
@@ -416,6 +418,7 @@ def tq_dequantize_hb_kv(
     pos: int,
     codebook: str = "lloyd_max",
     packing: str = "byte",
+    device: str | Device | None = None,
 ) -> Array:
     """Rebuild one position of a cache, still rotated.
 
@@ -444,8 +447,8 @@ def tq_dequantize_hb_kv(
     op = "tq_dequantize_hb_kv"
     check_packing(op, packing)
     position = _core.to_uint32(op, "pos", pos)
-    hp.validate()
-    core = Device("cpu")._core
+    hp.validate(op)
+    core = resolve_device(op, device)._core
     result = np.empty((1, hp.num_kv_heads, hp.head_dim), np.float32)
     encoder = core.make_encoder()
     encoder.dequantize(
@@ -512,12 +515,12 @@ def flash_attn_vec_tq_hb(
         Width of V where it differs from ``p.codebook_bits``.
     precision : "default" or "strict"
         Accuracy class. The cpu computes in float32 for both.
-    out : array, optional
-        Where the result is written; shape and dtype of the result.
+    out : float32 array, optional
+        Where the result is written; the shape of ``q``.
 
     Returns
     -------
-    array, shape, library and floating dtype of ``q`` (float64 gives float32).
+    float32 array of the shape of ``q``, in its library.
 
     Raises
     ------
@@ -593,17 +596,19 @@ def _attend(
     device: str | Device | None,
     **options: Any,
 ) -> Array:
-    dev = resolve_device(device)
+    dev = resolve_device(op, device)
     core = dev._core
     rows = as_float32(op, "q", q)
-    dtype = result_dtype(op, "q", q)
+    p.validate(op)
+    if rows.ndim not in (2, 3) or rows.shape[-2:] != (p.num_heads, p.head_dim):
+        raise invalid(op, "q", f"must have shape ({p.num_heads}, {p.head_dim})", rows.shape)
     inputs = {"q": q, "k_packed": k_packed, "k_norms": k_norms, "v_packed": v_packed, "v_norms": v_norms}
     writable = None
     if out is not None:
-        writable = as_out(op, out, rows.shape, dtype)
+        writable = as_out(op, out, rows.shape, "float32")
         for name, x in inputs.items():
             require_disjoint(op, "out", writable, name, x)
-    result = writable if writable is not None and dtype == "float32" else np.empty(rows.shape, np.float32)
+    result = np.empty(rows.shape, np.float32) if writable is None else writable
     encoder = dev.encoder()
     record = encoder.flash_attn_vec_tq_hb_with_fused_undo if fused_undo else encoder.flash_attn_vec_tq_hb
     record(
@@ -619,4 +624,4 @@ def _attend(
     )
     require_rows(op, "q", rows, as_query=True)
     encoder.commit_and_wait()
-    return finish(q, out, writable, result, dtype)
+    return like(q, result) if out is None else out

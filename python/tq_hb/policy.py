@@ -34,7 +34,7 @@ def _override(variable: str, accepted: range | tuple[int, ...]) -> int | None:
 
 @cache
 def environment() -> Environment:
-    """Overrides from the environment, as they were at the first call or the last :func:`reload`.
+    """Return the overrides as they were at the first call or the last :func:`reload`.
 
     >>> import tq_hb
     >>> tq_hb.policy.environment() is tq_hb.policy.environment()
@@ -49,7 +49,7 @@ def environment() -> Environment:
 
 
 def reload() -> None:
-    """Read the environment again at the next use.
+    """Read the environment again.
 
     >>> import os, tq_hb
     >>> os.environ["HF2Q_TQ_NWG"] = "8"
@@ -60,6 +60,7 @@ def reload() -> None:
     >>> tq_hb.policy.reload()
     """
     environment.cache_clear()
+    environment()
 
 
 def compute_nsg(kv_seq_len: int) -> int:
