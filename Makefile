@@ -43,7 +43,8 @@ lint: $(STAMP)-lint
 	$(BIN)/mypy
 	find csrc tests -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
 
-bench: $(STAMP)-test $(STAMP)-package
+bench: $(STAMP)-demo $(STAMP)-test $(STAMP)-package
+	$(BIN)/tq-hb generate --out bench/results
 	$(BIN)/python -m bench.codec
 	$(BIN)/python -m bench.cpu
 	$(BIN)/python -m bench.tables

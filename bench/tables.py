@@ -40,6 +40,25 @@ def attend_cpu() -> str:
     return _markdown(header, rows) + _source(report, "cpu") + _machine(report)
 
 
+def replay() -> str:
+    """Return what every width does to a real model's predictions."""
+    report = harness.read("generate")
+    header = ("K/V bits", "bytes per token", "decode ms per token", "mean KL", "top-1 agreement", "perplexity")
+    rows = [
+        (
+            row["setting"],
+            f"{row['bytes_per_token']:,}",
+            f"{row['decode_ms']:.1f}",
+            f"{row['mean_kl']:.1e}" if row["mean_kl"] else "0",
+            f"{row['top1_agreement']:.1%}",
+            f"{row['perplexity']:.2f}",
+        )
+        for row in report["replay"]["settings"]
+    ]
+    command = "tq-hb generate --out bench/results"
+    return _markdown(header, rows) + _source({"command": command}, "generate") + _machine(report)
+
+
 def memory() -> str:
     """Return what the default codebook takes and loses at each width, for D = 256."""
     report = harness.read("codec")
@@ -104,6 +123,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "append_cpu": append_cpu,
     "codec": codec,
     "memory": memory,
+    "replay": replay,
 }
 
 
