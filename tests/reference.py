@@ -53,12 +53,17 @@ def rotation(head_dim: int) -> np.ndarray:
 
 def rotate(x: np.ndarray) -> np.ndarray:
     """R along the last axis."""
-    return np.asarray(x, np.float64) @ rotation(x.shape[-1]).T
+    return _times(x, rotation(x.shape[-1]).T)
 
 
 def unrotate(y: np.ndarray) -> np.ndarray:
     """The inverse of R; R is orthogonal."""
-    return np.asarray(y, np.float64) @ rotation(y.shape[-1])
+    return _times(y, rotation(y.shape[-1]))
+
+
+def _times(rows: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """``rows @ matrix`` along the last axis, as one product: numpy would make one for each leading index."""
+    return (np.asarray(rows, np.float64).reshape(-1, len(matrix)) @ matrix).reshape(rows.shape)
 
 
 def normalised(x: np.ndarray, scale_factor_d512: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
