@@ -30,10 +30,6 @@ NORM_RTOL = 2e-6
 # Splitting the keys otherwise changes the order of the sums, nothing else.
 SPLIT_NMSE = 1e-11
 
-# Results rounded to a 16-bit type at the very end: half a unit in the last place, twice over for
-# the float32 value beside a rounding boundary.
-HALF_RTOL = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
-
 # A float32 encoder may pick the neighbouring code only this close to a boundary.
 BOUNDARY_MARGIN = 1e-5
 

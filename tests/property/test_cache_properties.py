@@ -104,7 +104,7 @@ class RingAgainstList(RuleBasedStateMachine):
         assert np.array_equal(self.cache.attend(q), fresh.attend(q))
 
 
-RingAgainstList.TestCase.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
+RingAgainstList.TestCase.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
 TestRingAgainstList = RingAgainstList.TestCase
 
 

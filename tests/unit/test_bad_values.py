@@ -103,6 +103,16 @@ def test_the_wait_names_the_first_bad_token_and_head(device):
         enc.commit_and_wait()
 
 
+def test_every_wait_says_what_went_wrong(device):
+    packed, norms = (device.array(a) for a in cache_buffers(256))
+    enc = device.encoder()
+    enc.hadamard_quantize_kv_hb(device.array(rows_with_a_bad_one(256, np.nan)), packed, norms, encode_params(256))
+    enc.commit()
+    for _ in range(2):
+        with pytest.raises(tq_hb.InvalidArgument, match="token 1.*head 2"):
+            enc.wait()
+
+
 def test_a_device_is_usable_after_a_bad_row(device):
     packed, norms = (device.array(a) for a in cache_buffers(256))
     enc = device.encoder()

@@ -145,7 +145,14 @@ def test_results_have_the_type_of_the_query(x, dtype):
 
     want = cache.attend(q.astype(np.float32))
     assert got.dtype == (np.float32 if dtype == "float64" else q.dtype)
-    np.testing.assert_allclose(got.astype(np.float32), want, rtol=2.0**-10 if dtype == "float16" else 0, atol=1e-6)
+    assert np.array_equal(got, want.astype(got.dtype))
+
+
+def test_a_result_beyond_float16_is_infinite_without_a_warning():
+    cache = tq_hb.KVCache(1, 256)
+    large = np.full((1, 1, 256), 1e5, np.float32)
+    cache.append(large, large)
+    assert np.isinf(cache.attend(np.ones((1, 256), np.float16))).all()
 
 
 def test_a_byte_swapped_query_gives_a_native_result(x):
@@ -230,6 +237,16 @@ class TestTorch:
         assert cache.attend(q, out=out) is out
         assert out.data_ptr() == pointer
         assert torch.equal(out, cache.attend(q))
+
+    def test_results_own_their_memory(self, torch, x):
+        cache = tq_hb.KVCache(2, 256)
+        cache.append(x, x)
+        q = torch.from_numpy(x[0].repeat(2, axis=0))
+        results = [cache.attend(q) for _ in range(8)]
+        want = results[0].clone()
+        results[0].zero_()
+        assert all(torch.equal(result, want) for result in results[1:])
+        assert torch.equal(cache.attend(q), want)
 
     def test_non_contiguous_and_gradient_carrying_tensors(self, torch, x):
         t = torch.from_numpy(strided(x)).requires_grad_()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -12,10 +15,10 @@ def tokens(count: int, heads: int = 2, head_dim: int = 256, seed: int = 0) -> np
     return np.random.default_rng(seed).standard_normal((count, heads, head_dim)).astype(np.float32)
 
 
-def content(cache: tq_hb.KVCache) -> tuple[int, int, bytes, bytes]:
-    """Everything that can be read from a cache."""
-    k, v = cache.dequantize()
-    return len(cache), cache.offset, k.tobytes(), v.tobytes()
+def content(cache: tq_hb.KVCache) -> tuple[int, int, str, str]:
+    """Everything that can be read from a cache, the vectors as checksums."""
+    k, v = (hashlib.sha256(x.tobytes()).hexdigest() for x in cache.dequantize())
+    return len(cache), cache.offset, k, v
 
 
 def filled(count: int, capacity: int | None = None, **keywords) -> tq_hb.KVCache:
@@ -328,6 +331,14 @@ class TestClearCopyReserve:
         assert content(cache) == before
         cache.clear()
         assert twin.offset == 15
+
+    @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy], ids=["copy", "deepcopy"])
+    def test_the_copy_module_copies_too(self, duplicate):
+        cache = filled(12, sliding_window=8)
+        before = content(cache)
+        twin = duplicate(cache)
+        twin.append(tokens(3, seed=1), tokens(3, seed=1))
+        assert content(cache) == before
 
     def test_a_copy_of_an_empty_cache_is_empty(self):
         assert len(tq_hb.KVCache(1, 256).copy()) == 0

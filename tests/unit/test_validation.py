@@ -382,8 +382,11 @@ def test_encode_refuses_a_bad_buffer(name, how):
     call.assert_untouched()
 
 
-@pytest.mark.parametrize("name", ["packed", "norms"])
-@pytest.mark.parametrize("how", ["strided", "read-only", "fortran", "byte-swapped"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [(name, how) for name in ("packed", "norms") for how in ("strided", "read-only", "fortran")]
+    + [("norms", "byte-swapped")],
+)
 def test_encode_writes_only_into_contiguous_writable_native_arrays(name, how):
     call = EncodeCall()
     array = getattr(call, name)
@@ -395,8 +398,6 @@ def test_encode_writes_only_into_contiguous_writable_native_arrays(name, how):
         case "fortran":
             array = np.asfortranarray(array)
         case "byte-swapped":
-            if array.dtype.itemsize == 1:
-                pytest.skip("a single byte has no order")
             array = array.astype(array.dtype.newbyteorder())
     setattr(call, name, array)
 
