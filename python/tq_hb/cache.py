@@ -24,8 +24,8 @@ from tq_hb.interop import (
 from tq_hb.options import (
     check_attention,
     check_bits,
+    check_format,
     check_head_dim,
-    check_packing,
     check_precision,
     invalid,
     unsupported,
@@ -126,11 +126,10 @@ class KVCache:
             raise invalid(op, "capacity", f"must be >= sliding_window {self._window}", fixed)
         self._k_bits = check_bits(op, "k_bits", k_bits)
         self._v_bits = check_bits(op, "v_bits", v_bits)
-        check_packing(op, packing)
+        check_format(op, codebook, packing)
         check_precision(op, precision)
         if k_mean is not None:
             raise unsupported(op, "k_mean")
-        _core.codebook(op, self._k_bits, codebook)
         self._codebook, self._packing, self._precision = codebook, packing, precision
         self._device = resolve_device(op, device)
         self._lock = threading.RLock()
@@ -401,6 +400,12 @@ class KVCache:
             other._len, other._offset, other._last_plan = self._len, self._offset, self._last_plan
             return other
 
+    def __copy__(self) -> KVCache:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> KVCache:
+        return self.copy()
+
     # -- reading ---------------------------------------------------------------------------------------
 
     def attend(
@@ -449,7 +454,7 @@ class KVCache:
         (True, 'cpu')
         """
         op = "KVCache.attend"
-        check_attention(op, packing=self._packing, precision=self._precision, sinks=sinks, return_lse=return_lse)
+        check_attention(op, precision=self._precision, sinks=sinks, return_lse=return_lse)
         if q_offset is not None:
             raise unsupported(op, "q_offset")
         rows = self._query(op, q)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from tq_hb import _core, policy
 from tq_hb.interop import Array, as_float32, borrow
-from tq_hb.options import check_attention, check_bits, check_packing, invalid
+from tq_hb.options import check_attention, check_bits, check_format, check_params, invalid
 
 Buffer = _core.Buffer
 
@@ -226,7 +226,8 @@ class CommandEncoder:
     ) -> None:
         """Record the encoding of ``src`` into a cache; see :func:`tq_hb.hadamard_quantize_kv_hb`."""
         op = "hadamard_quantize_kv_hb"
-        check_packing(op, packing)
+        check_format(op, codebook, packing)
+        check_params(op, "hp", hp, _core.HadamardQuantizeKvHbParams)
         target = (
             "",
             self._input(op, "src", src),
@@ -252,7 +253,8 @@ class CommandEncoder:
     ) -> None:
         """Record the encoding of K and V together; see :func:`tq_hb.hadamard_quantize_kv_hb_dual`."""
         op = "hadamard_quantize_kv_hb_dual"
-        check_packing(op, packing)
+        check_format(op, codebook, packing)
+        check_params(op, "hp", hp, _core.HadamardQuantizeKvHbParams)
         bits = hp.codebook_bits if v_bits is None else check_bits(op, "v_bits", v_bits)
         targets = [
             (
@@ -285,7 +287,8 @@ class CommandEncoder:
     ) -> None:
         """Record the decoding of positions ``pos`` ... ``pos + T - 1`` into float32 (T, G, D), still rotated."""
         op = "tq_dequantize_hb_kv"
-        check_packing(op, packing)
+        check_format(op, codebook, packing)
+        check_params(op, "hp", hp, _core.HadamardQuantizeKvHbParams)
         self._core.dequantize(
             op,
             hp,
@@ -360,7 +363,9 @@ class CommandEncoder:
         precision: str = "default",
         return_lse: bool = False,
     ) -> None:
-        check_attention(op, packing=packing, precision=precision, sinks=sinks, return_lse=return_lse)
+        check_format(op, codebook, packing)
+        check_params(op, "p", p, _core.FlashAttnVecTqHbParams)
+        check_attention(op, precision=precision, sinks=sinks, return_lse=return_lse)
         self._core.flash_attn_vec(
             op,
             self._input(op, "q", q),

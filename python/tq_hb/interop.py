@@ -104,7 +104,12 @@ def result_dtype(op: str, field: str, x: Array) -> str:
 
 
 def like(x: Array, result: npt.NDArray[Any], dtype: str = "float32") -> Array:
-    """Return ``result`` in the library of ``x``, as ``dtype``."""
+    """Return ``result`` in the library of ``x``, as ``dtype``; what it cannot hold becomes infinite."""
+    with np.errstate(over="ignore"):
+        return _like(x, result, dtype)
+
+
+def _like(x: Array, result: npt.NDArray[Any], dtype: str) -> Array:
     library = _library(x)
     if library == "torch":
         torch = sys.modules["torch"]
@@ -148,7 +153,8 @@ def finish(x: Array, out: Array | None, writable: npt.NDArray[Any] | None, resul
     if writable is None:
         return like(x, result, dtype)
     if writable is not result:
-        writable[...] = _bfloat16_bits(result) if writable.dtype == np.uint16 else result
+        with np.errstate(over="ignore"):
+            writable[...] = _bfloat16_bits(result) if writable.dtype == np.uint16 else result
     return out
 
 

@@ -24,7 +24,7 @@ from tq_hb.interop import (
     require_disjoint,
     require_rows,
 )
-from tq_hb.options import check_bits, check_head_dim, check_packing, invalid
+from tq_hb.options import check_bits, check_format, check_head_dim, check_params, invalid
 
 _HEAD_DIMS = (256, 512)
 _NORM_BLOCK = 256
@@ -194,7 +194,7 @@ def quantize(
     ((3, 256), 'uint8', [16.0, 16.0, 16.0])
     """
     op = "quantize"
-    check_packing(op, packing)
+    check_format(op, codebook, packing)
     bits = check_bits(op, "bits", bits)
     rows = as_float32(op, "x", x)
     if rows.ndim == 0:
@@ -202,7 +202,6 @@ def quantize(
     lead, head_dim = rows.shape[:-1], check_head_dim(op, rows.shape[-1])
     count = math.prod(lead)
     core = resolve_device(op, device)._core
-    _core.codebook(op, bits, codebook)
     codes = np.empty((count, head_dim), np.uint8)
     norms = np.empty(_norms_shape((count,), head_dim), np.float32)
     if count > 0:
@@ -257,7 +256,7 @@ def dequantize(
     True
     """
     op = "dequantize"
-    check_packing(op, packing)
+    check_format(op, codebook, packing)
     bits = check_bits(op, "bits", bits)
     head_dim = check_head_dim(op, head_dim)
     code_rows, norm_rows = as_codes(op, "codes", codes), as_float32(op, "norms", norms)
@@ -268,7 +267,6 @@ def dequantize(
         raise invalid(op, "norms", f"must have shape {_norms_shape(lead, head_dim)}", norm_rows.shape)
     count = math.prod(lead)
     result = np.empty((count, 1, head_dim), np.float32)
-    _core.codebook(op, bits, codebook)
     hp = _core.HadamardQuantizeKvHbParams(
         head_dim=head_dim,
         num_kv_heads=1,
@@ -334,6 +332,7 @@ def hadamard_quantize_kv_hb(
     [16.0, 16.0]
     """
     op = "hadamard_quantize_kv_hb"
+    check_params(op, "hp", hp, _core.HadamardQuantizeKvHbParams)
     targets = [("src", src, "packed", packed, "norms", norms, hp.codebook_bits, "")]
     _quantize(op, targets, hp, codebook, packing, device)
 
@@ -367,6 +366,7 @@ def hadamard_quantize_kv_hb_dual(
     True
     """
     op = "hadamard_quantize_kv_hb_dual"
+    check_params(op, "hp", hp, _core.HadamardQuantizeKvHbParams)
     bits = hp.codebook_bits if v_bits is None else check_bits(op, "v_bits", v_bits)
     targets = [
         ("src_k", src_k, "k_packed", k_packed, "k_norms", k_norms, hp.codebook_bits, "k"),
@@ -383,7 +383,7 @@ def _quantize(
     packing: str,
     device: str | Device | None,
 ) -> None:
-    check_packing(op, packing)
+    check_format(op, codebook, packing)
     core = resolve_device(op, device)._core
     encoder = core.make_encoder()
     wrapped = []
@@ -445,8 +445,9 @@ def tq_dequantize_hb_kv(
     True
     """
     op = "tq_dequantize_hb_kv"
-    check_packing(op, packing)
+    check_format(op, codebook, packing)
     position = _core.to_uint32(op, "pos", pos)
+    check_params(op, "hp", hp, _core.HadamardQuantizeKvHbParams)
     hp.validate(op)
     core = resolve_device(op, device)._core
     result = np.empty((1, hp.num_kv_heads, hp.head_dim), np.float32)
@@ -599,6 +600,7 @@ def _attend(
     dev = resolve_device(op, device)
     core = dev._core
     rows = as_float32(op, "q", q)
+    check_params(op, "p", p, _core.FlashAttnVecTqHbParams)
     p.validate(op)
     if rows.ndim not in (2, 3) or rows.shape[-2:] != (p.num_heads, p.head_dim):
         raise invalid(op, "q", f"must have shape ({p.num_heads}, {p.head_dim})", rows.shape)

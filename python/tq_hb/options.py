@@ -6,6 +6,8 @@ from typing import Any
 
 from tq_hb import _core
 
+CODEBOOKS = ("lloyd_max", "mlx_native")
+
 
 def invalid(op: str, field: str, rule: str, value: object) -> _core.InvalidArgument:
     """Return the error for an argument that breaks a rule: ``op: field rule, got value``."""
@@ -32,8 +34,16 @@ def check_head_dim(op: str, value: object) -> int:
     return head_dim
 
 
-def check_packing(op: str, packing: str) -> None:
-    """Accept the layouts of spec'd names, of which only one byte per code is served."""
+def check_params(op: str, field: str, value: object, kind: type) -> None:
+    """Accept a params object of the right class."""
+    if not isinstance(value, kind):
+        raise invalid(op, field, f"must be a {kind.__name__}", type(value).__name__)
+
+
+def check_format(op: str, codebook: str, packing: str) -> None:
+    """Accept the names of codebooks and of layouts, of which only one byte per code is served."""
+    if codebook not in CODEBOOKS:
+        raise invalid(op, "codebook", f"must be one of {', '.join(CODEBOOKS)}", repr(codebook))
     if packing == "plane":
         raise unsupported(op, 'packing="plane"')
     if packing != "byte":
@@ -46,9 +56,8 @@ def check_precision(op: str, precision: str) -> None:
         raise invalid(op, "precision", 'must be "default" or "strict"', repr(precision))
 
 
-def check_attention(op: str, *, packing: str, precision: str, sinks: Any, return_lse: bool) -> None:
+def check_attention(op: str, *, precision: str, sinks: Any, return_lse: bool) -> None:
     """Check the keywords of an attention call."""
-    check_packing(op, packing)
     check_precision(op, precision)
     if sinks is not None:
         raise unsupported(op, "sinks")

@@ -1,0 +1,106 @@
+#include <limits>
+
+#include <gtest/gtest.h>
+
+#include "cache_case.h"
+#include "expect_error.h"
+
+namespace tq_hb {
+namespace {
+
+TEST(CommandEncoder, RunsNothingBeforeCommit) {
+  CacheCase test(2, 1, 256, 8);
+  const auto encoder = test.device->make_encoder();
+  encoder->flash_attn_vec(test.attend_op());
+  EXPECT_EQ(test.output.data<float>()[0], 0.0f);
+  encoder->commit();
+  encoder->wait();
+  EXPECT_NE(test.output.data<float>()[0], 0.0f);
+  EXPECT_GE(encoder->gpu_time(), 0.0);
+}
+
+TEST(CommandEncoder, RefusesUseOutOfOrder) {
+  CacheCase test(2, 1, 256, 8);
+  const auto encoder = test.device->make_encoder();
+  EXPECT_TQ_ERROR(encoder->wait(), ErrorCode::kDevice, "wait", "commit");
+  EXPECT_TQ_ERROR(encoder->gpu_time(), ErrorCode::kDevice, "gpu_time");
+  encoder->commit();
+  EXPECT_TQ_ERROR(encoder->commit(), ErrorCode::kDevice, "commit");
+  EXPECT_TQ_ERROR(encoder->memory_barrier(), ErrorCode::kDevice, "memory_barrier");
+  EXPECT_TQ_ERROR(encoder->flash_attn_vec(test.attend_op()), ErrorCode::kDevice, "flash_attn_vec_tq_hb");
+  encoder->wait();
+  encoder->wait();
+}
+
+TEST(CommandEncoder, LeavesABadRowAndWritesTheOthers) {
+  CacheCase test(2, 2, 256, 4);
+  const Buffer src = test.random({3, 2, 256}, 9);
+  src.data<float>()[(1 * 2 + 1) * 256 + 7] = std::numeric_limits<float>::quiet_NaN();
+  const float untouched = test.k_norms.data<float>()[4 + 1];
+  const float overwritten = test.k_norms.data<float>()[1];
+  const auto encoder = test.device->make_encoder();
+  encoder->hadamard_quantize(test.quantize_op(src, test.k_packed, test.k_norms, *test.k_codebook));
+  encoder->commit();
+  for (int again = 0; again < 2; ++again) {
+    EXPECT_TQ_ERROR(encoder->wait(), ErrorCode::kInvalidArgument, "src", "token 1, head 1");
+  }
+  EXPECT_EQ(test.k_norms.data<float>()[4 + 1], untouched);
+  EXPECT_NE(test.k_norms.data<float>()[1], overwritten);
+}
+
+TEST(CommandEncoder, LeavesTheOutputOfABadQuery) {
+  CacheCase test(2, 1, 256, 8);
+  test.q.data<float>()[256] = std::numeric_limits<float>::infinity();
+  test.output.data<float>()[256] = 42.0f;
+  const auto encoder = test.device->make_encoder();
+  encoder->flash_attn_vec(test.attend_op());
+  encoder->commit();
+  EXPECT_TQ_ERROR(encoder->wait(), ErrorCode::kInvalidArgument, "q", "token 0, head 1");
+  EXPECT_EQ(test.output.data<float>()[256], 42.0f);
+  EXPECT_NE(test.output.data<float>()[0], 0.0f);
+}
+
+TEST(CommandEncoder, ChecksBuffersBeforeItRecords) {
+  CacheCase test(2, 1, 256, 8);
+  const auto encoder = test.device->make_encoder();
+  const auto refuse = [&](AttendOp op, std::initializer_list<const char*> parts) {
+    expect_error([&] { encoder->flash_attn_vec(std::move(op)); }, ErrorCode::kInvalidArgument, parts);
+  };
+  AttendOp op = test.attend_op();
+  op.k_norms = test.device->empty(DType::kFloat32, {1, 7});
+  refuse(op, {"k_norms must have shape (1, 8)", "(1, 7)"});
+  op = test.attend_op();
+  op.v_packed = test.device->empty(DType::kUint16, {1, 8, 256});
+  refuse(op, {"v_packed must have dtype uint8", "uint16"});
+  op = test.attend_op();
+  op.output = op.q;
+  refuse(op, {"output must not overlap q"});
+  op = test.attend_op();
+  op.tmp = test.device->empty(DType::kFloat32, {100});
+  refuse(op, {"tmp must hold at least 66048 bytes", "400"});
+  op = test.attend_op();
+  op.args.nwg = 33;
+  refuse(op, {"nwg must be from 1 to 32", "33"});
+  EXPECT_TRUE(encoder->kernels().empty());
+}
+
+TEST(CommandEncoder, ARunLongerThanTheRingKeepsTheNewest) {
+  CacheCase test(1, 1, 256, 4);
+  const Buffer src = test.random({11, 1, 256}, 5);
+  QuantizeOp op = test.quantize_op(src, test.k_packed, test.k_norms, *test.k_codebook);
+  op.args.is_sliding = 1;
+  op.args.write_pos = 3;
+  const auto encoder = test.device->make_encoder();
+  encoder->hadamard_quantize(op);
+  encoder->commit();
+  encoder->wait();
+  for (std::size_t token = 7; token < 11; ++token) {
+    std::uint8_t codes[256];
+    float norm;
+    ASSERT_TRUE(encode_row(src.data<float>() + token * 256, 256, 1.0f, *test.k_codebook, codes, &norm));
+    EXPECT_EQ(test.k_norms.data<float>()[(3 + token) % 4], norm);
+  }
+}
+
+}  // namespace
+}  // namespace tq_hb

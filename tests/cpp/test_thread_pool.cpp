@@ -1,0 +1,81 @@
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "cpu/thread_pool.h"
+
+namespace tq_hb {
+namespace {
+
+TEST(ThreadPool, RunsEveryTaskOnce) {
+  for (const unsigned threads : {1u, 2u, 3u, 7u}) {
+    ThreadPool pool;
+    pool.set_num_threads(threads);
+    for (const std::size_t count : {0, 1, 2, 31, 1000}) {
+      std::vector<std::atomic<int>> runs(count);
+      pool.parallel_for(count, [&](std::size_t i) { ++runs[i]; });
+      for (const auto& run : runs) EXPECT_EQ(run.load(), 1);
+    }
+  }
+}
+
+TEST(ThreadPool, ManySmallCallsInARowDoNotMixUp) {
+  ThreadPool pool;
+  pool.set_num_threads(3);
+  for (int call = 0; call < 2000; ++call) {
+    std::atomic<std::size_t> sum{0};
+    pool.parallel_for(5, [&](std::size_t i) { sum += i; });
+    ASSERT_EQ(sum.load(), 10u);
+  }
+}
+
+TEST(ThreadPool, ServesSeveralCallersAtOnceAndACallFromInsideACall) {
+  ThreadPool pool;
+  pool.set_num_threads(2);
+  std::atomic<int> runs{0};
+  std::vector<std::thread> callers;
+  for (int c = 0; c < 4; ++c) {
+    callers.emplace_back([&] {
+      for (int call = 0; call < 100; ++call) {
+        pool.parallel_for(4, [&](std::size_t) { pool.parallel_for(3, [&](std::size_t) { ++runs; }); });
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  EXPECT_EQ(runs.load(), 4 * 100 * 4 * 3);
+}
+
+TEST(ThreadPool, CanBeResizedBetweenCalls) {
+  ThreadPool pool;
+  for (const unsigned threads : {4u, 1u, 2u, 2u, 5u}) {
+    pool.set_num_threads(threads);
+    EXPECT_EQ(pool.num_threads(), threads);
+    std::atomic<int> runs{0};
+    pool.parallel_for(64, [&](std::size_t) { ++runs; });
+    EXPECT_EQ(runs.load(), 64);
+  }
+}
+
+TEST(ThreadPool, AForkedChildGetsWorkersOfItsOwn) {
+  ThreadPool::instance().set_num_threads(3);
+  std::atomic<int> runs{0};
+  ThreadPool::instance().parallel_for(8, [&](std::size_t) { ++runs; });
+  const pid_t child = fork();
+  if (child == 0) {
+    std::atomic<int> mine{0};
+    ThreadPool::instance().parallel_for(64, [&](std::size_t) { ++mine; });
+    _exit(mine.load() == 64 && ThreadPool::instance().num_threads() == 3 ? 0 : 1);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  ThreadPool::instance().parallel_for(8, [&](std::size_t) { ++runs; });
+  EXPECT_EQ(runs.load(), 16);
+}
+
+}  // namespace
+}  // namespace tq_hb
