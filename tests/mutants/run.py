@@ -132,7 +132,7 @@ def python_failure() -> str | None:
             continue
         tested = run(sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", suite)
         if tested.returncode != 0:
-            failed = re.search(r"^(?:FAILED|ERROR) (\S+)", tested.stdout, re.MULTILINE)
+            failed = re.search(r"^(?:FAILED|ERROR) ([^\s\[]+)", tested.stdout, re.MULTILINE)
             return failed[1] if failed else f"{suite}, which ended with exit code {tested.returncode}"
     return None
 
