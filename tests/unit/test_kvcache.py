@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 
 import numpy as np
 import pytest
@@ -112,6 +113,16 @@ class TestAppend:
         assert len(cache) == cache.offset == 300
         assert 300 <= cache.capacity <= 1024
         assert same_as(cache, x)
+
+    def test_growth_is_by_doubling(self):
+        cache = tq_hb.KVCache(1, 256)
+        x = tokens(1, 1)
+        capacities = []
+        for _ in range(600):
+            cache.append(x, x)
+            if not capacities or cache.capacity != capacities[-1]:
+                capacities.append(cache.capacity)
+        assert all(b == 2 * a for a, b in itertools.pairwise(capacities))
 
     @pytest.mark.parametrize("capacity", [None, 10])
     @pytest.mark.parametrize("runs", [(5,), (8,), (9,), (8, 1), (3, 4, 5), (100,), (1,) * 25, (7, 30, 2)], ids=str)
