@@ -1,0 +1,95 @@
+"""The package against the reference on whatever hypothesis comes up with."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+import reference
+import tolerance
+import tq_hb
+from cases import Case, expected, make_problem
+
+WIDTHS = st.sampled_from([5, 6, 8])
+
+
+@st.composite
+def attend_cases(draw: st.DrawFn) -> Case:
+    """Any valid call of the attention op on a small cache."""
+    kv_seq_len = draw(st.integers(1, 200))
+    num_kv_heads = draw(st.integers(1, 4))
+    is_full = draw(st.booleans())
+    return Case(
+        head_dim=draw(st.sampled_from([256, 512])),
+        num_heads=num_kv_heads * draw(st.integers(1, 6)),
+        num_kv_heads=num_kv_heads,
+        kv_seq_len=kv_seq_len,
+        kv_capacity=kv_seq_len + (0 if is_full else draw(st.integers(1, 40))),
+        ring_start=draw(st.integers(0, kv_seq_len - 1)) if is_full else 0,
+        window=draw(st.integers(0, 220)),
+        softcap=draw(st.sampled_from([0.0, 0.5, 50.0])),
+        k_bits=draw(WIDTHS),
+        v_bits=draw(WIDTHS),
+        codebook=draw(st.sampled_from(["lloyd_max", "mlx_native"])),
+        scale_factor_d512=draw(st.sampled_from([1.0, 0.7, 16.0])),
+        fuse_fwht_pre=draw(st.integers(0, 1)),
+        nsg=draw(st.sampled_from([1, 2, 4])),
+        nwg=draw(st.integers(1, 32)),
+        seed=draw(st.integers(0, 2**32 - 1)),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=attend_cases(), fused_undo=st.booleans())
+def test_attention_on_any_valid_call(case, fused_undo):
+    op = tq_hb.flash_attn_vec_tq_hb_with_fused_undo if fused_undo else tq_hb.flash_attn_vec_tq_hb
+    problem = make_problem.__wrapped__(case)
+
+    got = op(*problem.buffers(), case.params(), **case.keywords())
+
+    assert tolerance.nmse(got, expected(case, problem, unrotated=fused_undo)) <= tolerance.ATTEND_NMSE
+
+
+@settings(max_examples=30, deadline=None)
+@given(case=attend_cases())
+def test_slots_that_a_query_does_not_see_never_matter(case):
+    problem = make_problem.__wrapped__(case)
+    unseen = np.ones(case.kv_capacity, bool)
+    unseen[case.visible.slots()] = False
+    other = {f.name: getattr(problem, f.name).copy() for f in dataclasses.fields(problem)}
+    for name in ("k_packed", "v_packed"):
+        other[name][:, unseen] ^= 0x55
+    for name in ("k_norms", "v_norms"):
+        other[name][:, unseen] = np.inf
+
+    got, again = (
+        tq_hb.flash_attn_vec_tq_hb(*buffers, case.params(), **case.keywords())
+        for buffers in (problem.buffers(), other.values())
+    )
+
+    assert got.tobytes() == again.tobytes()
+
+
+FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
+ROWS = st.one_of(*(arrays.arrays(np.float32, (2, d), elements=FLOATS, fill=FLOATS) for d in (256, 512)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(x=ROWS, cbits=WIDTHS, codebook=st.sampled_from(["lloyd_max", "mlx_native"]))
+def test_encoding_of_any_finite_rows(x, cbits, codebook):
+    with np.errstate(all="ignore"):
+        want_codes, want_norms = reference.encode_float32(x, cbits, codebook)
+    if not np.isfinite(want_norms).all():
+        with pytest.raises(tq_hb.InvalidArgument, match="quantize: x"):
+            tq_hb.quantize(x, cbits, codebook=codebook)
+        return
+
+    codes, norms = tq_hb.quantize(x, cbits, codebook=codebook)
+
+    assert norms.tobytes() == want_norms.tobytes()
+    assert codes.tobytes() == want_codes.tobytes()
