@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import random
 from dataclasses import dataclass, fields
@@ -85,7 +84,6 @@ class Problem:
         return self.q, self.k_packed, self.k_norms, self.v_packed, self.v_norms
 
 
-@functools.cache
 def make_problem(case: Case) -> Problem:
     """Codes of Gaussian keys and values, drawn in the rotated domain; read-only arrays."""
     rng = np.random.default_rng(case.seed)

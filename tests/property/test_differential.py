@@ -48,7 +48,7 @@ def attend_cases(draw: st.DrawFn) -> Case:
 @given(case=attend_cases(), fused_undo=st.booleans())
 def test_attention_on_any_valid_call(case, fused_undo):
     op = tq_hb.flash_attn_vec_tq_hb_with_fused_undo if fused_undo else tq_hb.flash_attn_vec_tq_hb
-    problem = make_problem.__wrapped__(case)
+    problem = make_problem(case)
 
     got = op(*problem.buffers(), case.params(), **case.keywords())
 
@@ -58,7 +58,7 @@ def test_attention_on_any_valid_call(case, fused_undo):
 @settings(max_examples=30, deadline=None)
 @given(case=attend_cases())
 def test_slots_that_a_query_does_not_see_never_matter(case):
-    problem = make_problem.__wrapped__(case)
+    problem = make_problem(case)
     unseen = np.ones(case.kv_capacity, bool)
     unseen[case.visible.slots()] = False
     other = {f.name: getattr(problem, f.name).copy() for f in dataclasses.fields(problem)}
