@@ -1,5 +1,7 @@
 #include "cpu/device.h"
 
+#include <unistd.h>
+
 #include <chrono>
 #include <cstring>
 #include <limits>
@@ -17,6 +19,14 @@ namespace tq_hb {
 namespace {
 
 constexpr std::align_val_t kAlignment{64};
+
+/// Bytes of memory in this machine: no single buffer can usefully be larger.
+std::uint64_t physical_memory() noexcept {
+  const long pages = sysconf(_SC_PHYS_PAGES);
+  const long page = sysconf(_SC_PAGESIZE);
+  if (pages <= 0 || page <= 0) return static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
+  return static_cast<std::uint64_t>(pages) * static_cast<std::uint64_t>(page);
+}
 
 class HostStorage final : public Storage {
  public:
@@ -119,7 +129,7 @@ class CpuDevice final : public Device {
   std::string name() const override { return std::string("cpu (") + cpu_isa() + ")"; }
   std::string backend() const override { return "cpu"; }
   DeviceLimits limits() const override {
-    return {static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()), cpu_num_threads()};
+    return {physical_memory(), cpu_num_threads()};
   }
   std::shared_ptr<Storage> wrap_host(std::byte* data, std::uint64_t size, std::shared_ptr<void> owner) const override {
     return std::make_shared<BorrowedStorage>(this, data, size, std::move(owner));

@@ -431,8 +431,9 @@ def empty(shape: int | tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> np
     size = kind.itemsize
     for extent in extents:
         size *= extent
-    if size > _core.open_device("cpu").max_buffer_bytes - 2 * _ALIGNMENT:
-        raise _core.OutOfMemoryError(f"empty: {size} bytes are more than can be addressed")
+    limit = _core.open_device("cpu").max_buffer_bytes
+    if size > limit:
+        raise _core.OutOfMemoryError(f"empty: {size} bytes exceed this machine's memory of {limit}")
     pages = -(-size // _ALIGNMENT) * _ALIGNMENT
     try:
         raw = np.zeros(pages + _ALIGNMENT, np.uint8)
