@@ -1,7 +1,5 @@
 #include "cpu/device.h"
 
-#include <unistd.h>
-
 #include <chrono>
 #include <cstring>
 #include <limits>
@@ -9,6 +7,8 @@
 #include <optional>
 #include <utility>
 #include <variant>
+
+#include <unistd.h>
 
 #include "cpu/attend.h"
 #include "cpu/codec_ops.h"
@@ -128,9 +128,7 @@ class CpuDevice final : public Device {
  public:
   std::string name() const override { return std::string("cpu (") + cpu_isa() + ")"; }
   std::string backend() const override { return "cpu"; }
-  DeviceLimits limits() const override {
-    return {physical_memory(), cpu_num_threads()};
-  }
+  DeviceLimits limits() const override { return {physical_memory(), cpu_num_threads()}; }
   std::shared_ptr<Storage> wrap_host(std::byte* data, std::uint64_t size, std::shared_ptr<void> owner) const override {
     return std::make_shared<BorrowedStorage>(this, data, size, std::move(owner));
   }

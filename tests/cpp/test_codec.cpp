@@ -56,9 +56,12 @@ struct Pinned {
 
 // These pin the format: a change here breaks every cache that has been stored.
 constexpr Pinned kPinned[] = {
-    {256, 5, CodebookName::kLloydMax, 0, 193337822954143186ull},   {256, 8, CodebookName::kLloydMax, -100, 11385559339389993765ull},
-    {256, 8, CodebookName::kMlxNative, 40, 13352585438343306942ull}, {512, 6, CodebookName::kLloydMax, 0, 5244522771868952685ull},
-    {512, 8, CodebookName::kLloydMax, -59, 15612996331299492253ull}, {512, 8, CodebookName::kMlxNative, -140, 11874665356686484261ull},
+    {256, 5, CodebookName::kLloydMax, 0, 193337822954143186ull},
+    {256, 8, CodebookName::kLloydMax, -100, 11385559339389993765ull},
+    {256, 8, CodebookName::kMlxNative, 40, 13352585438343306942ull},
+    {512, 6, CodebookName::kLloydMax, 0, 5244522771868952685ull},
+    {512, 8, CodebookName::kLloydMax, -59, 15612996331299492253ull},
+    {512, 8, CodebookName::kMlxNative, -140, 11874665356686484261ull},
 };
 
 void expect_pinned_bytes() {
