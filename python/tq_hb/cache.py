@@ -504,9 +504,9 @@ class KVCache:
     def _attention_params(self, num_heads: int, scale: float | None, softcap: float) -> _core.FlashAttnVecTqHbParams:
         kv_seq_len, ring_start, window = self._len, 0, self._window or 0
         if self._offset > self._len:
-            # The ring has lost tokens. It counts as full, and a window leaves out the slots of tokens that
-            # were trimmed: they come first in the order of age.
-            kv_seq_len, ring_start, window = self._capacity, self._offset % self._capacity, min(window, self._len)
+            # The ring has lost tokens. It counts as full, and the window leaves out the slots of tokens that
+            # were trimmed: they come first in the order of age, and trim keeps a whole window after them.
+            kv_seq_len, ring_start = self._capacity, self._offset % self._capacity
         return _core.FlashAttnVecTqHbParams(
             num_heads=num_heads,
             num_kv_heads=self._num_kv_heads,
