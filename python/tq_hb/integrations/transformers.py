@@ -189,6 +189,9 @@ class TqLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.kv = kv
         self.is_initialized = True
+        self.is_sliding = kv.sliding_window is not None
+        # Whether cropping works however many tokens have been seen.
+        self.is_croppable = kv.sliding_window is None or kv.capacity > kv.sliding_window
 
     def __repr__(self) -> str:
         return f"TqLayer({self.kv!r})"
@@ -197,16 +200,6 @@ class TqLayer(CacheLayerMixin):  # type: ignore[misc]
         clone = copy.copy(self)
         clone.kv = self.kv.copy()
         return clone
-
-    @property
-    def is_sliding(self) -> bool:
-        """Whether queries see the newest `sliding_window` tokens only."""
-        return self.kv.sliding_window is not None
-
-    @property
-    def is_croppable(self) -> bool:
-        """Whether `crop` works however many tokens have been seen."""
-        return self.kv.sliding_window is None or self.kv.capacity > self.kv.sliding_window
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Do nothing: the cache was made from the model's config."""
@@ -276,10 +269,11 @@ class TqLayer(CacheLayerMixin):  # type: ignore[misc]
                 f"got {tokens_to_remove}"
             )
         # Once a ring has overwritten tokens, what is left must still fill the window.
-        if len(kv) < kv.offset and count > len(kv) - kv.sliding_window:
+        spare = len(kv) - (kv.sliding_window or 0)
+        if len(kv) < kv.offset and count > spare:
             raise UnsupportedError(
-                f"TqCache.crop: tokens_to_remove must be at least -{len(kv) - kv.sliding_window} after a "
-                f"sliding-window layer has wrapped (make the cache with a larger rollback), got {tokens_to_remove}"
+                f"TqCache.crop: tokens_to_remove must be at least {-spare} after a sliding-window layer has wrapped "
+                f"(make the cache with a larger rollback), got {tokens_to_remove}"
             )
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -331,8 +325,8 @@ class CodesOnly:
 def attention(
     module: torch.nn.Module,
     query: torch.Tensor,
-    key: torch.Tensor | CodesOnly,
-    value: torch.Tensor | CodesOnly,
+    key: Any,
+    value: Any,
     attention_mask: torch.Tensor | None,
     *,
     scaling: float | None = None,
@@ -388,8 +382,8 @@ def _attend_on_codes(
     if dropout:
         raise UnsupportedError(f"attention: dropout must be 0 on a TqCache, got {dropout}")
     if mask is not None and not _hides_nothing(mask):
-        raise UnsupportedError("attention: attention_mask must not hide a key from decode on a TqCache, got one that does")
-    output = kv.attend(query[0, :, 0].detach(), scale=scale, softcap=softcap or 0.0)
+        raise UnsupportedError("attention: attention_mask must hide no key from decode on a TqCache, got one that does")
+    output: torch.Tensor = kv.attend(query[0, :, 0].detach(), scale=scale, softcap=softcap or 0.0)
     return output[None, None]
 
 
@@ -415,9 +409,7 @@ def _attend_softcapped(
     return output.transpose(1, 2).contiguous()
 
 
-def attention_mask(
-    batch_size: int, q_length: int, kv_length: int, *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any
-) -> torch.Tensor | None:
+def attention_mask(*, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
     """Make the mask that `attention` takes, as transformers' mask functions do.
 
     Without a mask function of its own, an attention function gets no mask at all, and sliding-window layers silently
@@ -432,9 +424,7 @@ def attention_mask(
         raise UnsupportedError(
             f"attention_mask: padding is not supported, got a mask that hides {int((attention_mask == 0).sum())} tokens"
         )
-    mask: torch.Tensor | None = sdpa_mask(
-        batch_size, q_length, kv_length, *args, attention_mask=attention_mask, **kwargs
-    )
+    mask: torch.Tensor | None = sdpa_mask(attention_mask=attention_mask, **kwargs)
     return mask
 
 

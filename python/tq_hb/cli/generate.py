@@ -1,0 +1,282 @@
+"""``tq-hb generate``: a real model writes on a quantised KV cache; then what each width costs and changes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+import subprocess
+import tempfile
+import time
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from tq_hb.cli._models import LoadedModel
+    from tq_hb.cli._replay import Result
+
+MIB = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """How much is done. Characters are those taken of the texts that come with the package; None takes all."""
+
+    prompt_characters: int | None
+    text_characters: int | None
+    fewest_text_tokens: int
+    prefill_tokens: int
+    new_tokens: int
+
+
+# In both, the prompt and the prefill are longer than the window, so that the sliding layers' rings have wrapped. The
+# tiny model reads bytes.
+FULL = Workload(None, None, fewest_text_tokens=1024, prefill_tokens=640, new_tokens=96)
+QUICK = Workload(200, 224, fewest_text_tokens=128, prefill_tokens=96, new_tokens=32)
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``generate`` to the command line."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="generate text with Gemma 3 270M on a quantised KV cache, and measure every width",
+        description="Generates text with Gemma 3 270M, every layer's KV cache held by tq_hb. Then replays a fixed text "
+        "with the full-precision cache and with every width, and shows memory, speed and how the predictions change.",
+    )
+    parser.add_argument("--quick", action="store_true", help="a tiny random model instead: no weights, seconds")
+    parser.add_argument("--prompt-file", type=Path, metavar="FILE", help="what to continue (default: a text of ours)")
+    parser.add_argument("--text-file", type=Path, metavar="FILE", help="what to replay (default: a text of ours)")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"default {FULL.new_tokens}")
+    parser.add_argument("--k-bits", type=int, default=8, metavar="B", help="bits of K while generating (default 8)")
+    parser.add_argument("--v-bits", type=int, default=8, metavar="B", help="bits of V while generating (default 8)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
+    parser.add_argument("--out", type=Path, default=Path("build/demo"), metavar="DIR", help="default: build/demo")
+    parser.add_argument("--json", action="store_true", help="print JSON; everything else goes to standard error")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate, measure, show, and write the files."""
+    from rich.console import Console
+
+    from tq_hb.cli._machine import describe
+    from tq_hb.cli._models import require_packages
+    from tq_hb.cli._output import print_json
+
+    require_packages({"torch": "torch", "transformers": "transformers", "matplotlib": "matplotlib"})
+    console = Console(stderr=args.json, highlight=False)
+    workload = QUICK if args.quick else FULL
+    loaded = _load(args.quick, console)
+    prompt = _read(args.prompt_file, "prompt.txt", workload.prompt_characters)
+    text = _read(args.text_file, "replay.txt", workload.text_characters)
+    text_tokens = _text_tokens(loaded, text, workload)
+
+    generated = _generate(loaded, prompt, workload, args, console)
+    results = _replay(loaded, text_tokens, workload, console)
+    report = {
+        "machine": {**describe(), "commit": _commit()},
+        "model": loaded.name,
+        "window": loaded.model.config.sliding_window,
+        "generated": generated,
+        "replay": {
+            "text_tokens": text_tokens.shape[1],
+            "prefill_tokens": workload.prefill_tokens,
+            "scored_tokens": text_tokens.shape[1] - 1 - workload.prefill_tokens,
+            "settings": [{**dataclasses.asdict(result), "setting": str(result.setting)} for result in results],
+        },
+    }
+    _print_results(report, console)
+    files = {"generate.json": (json.dumps(report, indent=2) + "\n").encode(), "generate.png": _plot(report)}
+    for name, content in files.items():
+        _write(args.out / name, content)
+    console.print(f"Written: {', '.join(str(args.out / name) for name in files)}", soft_wrap=True)
+    if args.json:
+        print_json(report)
+    return 0
+
+
+def _load(quick: bool, console: Console) -> LoadedModel:
+    from tq_hb.cli._models import load_gemma, make_tiny
+
+    with console.status("loading") as status:
+        return make_tiny() if quick else load_gemma(lambda step: status.update(f"loading Gemma 3 270M: {step}"))
+
+
+def _read(path: Path | None, name: str, characters: int | None) -> str:
+    """Return the file's text, or without one the beginning of the text of that name in the package."""
+    if path is None:
+        return (resources.files("tq_hb.cli") / "data" / name).read_text(encoding="utf-8").rstrip()[:characters]
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        import tq_hb
+
+        raise tq_hb.InvalidArgument(f"generate: {path} must be a readable text file, got {error}") from error
+
+
+def _text_tokens(loaded: LoadedModel, text: str, workload: Workload) -> torch.Tensor:
+    tokens: torch.Tensor = loaded.tokenizer(text, return_tensors="pt").input_ids
+    if tokens.shape[1] < workload.fewest_text_tokens:
+        import tq_hb
+
+        raise tq_hb.InvalidArgument(
+            f"generate: the text to replay must have at least {workload.fewest_text_tokens} tokens, "
+            f"got {tokens.shape[1]}"
+        )
+    return tokens
+
+
+def _generate(
+    loaded: LoadedModel, prompt: str, workload: Workload, args: argparse.Namespace, console: Console
+) -> dict[str, Any]:
+    """Write on, showing the tokens as they come."""
+    import torch
+    from transformers import TextStreamer
+
+    from tq_hb.integrations.transformers import TqCache, enable
+
+    class Stream(TextStreamer):  # type: ignore[misc]
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            console.print(text, end="\n" if stream_end else "", markup=False, soft_wrap=True)
+
+    enable(loaded.model)
+    cache = TqCache(loaded.model.config, k_bits=args.k_bits, v_bits=args.v_bits)
+    inputs = loaded.tokenizer(prompt, return_tensors="pt")
+    prompt_tokens = inputs.input_ids.shape[1]
+    console.rule(f"{loaded.name} goes on from {prompt_tokens} tokens, KV cache at {args.k_bits}/{args.v_bits} bits")
+    console.print(f"[...] {prompt.rsplit(chr(10), 1)[-1]}", style="dim", markup=False, soft_wrap=True)
+    torch.manual_seed(args.seed)
+    begin = time.perf_counter()
+    tokens = loaded.model.generate(
+        input_ids=inputs.input_ids,
+        attention_mask=inputs.attention_mask,
+        cache=cache,
+        max_new_tokens=args.max_new_tokens or workload.new_tokens,
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.9,
+        streamer=Stream(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )[0, prompt_tokens:]
+    seconds = time.perf_counter() - begin
+    kernels = sorted({kernel for plan in cache.last_plans if plan for kernel in plan.kernels})
+    console.print(
+        f"\n{len(tokens)} tokens in {seconds:.1f} s, prompt included. The cache has seen {cache.get_seq_length()} "
+        f"tokens and takes {cache.nbytes / MIB:.1f} MiB. Attended on the codes by {', '.join(kernels)}.",
+        style="dim",
+    )
+    return {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": len(tokens),
+        "k_bits": args.k_bits,
+        "v_bits": args.v_bits,
+        "seed": args.seed,
+        "seconds": seconds,
+        "cache_nbytes": cache.nbytes,
+        "kernels": kernels,
+        "text": loaded.tokenizer.decode(tokens, skip_special_tokens=True),
+    }
+
+
+def _replay(loaded: LoadedModel, tokens: torch.Tensor, workload: Workload, console: Console) -> list[Result]:
+    from rich.progress import Progress, TimeElapsedColumn
+
+    from tq_hb.cli._replay import SETTINGS, replay, steps_in_all
+
+    console.rule(f"replay of {tokens.shape[1]} tokens with {len(SETTINGS)} caches")
+    prefill = workload.prefill_tokens
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("decoding and scoring", total=steps_in_all(tokens.shape[1], prefill))
+        return replay(loaded.model, tokens, prefill, on_steps=lambda steps: progress.advance(task, steps))
+
+
+def _print_results(report: dict[str, Any], console: Console) -> None:
+    from tq_hb.cli._output import table
+
+    replay = report["replay"]
+    rows = table(
+        f"{report['model']}: {replay['scored_tokens']} tokens decoded after {replay['prefill_tokens']} of prefill",
+        "K/V bits",
+        "bytes\nper token",
+        "MiB\nallocated",
+        "decode\nms/token",
+        "mean\nKL",
+        "top-1\nagreement",
+        "perplexity",
+    )
+    for row in replay["settings"]:
+        rows.add_row(
+            row["setting"],
+            f"{row['bytes_per_token']:,}",
+            f"{row['nbytes'] / MIB:.2f}",
+            f"{row['decode_ms']:.1f}",
+            f"{row['mean_kl']:.1e}" if row["mean_kl"] else "0",
+            f"{row['top1_agreement']:.1%}",
+            f"{row['perplexity']:.2f}",
+        )
+    console.print(rows)
+    console.print(
+        "Bytes are of all layers, float32 in the first row; a code takes a byte at every width. KL is that of the "
+        "next-token distributions from the first row's, in nats. Time is the median of whole steps, taken in turns.",
+        style="dim",
+    )
+
+
+def _plot(report: dict[str, Any]) -> bytes:
+    """Draw KL against bytes as a PNG."""
+    from matplotlib.figure import Figure
+
+    reference, *rows = report["replay"]["settings"]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for i, row in enumerate(rows):
+        color, kl = f"C{i}", row["mean_kl"]
+        axes.errorbar(
+            row["bytes_per_token"],
+            kl,
+            row["mean_kl_standard_error"],
+            fmt="o",
+            color=color,
+            capsize=4,
+            label=f"{row['setting']} bits",
+        )
+        axes.plot(row["bytes_per_token_packed"], kl, "o", color=color, fillstyle="none")
+    axes.axvline(reference["bytes_per_token"], color="black", linestyle="--", label="float32, KL 0")
+    axes.set(
+        title=f"{report['model']}: {report['replay']['scored_tokens']} tokens replayed",
+        xlabel="bytes per token held, all layers (hollow: if a code took no more than its bits)",
+        ylabel="mean KL from the float32 cache, nats",
+        yscale="log",
+    )
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend(title="K/V")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    return content.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        file = Path(scratch) / path.name
+        file.write_bytes(content)
+        file.replace(path)
+
+
+def _commit() -> str | None:
+    """Return the checkout's commit if the command runs in one of this project."""
+    root = Path.cwd()
+    if not (root / "python" / "tq_hb" / "__init__.py").exists():
+        return None
+    try:
+        return subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
