@@ -29,12 +29,12 @@ _SCORED_AT_ONCE = 128
 
 @dataclass(frozen=True)
 class Setting:
-    """Bits per value of K and V; None for both is the library's own full-precision cache."""
+    """Bits per value of K and V; None is the library's own cache, in the model's full precision."""
 
     bits: tuple[int, int] | None
 
     def __str__(self) -> str:
-        return "full precision" if self.bits is None else "{}/{}".format(*self.bits)
+        return "float32" if self.bits is None else "{}/{}".format(*self.bits)
 
     def make_cache(self, config: Any) -> Any:
         """Return an empty cache for a model."""

@@ -1,0 +1,377 @@
+"""The transformers adapter: exact when the codec is replaced by identity, close with it, and loud about the rest."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # identity_cache, models
+
+from identity_cache import IdentityKVCache  # noqa: E402
+from models import KINDS, WINDOW, make_config, make_model, make_tokens  # noqa: E402
+from transformers import AttentionMaskInterface, DynamicCache  # noqa: E402
+
+import tq_hb  # noqa: E402
+import tq_hb.integrations.transformers as adapter  # noqa: E402
+from tq_hb.integrations.transformers import TqCache, attention, enable  # noqa: E402
+
+# Logits of the tiny models have a magnitude of a few units, and float32 gives about 1e-6 of that.
+LOGIT_ATOL = 1e-4
+
+# Prefill beyond the window, decode past the next wrap, several tokens at once (more and fewer than the window), decode.
+STEPS = (WINDOW + 8, *[1] * (WINDOW + 3), 9, 1, WINDOW + 5, 1, 1)
+
+
+@pytest.fixture(autouse=True)
+def _inference():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def identity(monkeypatch):
+    monkeypatch.setattr(adapter, "KVCache", IdentityKVCache)
+
+
+def run(model, tokens, cache, steps):
+    """Logits of all tokens, fed in steps of these sizes."""
+    pieces = tokens[:, : sum(steps)].split(list(steps), dim=1)
+    return torch.cat([model(piece, cache=cache).logits for piece in pieces], dim=1)[0]
+
+
+def library_logits(kind, tokens, **changes):
+    """The library's own attention over everything at once, without a cache."""
+    model = make_model(kind, **changes)
+    model.set_attn_implementation("eager")
+    return model(tokens, use_cache=False).logits[0]
+
+
+def enabled(kind="gemma3", **changes):
+    model = make_model(kind, **changes)
+    enable(model)
+    return model
+
+
+# --- exact, but for the codec ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_equal_the_librarys_when_the_codec_is_identity(kind, identity):
+    tokens = make_tokens(sum(STEPS))
+    model = enabled(kind)
+    got = run(model, tokens, TqCache(model.config), STEPS)
+    torch.testing.assert_close(got, library_logits(kind, tokens), atol=LOGIT_ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("prefill", [1, WINDOW - 2, WINDOW - 1, WINDOW, WINDOW + 1], ids=lambda n: f"prefill{n}")
+@pytest.mark.parametrize("more", [1, 2, WINDOW], ids=lambda n: f"then{n}")
+def test_logits_are_exact_around_the_window(prefill, more, identity):
+    tokens = make_tokens(prefill + more + 3, seed=prefill)
+    model = enabled()
+    got = run(model, tokens, TqCache(model.config), (prefill, more, 1, 1, 1))
+    torch.testing.assert_close(got, library_logits("gemma3", tokens), atol=LOGIT_ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "gemma2"])
+def test_without_the_mask_function_sliding_layers_see_too_much(kind, identity, monkeypatch):
+    tokens = make_tokens(2 * WINDOW)
+    model = enabled(kind)
+    want = library_logits(kind, tokens)
+    torch.testing.assert_close(model(tokens).logits[0], want, atol=LOGIT_ATOL, rtol=0)
+
+    monkeypatch.delitem(AttentionMaskInterface._global_mapping, adapter.ATTENTION_NAME)
+    error = (model(tokens).logits[0] - want).abs().amax(dim=-1)
+    assert error[:WINDOW].max() < LOGIT_ATOL
+    assert error[WINDOW:].min() > 100 * LOGIT_ATOL
+
+
+@pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 4}], ids=["greedy", "prompt_lookup"])
+def test_generate_gives_the_librarys_tokens_when_the_codec_is_identity(options, identity):
+    model = make_model()
+    arguments = {"max_new_tokens": 2 * WINDOW, "min_new_tokens": 2 * WINDOW, "do_sample": False}
+    want = model.generate(make_tokens(10), **arguments)
+    enable(model)
+    # Prompt lookup takes back what it guessed wrong, beyond the wrap of the rings as well.
+    cache = TqCache(model.config, rollback=10)
+    got = model.generate(make_tokens(10), cache=cache, **arguments, **options)
+    assert got.tolist() == want.tolist()
+    assert cache.get_seq_length() == got.shape[1] - 1
+
+
+def test_an_enabled_model_works_with_the_librarys_caches():
+    tokens = make_tokens(sum(STEPS))
+    model = enabled()
+    got = run(model, tokens, DynamicCache(config=model.config), STEPS)
+    torch.testing.assert_close(got, library_logits("gemma3", tokens), atol=LOGIT_ATOL, rtol=0)
+
+
+# --- with the codec ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predictions_with_8_bits_are_close_and_with_fewer_less_so(kind):
+    tokens = make_tokens(sum(STEPS))
+    want = library_logits(kind, tokens)
+    model = enabled(kind)
+    divergence = {}
+    for bits in tq_hb.supported_bits():
+        got = run(model, tokens, TqCache(model.config, k_bits=bits, v_bits=bits), STEPS)
+        p, q = want.double().log_softmax(-1), got.double().log_softmax(-1)
+        divergence[bits] = (p.exp() * (p - q)).sum(-1).mean().item()
+    assert divergence[8] < 3e-3
+    # In theory the squared error grows by 15.5 from 8 bits to 6, and by 3.9 from there to 5.
+    assert 4 * divergence[8] < divergence[6] < divergence[5]
+
+
+def test_a_first_prefill_is_in_full_precision():
+    tokens = make_tokens(WINDOW + 20)
+    model = enabled()
+    got = model(tokens, cache=TqCache(model.config, k_bits=5, v_bits=5)).logits[0]
+    torch.testing.assert_close(got, library_logits("gemma3", tokens), atol=LOGIT_ATOL, rtol=0)
+
+
+def test_decode_attends_on_the_codes_in_every_layer(monkeypatch):
+    calls = []
+    attend = tq_hb.KVCache.attend
+    monkeypatch.setattr(tq_hb.KVCache, "attend", lambda self, q, **kw: calls.append(self) or attend(self, q, **kw))
+    model = enabled()
+    cache = TqCache(model.config)
+    run(model, make_tokens(50), cache, (40,))
+    assert cache.last_plans == (None,) * 6
+    assert not calls
+
+    monkeypatch.setattr(tq_hb.KVCache, "dequantize", lambda _: pytest.fail("decode must not rebuild K and V"))
+    run(model, make_tokens(50), cache, (1, 1))
+    assert calls == [layer.kv for layer in cache.layers] * 2
+    assert {plan.backend for plan in cache.last_plans} == {tq_hb.Device("auto").backend}
+
+
+def test_bfloat16_models_stay_bfloat16():
+    tokens = make_tokens(sum(STEPS))
+    model = enabled().to(torch.bfloat16)
+    got = run(model, tokens, TqCache(model.config), STEPS)
+    want = model(tokens, use_cache=False).logits[0]
+    assert got.dtype == torch.bfloat16
+    # bfloat16 has 8 bits, so that alone makes some percent over six layers.
+    assert tq_norm(got - want) < 0.1 * tq_norm(want)
+
+
+def tq_norm(x):
+    return x.double().square().mean().sqrt().item()
+
+
+# --- what a cache says about itself, and how it is taken back -----------------------------------
+
+
+def test_a_cache_tells_its_bytes():
+    cache = TqCache(make_config(), k_bits=6, v_bits=5)
+    assert cache.bytes_per_token == 6 * 520
+    rings = 5 * WINDOW * 520
+    assert rings <= cache.nbytes <= 1.1 * rings
+    run(enabled(), make_tokens(100), cache, (100,))
+    held = sum(len(layer.kv) * 520 for layer in cache.layers)
+    assert held == rings + 100 * 520
+    assert held <= cache.nbytes == sum(layer.kv.nbytes for layer in cache.layers)
+    assert (cache.layers[0].kv.k_bits, cache.layers[5].kv.v_bits) == (6, 5)
+    assert [layer.kv.sliding_window for layer in cache.layers] == [WINDOW] * 5 + [None]
+
+
+def test_crop_takes_tokens_back(identity):
+    tokens, other = make_tokens(60), make_tokens(60, seed=1)
+    model = enabled()
+    cache = TqCache(model.config, rollback=7)
+    run(model, other, cache, (50,))
+    cache.crop(-7)
+    cache.crop(0)
+    assert cache.get_seq_length() == 43
+    got = run(model, tokens[:, 43:], cache, (1, 3, 1))
+    spliced = torch.cat([other[:, :43], tokens[:, 43:48]], dim=1)
+    torch.testing.assert_close(got, library_logits("gemma3", spliced)[43:], atol=LOGIT_ATOL, rtol=0)
+
+
+def test_crop_with_the_codec_is_as_if_the_tokens_had_never_come():
+    model = enabled()
+    first, second = TqCache(model.config, rollback=5), TqCache(model.config, rollback=5)
+    tokens = make_tokens(70)
+    run(model, tokens, first, (50, 1, 1, 1, 1, 1))
+    first.crop(-5)
+    run(model, tokens, second, (50,))
+    assert torch.equal(run(model, tokens[:, 60:], first, (1, 1)), run(model, tokens[:, 60:], second, (1, 1)))
+
+
+def test_a_crop_that_cannot_be_done_changes_nothing():
+    model = enabled()
+    cache = TqCache(model.config, rollback=2)
+    run(model, make_tokens(WINDOW + 3), cache, (WINDOW + 3,))
+    before = [(len(layer.kv), layer.kv.offset) for layer in cache.layers]
+    with pytest.raises(tq_hb.UnsupportedError, match=r"TqCache.crop: tokens_to_remove must be at least -2 .*got -3"):
+        cache.crop(-3)
+    assert [(len(layer.kv), layer.kv.offset) for layer in cache.layers] == before
+    cache.crop(-2)
+    with pytest.raises(tq_hb.UnsupportedError, match=r"got -1$"):
+        cache.crop(-1)
+
+
+def test_before_the_wrap_everything_can_be_cropped():
+    model = enabled()
+    cache = TqCache(model.config)
+    run(model, make_tokens(WINDOW), cache, (WINDOW,))
+    cache.crop(-WINDOW)
+    assert cache.get_seq_length() == 0
+
+
+def test_full_layers_can_be_cropped_at_any_length():
+    model = enabled("llama")
+    cache = TqCache(model.config)
+    run(model, make_tokens(100), cache, (100,))
+    assert cache.is_croppable
+    cache.crop(-99)
+    assert cache.get_seq_length() == 1
+
+
+@pytest.mark.parametrize("count", [1, -11])
+def test_crop_wants_a_number_of_tokens_there_are(count):
+    cache = TqCache(make_config("llama"))
+    run(enabled("llama"), make_tokens(10), cache, (10,))
+    with pytest.raises(tq_hb.InvalidArgument, match=rf"from -10 \(the tokens seen\) to 0, got {count}$"):
+        cache.crop(count)
+
+
+def test_reset_forgets_everything():
+    model = enabled()
+    cache = TqCache(model.config)
+    want = run(model, make_tokens(45), cache, (40, 1, 1))
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(run(model, make_tokens(45), cache, (40, 1, 1)), want)
+
+
+def test_a_deep_copy_goes_its_own_way():
+    model = enabled()
+    cache = TqCache(model.config)
+    run(model, make_tokens(40), cache, (40,))
+    branch = copy.deepcopy(cache)
+    want = run(model, make_tokens(5, seed=2), branch, (1, 1, 1))
+    assert (cache.get_seq_length(), branch.get_seq_length()) == (40, 43)
+    assert torch.equal(run(model, make_tokens(5, seed=2), cache, (1, 1, 1)), want)
+
+
+# --- what is not supported is said, and nothing else happens ------------------------------------
+
+
+def unsupported(message):
+    return pytest.raises(tq_hb.UnsupportedError, match=message)
+
+
+def test_batches_are_refused():
+    model = enabled()
+    with unsupported("TqCache: batch must be 1, got 2"):
+        model(make_tokens(8).repeat(2, 1), cache=TqCache(model.config))
+
+
+def test_padding_is_refused():
+    model = enabled()
+    mask = torch.ones(1, 8, dtype=torch.long)
+    model(make_tokens(8), attention_mask=mask, cache=TqCache(model.config))
+    mask[0, :2] = 0
+    with unsupported("padding is not supported, got a mask that hides 2 tokens"):
+        model(make_tokens(8), attention_mask=mask, cache=TqCache(model.config))
+
+
+def test_beams_are_refused():
+    model = enabled()
+    with unsupported("batch must be 1, got 2"):
+        model.generate(make_tokens(8), cache=TqCache(model.config), max_new_tokens=4, num_beams=2)
+    cache = TqCache(model.config)
+    run(model, make_tokens(8), cache, (8,))
+    with unsupported("beams are not supported"):
+        cache.reorder_cache(torch.tensor([0]))
+    with unsupported("got 3 repeats"):
+        cache.batch_repeat_interleave(3)
+    with unsupported("got a selection of 2 sequences"):
+        cache.batch_select_indices(torch.tensor([0, 0]))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_decode_under_another_attention_is_refused(implementation):
+    model = make_model()
+    model.set_attn_implementation(implementation)
+    cache = TqCache(model.config)
+    run(model, make_tokens(8), cache, (8,))
+    with unsupported("attn_implementation must be 'tq_hb'"):
+        run(model, make_tokens(8), cache, (1,))
+
+
+def test_a_mask_that_hides_keys_from_decode_is_refused():
+    model = enabled()
+    cache = TqCache(model.config)
+    run(model, make_tokens(8), cache, (8,))
+    mask = torch.ones(1, 1, 1, 9, dtype=torch.bool)
+    model(make_tokens(1), attention_mask=mask, cache=cache)
+    model(make_tokens(1), attention_mask=torch.zeros(1, 1, 1, 10), cache=cache)
+    for hiding in (mask.clone().index_fill_(3, torch.tensor([4]), False), torch.full((1, 1, 1, 11), -1e9)):
+        with unsupported("attention_mask must hide no key from decode"):
+            model(make_tokens(1), attention_mask=hiding, cache=cache)
+
+
+@pytest.mark.parametrize("name", ["s_aux", "position_bias"])
+def test_sinks_and_position_biases_are_refused(name):
+    x = torch.zeros(1, 4, 1, 256)
+    with unsupported(f"attention: {name} is not supported"):
+        attention(torch.nn.Module(), x, x, x, None, **{name: torch.zeros(4)})
+
+
+def test_dropout_is_refused_on_codes():
+    model = enabled(attention_dropout=0.1)
+    cache = TqCache(model.config)
+    run(model, make_tokens(8), cache, (8,))
+    model.train()
+    with unsupported("dropout must be 0 on a TqCache, got 0.1"):
+        run(model, make_tokens(8), cache, (1,))
+
+
+def test_other_kinds_of_layers_are_refused():
+    config = make_config("llama")
+    config.layer_types = ["full_attention", "chunked_attention", *["full_attention"] * 4]
+    config.attention_chunk_size = 16
+    with unsupported("layer 1 must be full_attention or sliding_attention, got chunked_attention"):
+        TqCache(config)
+
+
+def test_head_dimensions_that_are_not_there_yet_are_refused():
+    with unsupported("head_dim"):
+        TqCache(make_config(head_dim=64))
+
+
+def test_models_whose_attention_cannot_be_replaced_are_refused(monkeypatch):
+    model = make_model()
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation", lambda _: False)
+    with unsupported("model must allow its attention to be replaced, got Gemma3ForCausalLM"):
+        enable(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rollback": -1}, "rollback"),
+        ({"rollback": 1.5}, "rollback"),
+        ({"k_bits": 4}, "k_bits"),
+        ({"v_bits": 7}, "v_bits"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(tq_hb.InvalidArgument, match=message):
+        TqCache(make_config(), **options)
+
+
+def test_the_documentation_examples_run():
+    result = doctest.testmod(adapter)
+    assert result.attempted > 10
+    assert result.failed == 0
