@@ -4,6 +4,7 @@
 // on a boundary takes the lower index and NaN takes 0.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
@@ -18,13 +19,22 @@ struct Codebook {
 
   unsigned num_levels() const noexcept { return 1u << cbits; }
 
-  /// Index of `value`: branchless binary search over the boundaries.
   std::uint8_t index_of(float value) const noexcept {
-    unsigned index = 0;
+    std::uint8_t index;
+    indices_of<1>(&value, &index);
+    return index;
+  }
+
+  /// Indices of kCount values: binary searches in step with each other, since each alone waits for its loads.
+  template <std::size_t kCount>
+  void indices_of(const float* values, std::uint8_t* out) const noexcept {
+    unsigned index[kCount] = {};
     for (unsigned step = num_levels() / 2; step > 0; step /= 2) {
-      index += value > boundaries[index + step - 1] ? step : 0;
+      for (std::size_t i = 0; i < kCount; ++i) {
+        index[i] += static_cast<unsigned>(values[i] > boundaries[index[i] + step - 1]) * step;
+      }
     }
-    return static_cast<std::uint8_t>(index);
+    for (std::size_t i = 0; i < kCount; ++i) out[i] = static_cast<std::uint8_t>(index[i]);
   }
 };
 

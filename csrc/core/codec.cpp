@@ -107,17 +107,16 @@ bool encode_row(const float* src, std::size_t head_dim, float scale_factor_d512,
   for (std::size_t b = 0; b < blocks; ++b) {
     const float norm = measured[b];
     const float inverse = norm > kSmallestNorm ? 1.0f / norm : 0.0f;
-    const float* block = y + b * block_dim;
     std::uint8_t* block_codes = codes + b * block_dim;
     norms[b] = norm;
+    float* v = y + b * block_dim;
     if (blocks == 1) {
       const float to_unit_variance = inverse * std::sqrt(static_cast<float>(head_dim));
-      for (std::size_t j = 0; j < block_dim; ++j) block_codes[j] = codebook.index_of(block[j] * to_unit_variance);
+      for (std::size_t j = 0; j < block_dim; ++j) v[j] *= to_unit_variance;
     } else {
-      for (std::size_t j = 0; j < block_dim; ++j) {
-        block_codes[j] = codebook.index_of(block[j] * inverse * scale_factor_d512);
-      }
+      for (std::size_t j = 0; j < block_dim; ++j) v[j] = v[j] * inverse * scale_factor_d512;
     }
+    for (std::size_t j = 0; j < block_dim; j += kLanes) codebook.indices_of<kLanes>(v + j, block_codes + j);
   }
   return true;
 }
