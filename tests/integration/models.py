@@ -21,7 +21,11 @@ WINDOW = 32
 _CLASSES = {
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {"sliding_window": WINDOW, "query_pre_attn_scalar": 168}),
     # Softcapped attention, which torch's fused attention can't do.
-    "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"sliding_window": WINDOW, "attn_logit_softcapping": 2.0}),
+    "gemma2": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        {"sliding_window": WINDOW, "attn_logit_softcapping": 2.0, "num_key_value_heads": 2},
+    ),
     "llama": (LlamaForCausalLM, LlamaConfig, {}),
     "qwen3-512": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 512, "num_key_value_heads": 2}),
 }
