@@ -109,6 +109,6 @@ def test_mypy_agrees(tmp_path):
         "--ignore-unused-allowlist",
     ]
 
-    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=STUB.parents[1])
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
 
     assert run.returncode == 0, run.stdout
