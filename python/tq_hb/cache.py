@@ -141,9 +141,10 @@ class KVCache:
         codes = (self._num_kv_heads, capacity, self._head_dim)
         norms = codes[:2] if self._head_dim <= 256 else (*codes[:2], 2)
         empty = self._device.empty
-        self._k = _Side(empty(codes, np.uint8), empty(norms), self._k_bits)
-        self._v = _Side(empty(codes, np.uint8), empty(norms), self._v_bits)
-        self._capacity = capacity
+        # Allocated before anything is replaced: a cache that cannot grow stays as it was.
+        k = _Side(empty(codes, np.uint8), empty(norms), self._k_bits)
+        v = _Side(empty(codes, np.uint8), empty(norms), self._v_bits)
+        self._k, self._v, self._capacity = k, v, capacity
 
     # -- what it is ------------------------------------------------------------------------------------
 
@@ -393,7 +394,8 @@ class KVCache:
                 precision=self._precision,
                 device=self._device,
             )
-            other._allocate(self._capacity)
+            if self._grows:
+                other._allocate(self._capacity)
             for mine, its in ((self._k, other._k), (self._v, other._v)):
                 its.packed.numpy()[...] = mine.packed.numpy()
                 its.norms.numpy()[...] = mine.norms.numpy()
@@ -468,7 +470,7 @@ class KVCache:
         with self._lock:
             if self._len == 0:
                 raise invalid(op, "cache", "must hold at least one token; append k and v before attending", "none")
-            params = self._attention_params(rows.shape[-2], scale, softcap)
+            params = self._attention_params(op, rows.shape[-2], scale, softcap)
             nwg = policy.compute_nwg(params.kv_seq_len)
             core = self._device._core
             encoder = core.make_encoder()
@@ -501,7 +503,9 @@ class KVCache:
             raise invalid(op, "q", f"must have a multiple of {self._num_kv_heads} heads", rows.shape[-2])
         return rows
 
-    def _attention_params(self, num_heads: int, scale: float | None, softcap: float) -> _core.FlashAttnVecTqHbParams:
+    def _attention_params(
+        self, op: str, num_heads: int, scale: float | None, softcap: float
+    ) -> _core.FlashAttnVecTqHbParams:
         kv_seq_len, ring_start, window = self._len, 0, self._window or 0
         if self._offset > self._len:
             # The ring has lost tokens. It counts as full, and the window leaves out the slots of tokens that
@@ -513,10 +517,10 @@ class KVCache:
             head_dim=self._head_dim,
             kv_seq_len=kv_seq_len,
             kv_capacity=self._capacity,
-            scale=self._head_dim**-0.5 if scale is None else scale,
+            scale=self._head_dim**-0.5 if scale is None else _core.to_float32(op, "scale", scale),
             mask_type=2 if window else 0,
             sliding_window=window,
-            softcap=softcap,
+            softcap=_core.to_float32(op, "softcap", softcap),
             ring_start=ring_start,
             codebook_bits=self._k_bits,
             fuse_fwht_pre=1,

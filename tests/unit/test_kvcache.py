@@ -180,12 +180,13 @@ class TestAttend:
     @pytest.mark.parametrize(
         ("name", "value"),
         [
-            ("scale", float("nan")), ("scale", float("inf")), ("scale", "1"),
+            ("scale", float("nan")), ("scale", float("inf")), ("scale", 1e300), ("scale", "1"),
             ("softcap", -1.0), ("softcap", float("nan")), ("softcap", float("inf")), ("softcap", "1"),
+            ("softcap", None),
         ],
     )  # fmt: skip
     def test_bad_numbers_are_refused(self, name, value):
-        with pytest.raises(tq_hb.InvalidArgument, match=name):
+        with pytest.raises(tq_hb.InvalidArgument, match=f"^KVCache.attend: {name} .*got"):
             filled(3).attend(np.ones((4, 256), np.float32), **{name: value})
 
     @pytest.mark.parametrize("shape", [(3, 256), (4, 512), (0, 256), (256,), (1, 1, 4, 256)], ids=str)
@@ -365,6 +366,26 @@ class TestClearCopyReserve:
         assert cache.capacity == capacity
         cache.reserve(3)
         assert cache.capacity == capacity
+
+    @pytest.mark.parametrize("allocations", range(4))
+    def test_a_cache_that_cannot_grow_stays_as_it_was(self, monkeypatch, allocations):
+        cache = filled(10)
+        before, capacity = content(cache), cache.capacity
+        empty, left = cache.device.empty, iter(range(allocations))
+
+        def allocate(*arguments):
+            if next(left, None) is None:
+                raise tq_hb.OutOfMemoryError("no memory is left")
+            return empty(*arguments)
+
+        monkeypatch.setattr(cache.device, "empty", allocate)
+        with pytest.raises(tq_hb.OutOfMemoryError):
+            cache.reserve(1000)
+        monkeypatch.undo()
+
+        assert cache.capacity == capacity
+        assert content(cache) == before
+        cache.append(tokens(100), -tokens(100))
 
     @pytest.mark.parametrize("n", [-1, 1.5, "8", 2**70])
     def test_reserve_refuses_what_is_no_count(self, n):
