@@ -37,9 +37,13 @@ Buffer wrap(const Device& device, const std::string& op, const std::string& fiel
   if ((array.flags() & py::array::c_style) == 0) throw invalid(op, field, "must be C-contiguous", "a strided array");
   Shape shape;
   for (py::ssize_t i = 0; i < array.ndim(); ++i) shape.push_back(static_cast<std::uint64_t>(array.shape(i)));
+  const DType dtype = dtype_of(op, field, array.dtype());
   auto* data = static_cast<std::byte*>(const_cast<void*>(array.data()));
+  if (reinterpret_cast<std::uintptr_t>(data) % size_of(dtype) != 0) {
+    throw invalid(op, field, std::string("must be aligned for ") + name_of(dtype), static_cast<const void*>(data));
+  }
   auto storage = device.wrap_host(data, static_cast<std::uint64_t>(array.nbytes()), hold(array));
-  return Buffer(std::move(storage), dtype_of(op, field, array.dtype()), std::move(shape));
+  return Buffer(std::move(storage), dtype, std::move(shape));
 }
 
 Buffer get_item(const Buffer& buffer, const py::object& key) {
@@ -204,7 +208,7 @@ void bind_device(py::module_& module) {
     for (BackendStatus& status : backend_statuses()) rows.emplace_back(status.backend, status.device, status.reason);
     return rows;
   });
-  module.def("first_bad_row", &first_bad_row);
+  module.def("first_bad_row", &first_bad_row, py::call_guard<py::gil_scoped_release>());
   module.def("bad_row_message", &bad_row_message);
 }
 

@@ -85,6 +85,7 @@ void check_host(const std::string& op, const std::string& field, std::int32_t de
 py::tuple view(const std::string& op, const std::string& field, const DLTensor& tensor, bool read_only,
                const py::capsule& owner) {
   check_host(op, field, tensor.device.type);
+  if (tensor.ndim < 0) throw invalid(op, field, "must have a number of axes >= 0", tensor.ndim);
   const py::dtype dtype = numpy_dtype(op, field, tensor.dtype);
   std::vector<py::ssize_t> shape(tensor.shape, tensor.shape + tensor.ndim);
   std::vector<py::ssize_t> strides(shape.size());
@@ -98,16 +99,19 @@ py::tuple view(const std::string& op, const std::string& field, const DLTensor& 
   return py::make_tuple(array, tensor.dtype.code == kBfloat);
 }
 
-/// (numpy view, whether its uint16 values are bfloat16 bits) of an array that speaks DLPack.
-py::tuple from_dlpack(const std::string& op, const std::string& field, const py::object& producer) {
-  py::object capsule;
+/// The producer's capsule: versioned, which can say "read-only", where the producer knows that.
+py::object export_capsule(const std::string& op, const std::string& field, const py::object& producer) {
+  const py::tuple device = producer.attr("__dlpack_device__")();
+  check_host(op, field, py::int_(device[0]).cast<std::int32_t>());
   try {
-    const py::tuple device = producer.attr("__dlpack_device__")();
-    check_host(op, field, py::int_(device[0]).cast<std::int32_t>());
-    capsule = producer.attr("__dlpack__")();
+    return producer.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0));
   } catch (const py::error_already_set& error) {
-    throw invalid(op, field, "must be readable through DLPack", error.what());
+    if (!error.matches(PyExc_TypeError)) throw;
   }
+  return producer.attr("__dlpack__")();
+}
+
+py::tuple view_capsule(const std::string& op, const std::string& field, const py::object& capsule) {
   PyObject* raw = capsule.ptr();
   if (PyCapsule_IsValid(raw, "dltensor_versioned") != 0) {
     auto* managed = static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(raw, "dltensor_versioned"));
@@ -117,10 +121,25 @@ py::tuple from_dlpack(const std::string& op, const std::string& field, const py:
     PyCapsule_SetName(raw, "used_dltensor_versioned");
     return view(op, field, managed->tensor, (managed->flags & kReadOnly) != 0, keep(managed));
   }
+  if (PyCapsule_IsValid(raw, "dltensor") == 0) {
+    throw invalid(op, field, "must export a DLPack capsule that nobody has consumed", std::string(py::repr(capsule)));
+  }
   auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(raw, "dltensor"));
-  if (managed == nullptr) throw py::error_already_set();
   PyCapsule_SetName(raw, "used_dltensor");
   return view(op, field, managed->tensor, false, keep(managed));
+}
+
+/// (numpy view, whether its uint16 values are bfloat16 bits) of an array that speaks DLPack.
+py::tuple from_dlpack(const std::string& op, const std::string& field, const py::object& producer) {
+  constexpr const char* kRule = "must be readable through DLPack";
+  try {
+    return view_capsule(op, field, export_capsule(op, field, producer));
+  } catch (const py::error_already_set& error) {
+    if (!error.matches(PyExc_Exception)) throw;  // KeyboardInterrupt and its like
+    throw invalid(op, field, kRule, std::string(py::str(error.value())));
+  } catch (const py::cast_error&) {
+    throw invalid(op, field, kRule, "a device type that is no 32-bit integer");
+  }
 }
 
 }  // namespace

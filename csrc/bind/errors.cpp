@@ -61,7 +61,8 @@ void bind_errors(py::module_& module) {
                      ">>> import tq_hb\n>>> issubclass(tq_hb.OutOfMemoryError, (tq_hb.DeviceError, MemoryError))\nTrue",
                      py::make_tuple(base(g_device), base(PyExc_MemoryError)));
 
-  py::register_exception_translator([](std::exception_ptr pointer) {
+  // Local: another extension's std::bad_alloc is none of ours.
+  py::register_local_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);
     } catch (const Error& error) {

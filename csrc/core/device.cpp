@@ -1,5 +1,6 @@
 #include "core/device.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "core/checked.h"
@@ -49,9 +50,14 @@ std::string to_string(const Shape& shape) {
 namespace {
 
 std::uint64_t checked_nbytes(DType dtype, const Shape& shape) {
+  // The strides of an array without elements have to fit as well.
   std::uint64_t nbytes = size_of(dtype);
-  for (const std::uint64_t extent : shape) nbytes = checked_product("Buffer", "size", {nbytes, extent});
-  return nbytes;
+  bool is_empty = false;
+  for (const std::uint64_t extent : shape) {
+    is_empty = is_empty || extent == 0;
+    nbytes = checked_product("Buffer", "size", {nbytes, std::max<std::uint64_t>(extent, 1)});
+  }
+  return is_empty ? 0 : nbytes;
 }
 
 }  // namespace

@@ -26,7 +26,7 @@ Error invalid(const std::string& op, const std::string& field, const std::string
   return Error(ErrorCode::kInvalidArgument, message.str());
 }
 
-/// "op: what is not supported by where".
+/// "op: what is not supported".
 inline Error unsupported(const std::string& op, const std::string& what) {
   return Error(ErrorCode::kUnsupported, op + ": " + what + " is not supported");
 }

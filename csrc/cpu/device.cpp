@@ -1,7 +1,7 @@
 #include "cpu/device.h"
 
 #include <chrono>
-#include <cstring>
+#include <cstdlib>
 #include <limits>
 #include <new>
 #include <optional>
@@ -18,7 +18,7 @@
 namespace tq_hb {
 namespace {
 
-constexpr std::align_val_t kAlignment{64};
+constexpr std::size_t kAlignment = 64;
 
 /// Bytes of memory in this machine: no single buffer can usefully be larger.
 std::uint64_t physical_memory() noexcept {
@@ -28,20 +28,31 @@ std::uint64_t physical_memory() noexcept {
   return static_cast<std::uint64_t>(pages) * static_cast<std::uint64_t>(page);
 }
 
+/// Zeroed memory from calloc, which leaves large blocks to be paged in by their first use.
 class HostStorage final : public Storage {
  public:
-  HostStorage(const Device* device, std::uint64_t size) : Storage(device, allocate(size), size) {}
-  ~HostStorage() override { ::operator delete(host(), kAlignment); }
+  HostStorage(const Device* device, std::uint64_t size) : HostStorage(device, allocate(size), size) {}
 
  private:
-  static std::byte* allocate(std::uint64_t size) {
-    auto* data = static_cast<std::byte*>(::operator new(size, kAlignment, std::nothrow));
-    if (data == nullptr) {
+  using Block = std::unique_ptr<void, void (*)(void*)>;
+
+  HostStorage(const Device* device, Block block, std::uint64_t size)
+      : Storage(device, align(block.get()), size), block_(std::move(block)) {}
+
+  static Block allocate(std::uint64_t size) {
+    Block block(std::calloc(size + kAlignment, 1), &std::free);
+    if (block == nullptr) {
       throw Error(ErrorCode::kOutOfMemory, "Device.empty: could not allocate " + std::to_string(size) + " bytes");
     }
-    std::memset(data, 0, size);
-    return data;
+    return block;
   }
+
+  static std::byte* align(void* block) noexcept {
+    const auto address = reinterpret_cast<std::uintptr_t>(block);
+    return static_cast<std::byte*>(block) + (kAlignment - address % kAlignment) % kAlignment;
+  }
+
+  Block block_;
 };
 
 class BorrowedStorage final : public Storage {
