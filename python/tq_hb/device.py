@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from dataclasses import dataclass
 from functools import cache
@@ -131,7 +132,7 @@ class Device:
         shape : int or tuple of int
         dtype : float32, float16, uint8, uint16, uint32 or int32
         """
-        return self._core.empty(_check_shape("Device.empty", shape), np.dtype(dtype))
+        return self._core.empty(_check_shape("Device.empty", shape), _check_dtype("Device.empty", dtype))
 
     def array(self, x: Array) -> Buffer:
         """Copy an array into a new buffer of the same shape and dtype (float64 and bfloat16 become float32)."""
@@ -166,7 +167,7 @@ def resolve_device(op: str, device: str | Device | None) -> Device:
     if isinstance(device, Device):
         return device
     names = ("auto", *(info.backend for info in devices()))
-    if device is not None and device not in names:
+    if device is not None and not (isinstance(device, str) and device in names):
         raise invalid(op, "device", f"must be None, a Device or one of {', '.join(names)}", repr(device))
     return _device("auto" if device is None else device, policy.environment())
 
@@ -427,10 +428,12 @@ def empty(shape: int | tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> np
     ((3, 5), 0)
     """
     extents = _check_shape("empty", shape)
-    kind = np.dtype(dtype)
-    size = kind.itemsize
-    for extent in extents:
-        size *= extent
+    kind = _check_dtype("empty", dtype)
+    if kind.hasobject or kind.itemsize == 0:
+        raise invalid("empty", "dtype", "must have a fixed size and hold no objects", repr(kind))
+    if kind.itemsize * math.prod(max(extent, 1) for extent in extents) >= 2**63:
+        raise invalid("empty", "shape", "must fit in 63 bits", extents)
+    size = kind.itemsize * math.prod(extents)
     limit = _core.open_device("cpu").max_buffer_bytes
     if size > limit:
         raise _core.OutOfMemoryError(f"empty: {size} bytes exceed this machine's memory of {limit}")
@@ -446,6 +449,13 @@ def empty(shape: int | tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> np
 def _check_shape(op: str, shape: int | tuple[int, ...]) -> tuple[int, ...]:
     extents = shape if isinstance(shape, tuple | list) else (shape,)
     return tuple(_core.to_uint32(op, "shape", extent) for extent in extents)
+
+
+def _check_dtype(op: str, dtype: npt.DTypeLike) -> np.dtype[Any]:
+    try:
+        return np.dtype(dtype)
+    except (TypeError, ValueError):
+        raise invalid(op, "dtype", "must name a numpy dtype", repr(dtype)) from None
 
 
 def num_threads() -> int:

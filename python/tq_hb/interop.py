@@ -22,7 +22,9 @@ Float32Array = npt.NDArray[np.float32]
 
 
 def _library(x: Array) -> str:
-    return type(x).__module__.partition(".")[0]
+    """Top-level package of the array's class, or "torch" or "mlx" if it derives from one of theirs."""
+    packages = [base.__module__.partition(".")[0] for base in type(x).__mro__]
+    return next((package for package in packages if package in ("torch", "mlx")), packages[0])
 
 
 def borrow(op: str, field: str, x: Array) -> tuple[npt.NDArray[Any], bool]:
@@ -34,15 +36,15 @@ def borrow(op: str, field: str, x: Array) -> tuple[npt.NDArray[Any], bool]:
         With ``is_bfloat16`` the array holds uint16 bit patterns.
     """
     if isinstance(x, np.ndarray):
-        return x, False
+        return np.asarray(x), False
     if isinstance(x, _core.Buffer):
         return x.numpy(), False
-    if hasattr(x, "__dlpack__"):
+    if hasattr(x, "__dlpack__") and not isinstance(x, type):
         # torch exports no tensor that still records gradients.
         return _core.from_dlpack(op, field, x.detach() if hasattr(x, "detach") else x)
     try:
         return np.asarray(memoryview(x)), False
-    except TypeError:
+    except (TypeError, ValueError):
         raise invalid(op, field, "must be an array with __dlpack__ or the buffer protocol", type(x).__name__) from None
 
 
@@ -57,7 +59,7 @@ def as_float32(op: str, field: str, x: Array) -> Float32Array:
         return (np.ascontiguousarray(array).astype(np.uint32) << 16).view(np.float32)
     if not _is_float(array):
         raise invalid(op, field, "must have dtype float16, bfloat16, float32 or float64", array.dtype)
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         return _contiguous(array.astype(np.float32, copy=False))
 
 
@@ -70,8 +72,8 @@ def as_codes(op: str, field: str, x: Array) -> npt.NDArray[np.uint8]:
 
 
 def _contiguous(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    # ascontiguousarray would turn a scalar into a vector.
-    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+    # ascontiguousarray would turn a scalar into a vector, and leave an array at an odd address as it is.
+    return array if array.flags.c_contiguous and array.flags.aligned else array.copy()
 
 
 def as_writable(op: str, field: str, x: Array, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -105,7 +107,7 @@ def result_dtype(op: str, field: str, x: Array) -> str:
 
 def like(x: Array, result: npt.NDArray[Any], dtype: str = "float32") -> Array:
     """Return ``result`` in the library of ``x``, as ``dtype``; what it cannot hold becomes infinite."""
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         return _like(x, result, dtype)
 
 
@@ -153,7 +155,7 @@ def finish(x: Array, out: Array | None, writable: npt.NDArray[Any] | None, resul
     if writable is None:
         return like(x, result, dtype)
     if writable is not result:
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):
             writable[...] = _bfloat16_bits(result) if writable.dtype == np.uint16 else result
     return out
 
@@ -162,6 +164,8 @@ def _check_layout(op: str, field: str, array: npt.NDArray[Any]) -> None:
     """Accept an array that can be written in place."""
     if not array.flags.c_contiguous:
         raise invalid(op, field, "must be C-contiguous", f"strides {array.strides}")
+    if not array.flags.aligned:
+        raise invalid(op, field, f"must be aligned for {array.dtype}", f"address {array.ctypes.data:#x}")
     if not array.flags.writeable:
         raise invalid(op, field, "must be writable", "a read-only array")
     if not array.dtype.isnative:
@@ -169,6 +173,7 @@ def _check_layout(op: str, field: str, array: npt.NDArray[Any]) -> None:
 
 
 def _bfloat16_bits(values: Float32Array) -> npt.NDArray[np.uint16]:
-    """Round finite float32 values to the nearest bfloat16, ties to even."""
+    """Round float32 values to the nearest bfloat16, ties to even; NaN stays NaN."""
     bits = values.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)

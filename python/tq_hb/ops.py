@@ -24,7 +24,7 @@ from tq_hb.interop import (
     require_disjoint,
     require_rows,
 )
-from tq_hb.options import check_bits, check_format, check_head_dim, check_params, invalid
+from tq_hb.options import CODEBOOKS, check_bits, check_choice, check_format, check_head_dim, check_params, invalid
 
 _HEAD_DIMS = (256, 512)
 _NORM_BLOCK = 256
@@ -60,6 +60,7 @@ def codebook(bits: int, name: str = "lloyd_max") -> Float32Array:
     >>> tq_hb.codebook(5).shape, float(tq_hb.codebook(5)[-1])
     ((32,), 3.260732412338257)
     """
+    check_choice("codebook", "name", name, CODEBOOKS)
     return _core.codebook("codebook", check_bits("codebook", "bits", bits), name)[0]
 
 
@@ -70,6 +71,7 @@ def boundaries(bits: int, name: str = "lloyd_max") -> Float32Array:
     >>> tq_hb.boundaries(8).shape
     (255,)
     """
+    check_choice("boundaries", "name", name, CODEBOOKS)
     return _core.codebook("boundaries", check_bits("boundaries", "bits", bits), name)[1]
 
 

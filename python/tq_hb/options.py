@@ -40,20 +40,23 @@ def check_params(op: str, field: str, value: object, kind: type) -> None:
         raise invalid(op, field, f"must be a {kind.__name__}", type(value).__name__)
 
 
+def check_choice(op: str, field: str, value: object, choices: tuple[str, ...]) -> None:
+    """Accept one of a few strings."""
+    if not isinstance(value, str) or value not in choices:
+        raise invalid(op, field, f"must be one of {', '.join(choices)}", repr(value))
+
+
 def check_format(op: str, codebook: str, packing: str) -> None:
     """Accept the names of codebooks and of layouts, of which only one byte per code is served."""
-    if codebook not in CODEBOOKS:
-        raise invalid(op, "codebook", f"must be one of {', '.join(CODEBOOKS)}", repr(codebook))
+    check_choice(op, "codebook", codebook, CODEBOOKS)
+    check_choice(op, "packing", packing, ("byte", "plane"))
     if packing == "plane":
         raise unsupported(op, 'packing="plane"')
-    if packing != "byte":
-        raise invalid(op, "packing", 'must be "byte" or "plane"', repr(packing))
 
 
 def check_precision(op: str, precision: str) -> None:
     """Accept the two accuracy classes."""
-    if precision not in ("default", "strict"):
-        raise invalid(op, "precision", 'must be "default" or "strict"', repr(precision))
+    check_choice(op, "precision", precision, ("default", "strict"))
 
 
 def check_attention(op: str, *, precision: str, sinks: Any, return_lse: bool) -> None:

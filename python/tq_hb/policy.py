@@ -25,10 +25,14 @@ class Environment:
     num_threads: str | None
 
 
+def _integer(text: str) -> int | None:
+    """Read a short row of digits; None for anything else."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else None
+
+
 def _override(variable: str, accepted: range | tuple[int, ...]) -> int | None:
     """Read an integer; a value that is not accepted means that there is no override."""
-    text = os.environ.get(variable, "")
-    value = int(text) if text.isascii() and text.isdecimal() else -1
+    value = _integer(os.environ.get(variable, ""))
     return value if value in accepted else None
 
 
@@ -102,5 +106,5 @@ def num_threads_from_environment() -> int | None:
     text = environment().num_threads
     if text is None:
         return None
-    value = int(text) if text.isascii() and text.isdecimal() else text
-    return check_num_threads("Device", "TQ_HB_NUM_THREADS", value)
+    value = _integer(text)
+    return check_num_threads("Device", "TQ_HB_NUM_THREADS", text if value is None else value)

@@ -200,6 +200,22 @@ class TestBuffer:
         with pytest.raises((tq_hb.InvalidArgument, tq_hb.OutOfMemoryError)):
             device.empty(shape, np.float32)
 
+    @pytest.mark.parametrize("dtype", ["no such type", 3, ""])
+    def test_what_is_no_dtype_is_refused(self, device, dtype):
+        for op, make in (("Device.empty", device.empty), ("empty", tq_hb.empty)):
+            with pytest.raises(tq_hb.InvalidArgument, match=f"^{op}: dtype .*got"):
+                make(3, dtype)
+
+    @pytest.mark.parametrize("dtype", [object, "V0"])
+    def test_objects_and_nothing_cannot_be_shared_with_a_device(self, dtype):
+        with pytest.raises(tq_hb.InvalidArgument, match="^empty: dtype .*got"):
+            tq_hb.empty(3, dtype)
+
+    def test_strides_that_overflow_are_refused_without_elements_too(self, device):
+        for make in (device.empty, tq_hb.empty):
+            with pytest.raises(tq_hb.InvalidArgument, match="63 bits"):
+                make((0, 2**32 - 1, 2**32 - 1))
+
     def test_memory_that_cannot_be_had_is_an_out_of_memory_error(self, device):
         with pytest.raises(tq_hb.OutOfMemoryError, match=r"\d+ bytes"):
             device.empty((2**30, 2**24), np.float32)

@@ -135,6 +135,71 @@ def test_an_array_on_another_gpu_is_refused(x):
         tq_hb.quantize(ElsewhereDlpack(x), 8)
 
 
+class LyingDlpack:
+    """An exporter that answers with what is no device and no capsule."""
+
+    def __init__(self, device=(1, 0), capsule=None):
+        self._device, self._capsule = device, capsule
+
+    def __dlpack__(self, **keywords):
+        return self._capsule
+
+    def __dlpack_device__(self):
+        return self._device
+
+
+@pytest.mark.parametrize("device", [None, (), ("cpu", 0), (2**40, 0)], ids=str)
+def test_an_exporter_without_a_device_is_refused(device):
+    with pytest.raises(tq_hb.InvalidArgument, match="^rotate: x .*got"):
+        tq_hb.rotate(LyingDlpack(device))
+
+
+def test_an_exporter_without_a_capsule_is_refused():
+    with pytest.raises(tq_hb.InvalidArgument, match="^rotate: x .*capsule.*got"):
+        tq_hb.rotate(LyingDlpack())
+
+
+def test_a_capsule_is_consumed_once(x):
+    exporter = LyingDlpack(capsule=x.__dlpack__())
+    tq_hb.rotate(exporter)
+    with pytest.raises(tq_hb.InvalidArgument, match="^rotate: x .*capsule.*got"):
+        tq_hb.rotate(exporter)
+
+
+def test_a_read_only_array_may_come_through_dlpack(x):
+    assert np.array_equal(tq_hb.rotate(ByDlpackOnly(read_only(x))), tq_hb.rotate(x))
+
+
+@pytest.mark.parametrize("value", [np.ndarray, 1.0, None, "x", (1.0, 2.0)], ids=str)
+def test_what_is_no_array_is_refused(value):
+    with pytest.raises(tq_hb.InvalidArgument, match="^rotate: x .*got"):
+        tq_hb.rotate(value)
+
+
+def test_a_released_memoryview_is_refused(x):
+    view = memoryview(x)
+    view.release()
+    with pytest.raises(tq_hb.InvalidArgument, match="^rotate: x .*got"):
+        tq_hb.rotate(view)
+
+
+def test_a_matrix_is_an_array(x):
+    matrix = x[0].view(np.matrix)
+    codes, norms = tq_hb.quantize(matrix, 8)
+    assert np.array_equal(codes, tq_hb.quantize(x[0], 8)[0])
+    assert norms.shape == (2,)
+
+
+def test_rounding_ignores_the_callers_error_state():
+    with np.errstate(all="raise"):
+        tiny = tq_hb.rotate(np.full(256, 1e-310))
+        cache = tq_hb.KVCache(1, 256)
+        cache.append(np.full((1, 256), 1e-7, np.float32), np.full((1, 256), 1e-7, np.float32))
+        out = cache.attend(np.ones((1, 256), np.float16))
+    assert not tiny.any()
+    assert out.dtype == np.float16
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_results_have_the_type_of_the_query(x, dtype):
     cache = tq_hb.KVCache(2, 256)
@@ -261,6 +326,20 @@ class TestTorch:
     def test_a_tensor_without_memory_is_refused(self, torch):
         with pytest.raises(tq_hb.InvalidArgument, match="quantize.*x"):
             tq_hb.quantize(torch.zeros((2, 256), device="meta"), 8)
+
+    def test_a_subclass_of_tensor_gives_a_tensor(self, torch, x):
+        class Tagged(torch.Tensor):
+            pass
+
+        assert isinstance(tq_hb.rotate(torch.from_numpy(x).as_subclass(Tagged)), torch.Tensor)
+
+    def test_a_norm_of_nan_is_nan_in_a_bfloat16_out(self, torch):
+        cache = tq_hb.KVCache(1, 256)
+        cache.append(np.ones((1, 256), np.float32), np.ones((1, 256), np.float32))
+        cache._v.norms.numpy()[...] = np.array(0xFFFFFFFF, np.uint32).view(np.float32)
+        out = torch.zeros(1, 256, dtype=torch.bfloat16)
+        cache.attend(torch.ones(1, 256, dtype=torch.bfloat16), out=out)
+        assert torch.isnan(out).all()
 
     def test_integer_tensors_are_refused(self, torch):
         with pytest.raises(tq_hb.InvalidArgument, match="quantize.*x.*got"):

@@ -385,7 +385,7 @@ def test_encode_refuses_a_bad_buffer(name, how):
 @pytest.mark.parametrize(
     ("name", "how"),
     [(name, how) for name in ("packed", "norms") for how in ("strided", "read-only", "fortran")]
-    + [("norms", "byte-swapped")],
+    + [("norms", "byte-swapped"), ("norms", "unaligned")],
 )
 def test_encode_writes_only_into_contiguous_writable_native_arrays(name, how):
     call = EncodeCall()
@@ -399,6 +399,8 @@ def test_encode_writes_only_into_contiguous_writable_native_arrays(name, how):
             array = np.asfortranarray(array)
         case "byte-swapped":
             array = array.astype(array.dtype.newbyteorder())
+        case "unaligned":
+            array = np.ndarray(array.shape, array.dtype, buffer=bytearray(b"\0" + array.tobytes()), offset=1)
     setattr(call, name, array)
 
     with refusal(ENCODE, name, "got"):
@@ -493,8 +495,19 @@ class TestCodec:
 
     @pytest.mark.parametrize("table", [tq_hb.codebook, tq_hb.boundaries], ids=["codebook", "boundaries"])
     def test_tables_refuse_an_unknown_name(self, table):
-        with refusal(table.__name__, "(codebook|name)", "lloyd_max", "got", "uniform"):
+        with refusal(table.__name__, "name", "lloyd_max", "got", "uniform"):
             table(8, "uniform")
+
+    @pytest.mark.parametrize("name", [None, 8, np.array(["lloyd_max", "mlx_native"])], ids=["None", "8", "array"])
+    @pytest.mark.parametrize("table", [tq_hb.codebook, tq_hb.boundaries], ids=["codebook", "boundaries"])
+    def test_tables_refuse_what_is_no_name(self, table, name):
+        with refusal(table.__name__, "name", "lloyd_max", "got"):
+            table(8, name)
+
+    @pytest.mark.parametrize("keyword", ["codebook", "packing", "device"])
+    def test_names_are_strings(self, keyword):
+        with refusal("quantize", keyword, "got"):
+            tq_hb.quantize(np.ones(256, np.float32), 8, **{keyword: np.array(["cpu", "byte"])})
 
     @pytest.mark.parametrize("head_dim", [0, 1, 96, 255, 1024, -256, 2.5])
     def test_signs_refuse_an_unknown_size(self, head_dim):
