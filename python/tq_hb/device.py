@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tq_hb import _core, policy
-from tq_hb.interop import Array, as_float32, borrow
+from tq_hb.interop import Array, as_codes, as_float32, borrow
 from tq_hb.options import check_attention, check_bits, check_format, check_params, invalid
 
 Buffer = _core.Buffer
@@ -203,11 +203,13 @@ class CommandEncoder:
         self._device = device
         self._core = device._core.make_encoder()
 
-    def _input(self, op: str, field: str, x: Array) -> Buffer:
+    def _floats(self, op: str, field: str, x: Array) -> Buffer:
         if isinstance(x, Buffer):
             return x
-        array, _ = borrow(op, field, x)
-        return self._device.array(x if array.dtype == np.uint8 else as_float32(op, field, x))
+        return self._device.array(as_float32(op, field, x))
+
+    def _codes(self, op: str, field: str, x: Array) -> Buffer:
+        return x if isinstance(x, Buffer) else self._device.array(as_codes(op, field, x))
 
     @staticmethod
     def _written(op: str, field: str, x: object) -> Buffer:
@@ -231,7 +233,7 @@ class CommandEncoder:
         check_params(op, "hp", hp, _core.HadamardQuantizeKvHbParams)
         target = (
             "",
-            self._input(op, "src", src),
+            self._floats(op, "src", src),
             self._written(op, "packed", packed),
             self._written(op, "norms", norms),
             hp.codebook_bits,
@@ -260,14 +262,14 @@ class CommandEncoder:
         targets = [
             (
                 "k",
-                self._input(op, "src_k", src_k),
+                self._floats(op, "src_k", src_k),
                 self._written(op, "k_packed", k_packed),
                 self._written(op, "k_norms", k_norms),
                 hp.codebook_bits,
             ),
             (
                 "v",
-                self._input(op, "src_v", src_v),
+                self._floats(op, "src_v", src_v),
                 self._written(op, "v_packed", v_packed),
                 self._written(op, "v_norms", v_norms),
                 bits,
@@ -294,8 +296,8 @@ class CommandEncoder:
             op,
             hp,
             _core.to_uint32(op, "pos", pos),
-            self._input(op, "packed", packed),
-            self._input(op, "norms", norms),
+            self._codes(op, "packed", packed),
+            self._floats(op, "norms", norms),
             self._written(op, "output", output),
             codebook,
         )
@@ -369,11 +371,11 @@ class CommandEncoder:
         check_attention(op, precision=precision, sinks=sinks, return_lse=return_lse)
         self._core.flash_attn_vec(
             op,
-            self._input(op, "q", q),
-            self._input(op, "k_packed", k_packed),
-            self._input(op, "k_norms", k_norms),
-            self._input(op, "v_packed", v_packed),
-            self._input(op, "v_norms", v_norms),
+            self._floats(op, "q", q),
+            self._codes(op, "k_packed", k_packed),
+            self._floats(op, "k_norms", k_norms),
+            self._codes(op, "v_packed", v_packed),
+            self._floats(op, "v_norms", v_norms),
             self._written(op, "output", output),
             None if tmp is None else self._written(op, "tmp", tmp),
             p,

@@ -451,6 +451,9 @@ def tq_dequantize_hb_kv(
     position = _core.to_uint32(op, "pos", pos)
     check_params(op, "hp", hp, _core.HadamardQuantizeKvHbParams)
     hp.validate(op)
+    codes = as_codes(op, "packed", packed)
+    if codes.shape[:1] != (hp.num_kv_heads,):  # before that many rows are allocated
+        raise invalid(op, "packed", f"must hold num_kv_heads {hp.num_kv_heads} heads", codes.shape)
     core = resolve_device(op, device)._core
     result = np.empty((1, hp.num_kv_heads, hp.head_dim), np.float32)
     encoder = core.make_encoder()
@@ -458,7 +461,7 @@ def tq_dequantize_hb_kv(
         op,
         hp,
         position,
-        core.wrap(op, "packed", as_codes(op, "packed", packed)),
+        core.wrap(op, "packed", codes),
         core.wrap(op, "norms", as_float32(op, "norms", norms)),
         core.wrap(op, "out", result),
         codebook,

@@ -486,6 +486,12 @@ def test_dequantize_op_refuses_a_position_outside_the_cache(pos):
         tq_hb.tq_dequantize_hb_kv(arrays["k_packed"], arrays["k_norms"], hp, pos=pos)
 
 
+def test_dequantize_op_refuses_heads_that_are_not_there():
+    hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=2**31, write_pos=0, cache_capacity=4)
+    with refusal("tq_dequantize_hb_kv", "packed", "got"):
+        tq_hb.tq_dequantize_hb_kv(np.zeros((1, 4, 256), np.uint8), np.zeros((1, 4), np.float32), hp, pos=0)
+
+
 class TestCodec:
     @pytest.mark.parametrize("cbits", [0, 4, 7, 9, -8, 5.5, "8"])
     @pytest.mark.parametrize("table", [tq_hb.codebook, tq_hb.boundaries], ids=["codebook", "boundaries"])
@@ -673,6 +679,12 @@ class TestRecorded:
         enc.commit_and_wait()
 
         assert (buffers["output"].numpy() == 0.0).all()
+
+    @pytest.mark.parametrize(("name", "dtype"), [("q", np.uint8), ("k_packed", np.int32), ("v_norms", np.uint8)])
+    def test_arrays_of_another_dtype(self, device, buffers, name, dtype):
+        wanted = "uint8" if name == "k_packed" else "float32"
+        changed = buffers | {name: np.ones(buffers[name].shape, dtype)}
+        self.refuse(device, changed, name, "dtype", wanted, "got")
 
     def test_what_is_written_must_be_a_buffer(self, device, buffers):
         buffers["output"] = np.zeros((4, 256), np.float32)
