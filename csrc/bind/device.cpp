@@ -39,7 +39,7 @@ Buffer wrap(const Device& device, const std::string& op, const std::string& fiel
   for (py::ssize_t i = 0; i < array.ndim(); ++i) shape.push_back(static_cast<std::uint64_t>(array.shape(i)));
   const DType dtype = dtype_of(op, field, array.dtype());
   auto* data = static_cast<std::byte*>(const_cast<void*>(array.data()));
-  if (reinterpret_cast<std::uintptr_t>(data) % size_of(dtype) != 0) {
+  if (array.size() > 0 && reinterpret_cast<std::uintptr_t>(data) % size_of(dtype) != 0) {
     throw invalid(op, field, std::string("must be aligned for ") + name_of(dtype), static_cast<const void*>(data));
   }
   auto storage = device.wrap_host(data, static_cast<std::uint64_t>(array.nbytes()), hold(array));

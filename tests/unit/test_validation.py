@@ -362,6 +362,12 @@ def test_a_linear_run_must_fit_the_capacity():
     call.assert_untouched()
 
 
+def test_a_run_of_no_tokens_may_lie_at_any_address():
+    call = EncodeCall(src=np.ndarray((0, 2, 256), np.float32, buffer=bytearray(2), offset=1))
+    call.run()
+    call.assert_untouched()
+
+
 def test_a_run_of_no_tokens_is_a_no_op():
     call = EncodeCall(src=np.ones((0, 2, 256), np.float32))
 
