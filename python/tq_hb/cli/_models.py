@@ -79,10 +79,7 @@ def load_gemma(on_step: Callable[[str], object]) -> LoadedModel:
 
 
 def make_tiny() -> LoadedModel:
-    """Make a random model of Gemma 3's shape, on ASCII characters, with windows that a hundred tokens fill.
-
-    Torch is held to one thread from here on: two that wait for each other cost so small a model more than they bring.
-    """
+    """Make a random model of Gemma 3's shape, on ASCII characters, with windows that a hundred tokens fill."""
     require_packages({"torch": "torch", "transformers": "transformers"})
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -107,7 +104,6 @@ def make_tiny() -> LoadedModel:
         # Large enough that the attention is not flat and the predictions not uniform.
         initializer_range=0.06,
     )
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     model = Gemma3ForCausalLM(config).eval()
     fast = PreTrainedTokenizerFast(

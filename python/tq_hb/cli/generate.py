@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import io
 import json
+import os
 import subprocess
 import tempfile
 import time
@@ -69,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     from tq_hb.cli._output import print_json
 
     require_packages({"torch": "torch", "transformers": "transformers", "matplotlib": "matplotlib"})
+    # Before torch is loaded: its waiting threads would spin, and take the cores from everything else, tq_hb included.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     console = Console(stderr=args.json, highlight=False)
     workload = QUICK if args.quick else FULL
     loaded = _load(args.quick, console)
@@ -79,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     generated = _generate(loaded, prompt, workload, args, console)
     results = _replay(loaded, text_tokens, workload, console)
     report = {
-        "machine": {**describe(), "commit": _commit()},
+        "machine": {**describe(), "omp_wait_policy": os.environ["OMP_WAIT_POLICY"], "commit": _commit()},
         "model": loaded.name,
         "window": loaded.model.config.sliding_window,
         "generated": generated,
@@ -202,7 +205,7 @@ def _print_results(report: dict[str, Any], console: Console) -> None:
         f"{report['model']}: {replay['scored_tokens']} tokens decoded after {replay['prefill_tokens']} of prefill",
         "K/V bits",
         "bytes\nper token",
-        "MiB\nallocated",
+        "MiB\nin all",
         "decode\nms/token",
         "mean\nKL",
         "top-1\nagreement",
@@ -254,7 +257,7 @@ def _plot(report: dict[str, Any]) -> bytes:
     )
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    axes.legend(title="K/V")
+    axes.legend(title="K/V", loc="center")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150)
     return content.getvalue()
