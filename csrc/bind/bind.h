@@ -1,8 +1,10 @@
 // What the files of the extension module share.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <string>
+#include <thread>
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -14,6 +16,33 @@
 namespace tq_hb {
 
 namespace py = pybind11;
+
+/// Calls `take`, which takes the GIL.
+///
+/// While the interpreter shuts down, that ends a thread by unwinding it, which no destructor lets pass:
+/// the thread waits here for the end of the process instead.
+template <class Take>
+void take_gil(const Take& take) noexcept {
+  try {
+    take();
+  } catch (...) {
+    for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+  }
+}
+
+/// Lets other Python threads run while it lives.
+class ReleasedGil {
+ public:
+  ReleasedGil() : state_(PyEval_SaveThread()) {}
+  ~ReleasedGil() {
+    take_gil([this] { PyEval_RestoreThread(state_); });
+  }
+  ReleasedGil(const ReleasedGil&) = delete;
+  ReleasedGil& operator=(const ReleasedGil&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
 
 void bind_errors(py::module_& module);
 void bind_params(py::module_& module);

@@ -20,8 +20,11 @@ constexpr std::pair<DType, const char*> kDtypes[] = {{DType::kFloat32, "f4"}, {D
 /// Keeps a Python object alive from C++; may be released on any thread.
 std::shared_ptr<void> hold(py::object object) {
   return std::shared_ptr<void>(object.release().ptr(), [](void* pointer) {
-    const py::gil_scoped_acquire gil;
-    Py_DECREF(static_cast<PyObject*>(pointer));
+    take_gil([pointer] {
+      const PyGILState_STATE state = PyGILState_Ensure();
+      Py_DECREF(static_cast<PyObject*>(pointer));
+      PyGILState_Release(state);
+    });
   });
 }
 
@@ -186,8 +189,8 @@ void bind_device(py::module_& module) {
       .def("fwht", [](CommandEncoder& self, const std::string& op, bool premult,
                       const Buffer& data) { self.fwht({op, premult ? Fwht::kPremult : Fwht::kUndo, data}); })
       .def("memory_barrier", &CommandEncoder::memory_barrier)
-      .def("commit", &CommandEncoder::commit, py::call_guard<py::gil_scoped_release>())
-      .def("wait", &CommandEncoder::wait, py::call_guard<py::gil_scoped_release>())
+      .def("commit", &CommandEncoder::commit, py::call_guard<ReleasedGil>())
+      .def("wait", &CommandEncoder::wait, py::call_guard<ReleasedGil>())
       .def_property_readonly("gpu_time", &CommandEncoder::gpu_time)
       .def_property_readonly("kernels", [](const CommandEncoder& self) { return py::tuple(py::cast(self.kernels())); });
 
@@ -208,7 +211,7 @@ void bind_device(py::module_& module) {
     for (BackendStatus& status : backend_statuses()) rows.emplace_back(status.backend, status.device, status.reason);
     return rows;
   });
-  module.def("first_bad_row", &first_bad_row, py::call_guard<py::gil_scoped_release>());
+  module.def("first_bad_row", &first_bad_row, py::call_guard<ReleasedGil>());
   module.def("bad_row_message", &bad_row_message);
 }
 

@@ -47,6 +47,6 @@ PYBIND11_MODULE(_core, module) {
 
   module.def("cpu_isa", &cpu_isa);
   module.def("num_threads", &cpu_num_threads);
-  module.def("set_num_threads", &set_cpu_num_threads, py::call_guard<py::gil_scoped_release>());
-  module.def("warm_up_cpu", &warm_up_cpu, py::call_guard<py::gil_scoped_release>());
+  module.def("set_num_threads", &set_cpu_num_threads, py::call_guard<ReleasedGil>());
+  module.def("warm_up_cpu", &warm_up_cpu, py::call_guard<ReleasedGil>());
 }

@@ -149,3 +149,27 @@ def test_the_cpu_works_after_a_fork():
         timeout=60, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
+
+
+EXIT_WHILE_DAEMONS_WORK = """
+import threading, time
+import numpy as np, tq_hb
+
+cache = tq_hb.KVCache(4, 256, device="cpu")
+cache.append(*np.ones((2, 2000, 4, 256), np.float32))
+
+def attend():
+    while True:
+        cache.attend(np.ones((8, 256), np.float32))
+
+for _ in range(2):
+    threading.Thread(target=attend, daemon=True).start()
+time.sleep(0.1)
+"""
+
+
+def test_the_process_may_end_while_daemon_threads_work():
+    run = subprocess.run(
+        [sys.executable, "-c", EXIT_WHILE_DAEMONS_WORK], timeout=60, capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stderr) == (0, "")
