@@ -282,7 +282,7 @@ def test_padding_is_refused():
     mask = torch.ones(1, 8, dtype=torch.long)
     model(make_tokens(8), attention_mask=mask, cache=TqCache(model.config))
     mask[0, :2] = 0
-    with unsupported("padding is not supported, got a mask that hides 2 tokens"):
+    with unsupported("attention_mask must not mark padding, got one that hides 2 tokens"):
         model(make_tokens(8), attention_mask=mask, cache=TqCache(model.config))
 
 

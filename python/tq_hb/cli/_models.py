@@ -82,7 +82,7 @@ def make_tiny() -> LoadedModel:
     """Make a random model of Gemma 3's shape, on ASCII characters, with windows that a hundred tokens fill."""
     require_packages({"torch": "torch", "transformers": "transformers"})
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # type: ignore[import-not-found, unused-ignore]
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
     pad, eos, bos, unknown = special = ["<pad>", "<eos>", "<bos>", "<unk>"]

@@ -25,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 
 from tq_hb import InvalidArgument, KVCache, UnsupportedError
 
-__all__ = ["ATTENTION_NAME", "TqCache", "TqLayer", "attention", "attention_mask", "enable"]
+__all__ = ["ATTENTION_NAME", "TqCache", "enable"]
 
 ATTENTION_NAME = "tq_hb"
 """What the attention and mask functions are registered as, for ``attn_implementation=``."""
@@ -53,6 +53,7 @@ def enable(model: Model) -> None:
 
     Examples
     --------
+    >>> import torch
     >>> from transformers import Gemma3ForCausalLM, Gemma3TextConfig
     >>> from tq_hb.integrations.transformers import TqCache, enable
     >>> config = Gemma3TextConfig(
@@ -118,7 +119,7 @@ class TqCache(Cache):  # type: ignore[misc]
         device: Any = None,
         rollback: int = 0,
     ) -> None:
-        if not isinstance(rollback, int) or rollback < 0:
+        if not hasattr(rollback, "__index__") or rollback < 0:
             raise InvalidArgument(f"TqCache: rollback must be an integer of at least 0, got {rollback!r}")
         options = {
             "k_bits": k_bits,
@@ -409,7 +410,7 @@ def _attend_softcapped(
     return output.transpose(1, 2).contiguous()
 
 
-def attention_mask(*, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+def make_mask(*, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
     """Make the mask that `attention` takes, as transformers' mask functions do.
 
     Without a mask function of its own, an attention function gets no mask at all, and sliding-window layers silently
@@ -421,9 +422,8 @@ def attention_mask(*, attention_mask: torch.Tensor | None = None, **kwargs: Any)
         If `attention_mask`, shape (batch, tokens), marks padding.
     """
     if attention_mask is not None and not attention_mask.all():
-        raise UnsupportedError(
-            f"attention_mask: padding is not supported, got a mask that hides {int((attention_mask == 0).sum())} tokens"
-        )
+        hidden = int((attention_mask == 0).sum())
+        raise UnsupportedError(f"make_mask: attention_mask must not mark padding, got one that hides {hidden} tokens")
     mask: torch.Tensor | None = sdpa_mask(attention_mask=attention_mask, **kwargs)
     return mask
 
@@ -438,4 +438,4 @@ def _token_major(states: torch.Tensor) -> torch.Tensor:
 
 
 AttentionInterface.register(ATTENTION_NAME, attention)
-AttentionMaskInterface.register(ATTENTION_NAME, attention_mask)
+AttentionMaskInterface.register(ATTENTION_NAME, make_mask)
