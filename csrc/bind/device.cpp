@@ -200,8 +200,11 @@ void bind_device(py::module_& module) {
       .def_property_readonly("is_simulated", &Device::is_simulated)
       .def_property_readonly("max_buffer_bytes", [](const Device& self) { return self.limits().max_buffer_bytes; })
       .def_property_readonly("num_threads", [](const Device& self) { return self.limits().num_threads; })
-      .def("empty", [](const Device& self, const Shape& shape,
-                       const py::dtype& dtype) { return self.empty(dtype_of("Device.empty", "dtype", dtype), shape); })
+      .def(
+          "empty",
+          [](const Device& self, const Shape& shape, const py::dtype& dtype, const std::string& op,
+             const std::string& field) { return self.empty(dtype_of(op, field, dtype), shape); },
+          py::arg("shape"), py::arg("dtype"), py::arg("op"), py::arg("field"))
       .def("wrap", &wrap, py::arg("op"), py::arg("field"), py::arg("array"))
       .def("make_encoder", &Device::make_encoder);
 

@@ -132,14 +132,16 @@ class Device:
         shape : int or tuple of int
         dtype : float32, float16, uint8, uint16, uint32 or int32
         """
-        return self._core.empty(_check_shape("Device.empty", shape), _check_dtype("Device.empty", dtype))
+        op = "Device.empty"
+        return self._core.empty(_check_shape(op, shape), _check_dtype(op, dtype), op, "dtype")
 
     def array(self, x: Array) -> Buffer:
         """Copy an array into a new buffer of the same shape and dtype (float64 and bfloat16 become float32)."""
-        array, is_bfloat16 = borrow("Device.array", "x", x)
+        op = "Device.array"
+        array, is_bfloat16 = borrow(op, "x", x)
         if is_bfloat16 or array.dtype.name in ("float64", "bfloat16"):
-            array = as_float32("Device.array", "x", x)
-        buffer = self.empty(array.shape, array.dtype.newbyteorder("="))
+            array = as_float32(op, "x", x)
+        buffer = self._core.empty(array.shape, array.dtype.newbyteorder("="), op, "x")
         buffer.numpy()[...] = array
         return buffer
 
