@@ -13,7 +13,7 @@ CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python -type f -not -path '*/__pycache__/*')
 
 EXTRAS_demo := demo
-EXTRAS_test := test,lint,transformers,mlx
+EXTRAS_test := test,lint,transformers,plots,mlx
 EXTRAS_lint := lint
 
 .NOTPARALLEL:

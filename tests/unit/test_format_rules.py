@@ -70,6 +70,30 @@ def test_every_decoder_uses_the_encoders_table(device, cbits, codebook, head_dim
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_decoders_ignore_the_unused_high_bits_of_a_code(device, head_dim):
+    case = Case(head_dim=head_dim, k_bits=5, v_bits=6)
+    problem = make_problem(case)
+    q, k_packed, k_norms, v_packed, v_norms = problem.buffers()
+    k_marked, v_marked = k_packed | np.uint8(0xE0), v_packed | np.uint8(0xC0)
+    hp = tq_hb.HadamardQuantizeKvHbParams(
+        head_dim=head_dim, num_kv_heads=case.num_kv_heads, write_pos=0, cache_capacity=case.kv_capacity, codebook_bits=5
+    )
+
+    def attend(k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        return tq_hb.flash_attn_vec_tq_hb(q, k, k_norms, v, v_norms, case.params(), device=device, **case.keywords())
+
+    def standalone(k: np.ndarray) -> np.ndarray:
+        return tq_hb.tq_dequantize_hb_kv(k, k_norms, hp, pos=3, device=device)
+
+    def whole(k: np.ndarray) -> np.ndarray:
+        return tq_hb.dequantize(k, k_norms, 5, head_dim=head_dim)
+
+    np.testing.assert_array_equal(attend(k_marked, v_marked), attend(k_packed, v_packed))
+    np.testing.assert_array_equal(standalone(k_marked), standalone(k_packed))
+    np.testing.assert_array_equal(whole(k_marked), whole(k_packed))
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize(("k_bits", "v_bits"), list(itertools.product(WIDTHS, WIDTHS)), ids=str)
 def test_every_entry_point_takes_every_width(device, head_dim, k_bits, v_bits):
     rng = np.random.default_rng(k_bits * 10 + v_bits)
