@@ -19,12 +19,21 @@ _BLOCK = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def attend_cpu() -> str:
-    """Return one token's attention per shape, the best of torch's dtypes beside it."""
+    """Return one token's attention at 8 bits per shape, torch's dtypes beside it."""
+    return _attend_cpu(lambda shape: shape["k_bits"] == shape["v_bits"] == 8)
+
+
+def attend_cpu_narrow() -> str:
+    """Return the same for the narrower widths."""
+    return _attend_cpu(lambda shape: shape["k_bits"] < 8)
+
+
+def _attend_cpu(wanted: Callable[[dict[str, Any]], bool]) -> str:
     report = harness.read("cpu")
-    header = ("heads / KV heads / D", "tokens", "bits", "tq_hb", "torch float32", "float16", "bfloat16", "read")
+    header = ("heads / KV heads / D", "tokens", "K/V bits", "tq_hb", "torch float32", "float16", "bfloat16", "of read")
     rows = []
     for result in report["results"]:
-        if result["op"] != "attend":
+        if result["op"] != "attend" or not wanted(result["shape"]):
             continue
         shape, by_name = result["shape"], {row["name"]: row for row in result["rows"]}
         times = (by_name[name]["median_us"] for name in ("tq_hb", *_TORCH))
@@ -120,6 +129,7 @@ def append_cpu() -> str:
 _TORCH = ("torch float32", "torch float16", "torch bfloat16")
 _TABLES: dict[str, Callable[[], str]] = {
     "attend_cpu": attend_cpu,
+    "attend_cpu_narrow": attend_cpu_narrow,
     "append_cpu": append_cpu,
     "codec": codec,
     "memory": memory,
