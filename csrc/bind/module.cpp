@@ -29,6 +29,15 @@ PYBIND11_MODULE(_core, module) {
   module.def("to_float32", &to_float32);
   module.def("check_head_dim", &check_head_dim);
   module.def("tmp_buffer_bytes", &tmp_buffer_bytes);
+  module.def("supported_head_dims", [] {
+    py::list sizes;
+#define TQ_APPEND(size) sizes.append(size);
+    TQ_HB_FOR_EACH_HEAD_DIM(TQ_APPEND)
+#undef TQ_APPEND
+    return py::tuple(sizes);
+  });
+  module.def("norms_per_row", &norms_per_row);
+  module.def("codebook_names", [] { return py::tuple(py::cast(codebook_names())); });
   module.def("supported_bits", [] {
     py::list bits;
 #define TQ_APPEND(cbits) bits.append(cbits);

@@ -3,6 +3,8 @@
 #include "core/params.h"
 
 #include <cmath>
+#include <cstring>
+#include <string_view>
 
 #include "bind/bind.h"
 #include "core/abi.h"
@@ -59,13 +61,27 @@ void set(const char* op, const char* field, TqF32& target, const py::handle& val
 #define TQ_PARAMETER_FIELD(type, name, value, doc) TQ_PARAMETER_REQUIRED(type, name, doc)
 #define TQ_ASSIGN_REQUIRED(type, name, doc) set(kName, #name, args.name, name);
 #define TQ_ASSIGN_FIELD(type, name, value, doc) TQ_ASSIGN_REQUIRED(type, name, doc)
-#define TQ_KEYWORD_REQUIRED(type, name, doc) py::arg(#name),
+// Without a value, the conversion to the field's type says what is missing.
+#define TQ_KEYWORD_REQUIRED(type, name, doc) py::arg(#name) = py::none(),
 #define TQ_KEYWORD_FIELD(type, name, value, doc) py::arg(#name) = static_cast<type>(value),
 
 void refuse_unknown(const char* name, const py::kwargs& unknown) {
   for (const auto& item : unknown) {
     throw py::type_error(std::string(name) + " has no field " + std::string(py::repr(item.first)));
   }
+}
+
+/// Copies and pickles by the bytes of the struct, whose layout is fixed.
+template <class Args>
+void bind_pickle(py::class_<Args>& cls) {
+  cls.def(py::pickle([](const Args& self) { return py::bytes(reinterpret_cast<const char*>(&self), sizeof(Args)); },
+                     [](const py::bytes& state) {
+                       const std::string_view bytes = state;
+                       if (bytes.size() != sizeof(Args)) throw py::value_error("the pickled params have another size");
+                       Args args;
+                       std::memcpy(&args, bytes.data(), sizeof(Args));
+                       return args;
+                     }));
 }
 
 void bind_flash_attn_vec(py::module_& module) {
@@ -107,6 +123,7 @@ void bind_flash_attn_vec(py::module_& module) {
         return equal;
       },
       py::is_operator());
+  bind_pickle(cls);
 }
 
 void bind_hadamard_quantize(py::module_& module) {
@@ -145,6 +162,7 @@ void bind_hadamard_quantize(py::module_& module) {
         return equal;
       },
       py::is_operator());
+  bind_pickle(cls);
 }
 
 }  // namespace

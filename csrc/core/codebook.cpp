@@ -1,9 +1,11 @@
 #include "core/codebook.h"
 
 #include <array>
+#include <utility>
 
 #include "core/bits.h"
 #include "core/error.h"
+#include "core/layout.h"
 
 namespace tq_hb {
 namespace {
@@ -64,10 +66,13 @@ constexpr NamedCodebook kCodebooks[] = {
 #undef TQ_NAMED_CODEBOOKS
 };
 
+constexpr std::pair<CodebookName, const char*> kNames[] = {{CodebookName::kLloydMax, "lloyd_max"},
+                                                           {CodebookName::kMlxNative, "mlx_native"}};
+
 constexpr std::uint8_t kSignBits[] = {
 #include "core/codebooks/signs.inc"
 };
-constexpr std::size_t kMaxHeadDim = 8 * sizeof(kSignBits);
+static_assert(8 * sizeof(kSignBits) == kMaxHeadDim, "one bit per coordinate");
 
 std::array<float, kMaxHeadDim> expand_signs() {
   std::array<float, kMaxHeadDim> signs{};
@@ -84,10 +89,19 @@ const Codebook& find_codebook(const std::string& op, CodebookName name, unsigned
   throw invalid(op, "codebook_bits", "must be 5, 6 or 8", cbits);
 }
 
+std::vector<std::string> codebook_names() {
+  std::vector<std::string> names;
+  for (const auto& [name, text] : kNames) names.emplace_back(text);
+  return names;
+}
+
 CodebookName parse_codebook_name(const std::string& op, const std::string& name) {
-  if (name == "lloyd_max") return CodebookName::kLloydMax;
-  if (name == "mlx_native") return CodebookName::kMlxNative;
-  throw invalid(op, "codebook", "must be \"lloyd_max\" or \"mlx_native\"", '"' + name + '"');
+  std::string known;
+  for (const auto& [value, text] : kNames) {
+    if (name == text) return value;
+    known += (known.empty() ? "" : ", ") + std::string(text);
+  }
+  throw invalid(op, "codebook", "must be one of " + known, '"' + name + '"');
 }
 
 const float* sign_table() noexcept {

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace tq_hb {
 
@@ -40,6 +41,9 @@ struct Codebook {
 
 /// The table for `cbits`, which must be one of bits.h; throws otherwise.
 const Codebook& find_codebook(const std::string& op, CodebookName name, unsigned cbits);
+
+/// Names that parse_codebook_name knows, the default first.
+std::vector<std::string> codebook_names();
 
 /// Parses "lloyd_max" or "mlx_native".
 CodebookName parse_codebook_name(const std::string& op, const std::string& name);

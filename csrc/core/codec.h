@@ -8,16 +8,9 @@
 #include <cstdint>
 
 #include "core/codebook.h"
+#include "core/layout.h"
 
 namespace tq_hb {
-
-constexpr std::size_t kMaxHeadDim = 512;
-/// Coordinates that share a norm; a shorter row has one norm as well.
-constexpr std::size_t kNormBlock = 256;
-
-constexpr std::size_t norms_per_row(std::size_t head_dim) {
-  return head_dim > kNormBlock ? head_dim / kNormBlock : 1;
-}
 
 /// R: y = H(signs * x) / sqrt(head_dim), in place.
 void rotate_row(float* row, std::size_t head_dim) noexcept;

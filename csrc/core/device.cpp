@@ -101,48 +101,54 @@ bool Buffer::overlaps(const Buffer& other) const noexcept {
   return begin < other_begin + other.nbytes_ && other_begin < begin + nbytes_;
 }
 
+std::unique_lock<std::mutex> CommandEncoder::enter(const std::string& op) const {
+  std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+  if (!lock) throw Error(ErrorCode::kDevice, op + ": the encoder is in use by another thread");
+  return lock;
+}
+
 void CommandEncoder::require_recording(const std::string& op) const {
   if (state_ != State::kRecording) {
     throw Error(ErrorCode::kDevice, op + ": the encoder has been committed; make a new one with Device.encoder()");
   }
 }
 
+template <class Op>
+void CommandEncoder::record(Op op) {
+  const auto lock = enter(op.name);
+  require_recording(op.name);
+  validate(op, device_);
+  encode(std::move(op));
+}
+
 void CommandEncoder::hadamard_quantize(QuantizeOp op) {
-  require_recording(op.name);
-  validate(op, device_);
-  encode(std::move(op));
+  record(std::move(op));
 }
-
 void CommandEncoder::dequantize(DequantizeOp op) {
-  require_recording(op.name);
-  validate(op, device_);
-  encode(std::move(op));
+  record(std::move(op));
 }
-
 void CommandEncoder::flash_attn_vec(AttendOp op) {
-  require_recording(op.name);
-  validate(op, device_);
-  encode(std::move(op));
+  record(std::move(op));
 }
-
 void CommandEncoder::fwht(FwhtOp op) {
-  require_recording(op.name);
-  validate(op, device_);
-  encode(std::move(op));
+  record(std::move(op));
 }
 
 void CommandEncoder::memory_barrier() {
+  const auto lock = enter("memory_barrier");
   require_recording("memory_barrier");
   encode_barrier();
 }
 
 void CommandEncoder::commit() {
+  const auto lock = enter("commit");
   require_recording("commit");
   state_ = State::kCommitted;
   submit();
 }
 
 void CommandEncoder::wait() {
+  const auto lock = enter("wait");
   if (state_ == State::kRecording) {
     throw Error(ErrorCode::kDevice, "wait: the encoder has not been committed; call commit() first");
   }
@@ -158,10 +164,16 @@ void CommandEncoder::wait() {
 }
 
 double CommandEncoder::gpu_time() const {
+  const auto lock = enter("gpu_time");
   if (state_ != State::kFinished) {
     throw Error(ErrorCode::kDevice, "gpu_time: is known only after wait()");
   }
   return gpu_time_;
+}
+
+std::vector<std::string> CommandEncoder::kernels() const {
+  const auto lock = enter("kernels");
+  return kernels_;
 }
 
 Buffer Device::empty(DType dtype, Shape shape) const {

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -132,7 +133,7 @@ struct FwhtOp {
   Buffer data;  ///< float32 (..., D), transformed in place
 };
 
-/// Records ops, then runs them. Belongs to one thread at a time.
+/// Records ops, then runs them. Belongs to one thread at a time; a call from another one meanwhile throws.
 class CommandEncoder {
  public:
   explicit CommandEncoder(const Device* device) : device_(device) {}
@@ -152,7 +153,7 @@ class CommandEncoder {
   /// Seconds the device spent on the ops; only after wait().
   double gpu_time() const;
   /// Names of the kernels recorded so far.
-  const std::vector<std::string>& kernels() const noexcept { return kernels_; }
+  std::vector<std::string> kernels() const;
 
  protected:
   void note_kernel(std::string name) { kernels_.push_back(std::move(name)); }
@@ -167,10 +168,15 @@ class CommandEncoder {
   /// Waits for the submitted ops and returns their time; throws their error.
   virtual double finish() = 0;
 
+  /// Locks an encoder that no other thread is inside of; throws otherwise, since waiting here could deadlock.
+  std::unique_lock<std::mutex> enter(const std::string& op) const;
   void require_recording(const std::string& op) const;
+  template <class Op>
+  void record(Op op);
 
   enum class State { kRecording, kCommitted, kFinished };
   const Device* device_;
+  mutable std::mutex mutex_;  // held by commit and wait for as long as they take
   State state_ = State::kRecording;
   std::vector<std::string> kernels_;
   std::optional<Error> failure_;

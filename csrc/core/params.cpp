@@ -9,7 +9,9 @@ namespace tq_hb {
 namespace {
 
 void check_scale_factor(const std::string& op, float value) {
-  if (!std::isfinite(value) || value <= 0.0f) throw invalid(op, "scale_factor_d512", "must be finite and > 0", value);
+  if (!std::isfinite(value) || value <= 0.0f || !std::isfinite(1.0f / value)) {
+    throw invalid(op, "scale_factor_d512", "must be finite and > 0, and so must its reciprocal", value);
+  }
 }
 
 void check_codebook_bits(const std::string& op, TqU32 cbits) {
@@ -52,7 +54,10 @@ void check_disjoint(const std::string& op, const Named& a, const Named& b) {
 }  // namespace
 
 void check_head_dim(const std::string& op, std::uint64_t head_dim) {
-  if (head_dim == 256 || head_dim == 512) return;
+#define TQ_ACCEPT(size) \
+  if (head_dim == size) return;
+  TQ_HB_FOR_EACH_HEAD_DIM(TQ_ACCEPT)
+#undef TQ_ACCEPT
   if (head_dim == 64 || head_dim == 128) throw unsupported(op, "head_dim " + std::to_string(head_dim));
   throw invalid(op, "head_dim", "must be 64, 128, 256 or 512", head_dim);
 }

@@ -8,13 +8,13 @@
 
 #include <math.h>
 
+#include "core/layout.h"
 #include "cpu/attend_kernel.h"
 
 namespace tq_hb {
 namespace {
 
 constexpr std::size_t kTile = kAttendTile;
-constexpr std::size_t kNormBlock = 256;
 
 #if defined(__AVX512F__)
 constexpr std::size_t kLanes = 16;
@@ -48,7 +48,7 @@ inline float sum_of_lanes(Vec vec) noexcept {
 
 /// Slots of a tile's keys, and its K or V rows as levels.
 struct Tile {
-  alignas(64) float rows[kTile * 512];
+  alignas(64) float rows[kTile * kMaxHeadDim];
   std::size_t slots[kTile];
 };
 

@@ -77,7 +77,7 @@ class CpuEncoder final : public CommandEncoder {
     ops_.emplace_back(std::move(op));
   }
   void encode(DequantizeOp op) override {
-    note("tq_dequantize_hb_kv_d", op.args.head_dim);
+    note_kernel("tq_dequantize_hb_kv");
     ops_.emplace_back(std::move(op));
   }
   void encode(AttendOp op) override {
@@ -99,9 +99,9 @@ class CpuEncoder final : public CommandEncoder {
       try {
         std::visit([](const auto& one) { run(one); }, op);
       } catch (const Error& error) {
-        if (!failure_) failure_ = error;
+        if (!op_failure_) op_failure_ = error;
       } catch (const std::bad_alloc&) {
-        if (!failure_) failure_ = Error(ErrorCode::kOutOfMemory, "cpu: no memory for the op's working storage");
+        if (!op_failure_) op_failure_ = Error(ErrorCode::kOutOfMemory, "cpu: no memory for the op's working storage");
       }
     }
     seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -109,7 +109,7 @@ class CpuEncoder final : public CommandEncoder {
   }
 
   double finish() override {
-    if (failure_) throw *failure_;
+    if (op_failure_) throw *op_failure_;
     return seconds_;
   }
 
@@ -131,7 +131,7 @@ class CpuEncoder final : public CommandEncoder {
   static void run(const FwhtOp& op) { tq_hb::fwht(op, ThreadPool::instance()); }
 
   std::vector<Op> ops_;
-  std::optional<Error> failure_;
+  std::optional<Error> op_failure_;
   double seconds_ = 0.0;
 };
 

@@ -47,6 +47,30 @@ struct ThreadPool::Job {
   std::atomic<std::size_t> unfinished;
 };
 
+class ThreadPool::Claim {
+ public:
+  enum Mode { kTry, kWait };
+
+  Claim(ThreadPool& pool, Mode mode) noexcept : pool_(pool) {
+    held_ = !pool_.claimed_.exchange(true, std::memory_order_acquire);
+    while (!held_ && mode == kWait) {
+      std::this_thread::yield();
+      held_ = !pool_.claimed_.exchange(true, std::memory_order_acquire);
+    }
+  }
+  ~Claim() {
+    if (held_) pool_.claimed_.store(false, std::memory_order_release);
+  }
+  Claim(const Claim&) = delete;
+  Claim& operator=(const Claim&) = delete;
+
+  bool is_held() const noexcept { return held_; }
+
+ private:
+  ThreadPool& pool_;
+  bool held_;
+};
+
 ThreadPool& ThreadPool::instance() {
   ThreadPool* pool = g_pool.load(std::memory_order_acquire);
   if (pool != nullptr) return *pool;
@@ -63,24 +87,24 @@ ThreadPool& ThreadPool::instance() {
 }
 
 ThreadPool::~ThreadPool() {
-  const std::lock_guard<std::mutex> lock(submit_mutex_);
-  stop_locked();
+  const Claim claim(*this, Claim::kWait);
+  stop_workers();
 }
 
 void ThreadPool::set_num_threads(unsigned count) {
-  const std::lock_guard<std::mutex> lock(submit_mutex_);
+  const Claim claim(*this, Claim::kWait);
   if (count == num_threads()) return;
-  stop_locked();
+  stop_workers();
   num_threads_.store(count, std::memory_order_relaxed);
   if (this == g_pool.load()) g_num_threads.store(count);
 }
 
 void ThreadPool::start() {
-  const std::lock_guard<std::mutex> lock(submit_mutex_);
-  start_locked();
+  const Claim claim(*this, Claim::kWait);
+  start_workers();
 }
 
-void ThreadPool::start_locked() {
+void ThreadPool::start_workers() {
   while (workers_.size() + 1 < num_threads()) {
     const std::uint64_t seen = generation_.load(std::memory_order_relaxed);
     try {
@@ -91,7 +115,7 @@ void ThreadPool::start_locked() {
   }
 }
 
-void ThreadPool::stop_locked() {
+void ThreadPool::stop_workers() {
   {
     const std::lock_guard<std::mutex> lock(job_mutex_);
     stopping_ = true;
@@ -104,12 +128,12 @@ void ThreadPool::stop_locked() {
 }
 
 void ThreadPool::parallel_for(std::size_t count, const std::function<void(std::size_t)>& task) {
-  std::unique_lock<std::mutex> submit(submit_mutex_, std::try_to_lock);
-  if (count <= 1 || !submit.owns_lock() || num_threads() == 1) {
+  const Claim claim(*this, Claim::kTry);
+  if (count <= 1 || num_threads() == 1 || !claim.is_held()) {
     for (std::size_t i = 0; i < count; ++i) task(i);
     return;
   }
-  start_locked();
+  start_workers();
   const auto job = std::make_shared<Job>(task, count);
   {
     const std::lock_guard<std::mutex> lock(job_mutex_);

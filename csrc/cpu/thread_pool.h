@@ -37,12 +37,17 @@ class ThreadPool {
  private:
   struct Job;
 
-  void start_locked();
-  void stop_locked();
+  /// Sole use of the workers while it lives, if the pool was free.
+  class Claim;
+
+  void start_workers();
+  void stop_workers();
   void work(std::uint64_t seen);
 
   std::atomic<unsigned> num_threads_{std::max(1u, std::thread::hardware_concurrency())};
-  std::mutex submit_mutex_;  // held for the whole of a parallel call, and to start or stop workers
+  // Set for the whole of a parallel call, and while workers start or stop. A flag rather than a mutex, since
+  // a task may call parallel_for itself.
+  std::atomic<bool> claimed_{false};
   std::vector<std::thread> workers_;
 
   std::mutex job_mutex_;  // guards job_, stopping_ and the sleep

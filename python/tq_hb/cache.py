@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,10 +29,24 @@ from tq_hb.options import (
     check_head_dim,
     check_precision,
     invalid,
+    norms_shape,
     unsupported,
 )
 
 _MIN_GROWTH = 64
+
+
+_caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """Give a forked child's caches new locks: the thread that held an old one is not there to release it."""
+    for cache in _caches:
+        cache._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 @dataclass(frozen=True)
@@ -133,13 +148,14 @@ class KVCache:
         self._codebook, self._packing, self._precision = codebook, packing, precision
         self._device = resolve_device(op, device)
         self._lock = threading.RLock()
+        _caches.add(self)
         self._len = self._offset = 0
         self._last_plan: Plan | None = None
         self._allocate(fixed or 0)
 
     def _allocate(self, capacity: int) -> None:
         codes = (self._num_kv_heads, capacity, self._head_dim)
-        norms = codes[:2] if self._head_dim <= 256 else (*codes[:2], 2)
+        norms = norms_shape(codes[:2], self._head_dim)
         empty = self._device.empty
         # Allocated before anything is replaced: a cache that cannot grow stays as it was.
         k = _Side(empty(codes, np.uint8), empty(norms), self._k_bits)
@@ -209,8 +225,7 @@ class KVCache:
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token takes: codes and norms of K and V, all heads."""
-        norms = max(1, self._head_dim // 256)
-        return self._num_kv_heads * 2 * (self._head_dim + 4 * norms)
+        return self._num_kv_heads * 2 * (self._head_dim + 4 * _core.norms_per_row(self._head_dim))
 
     @property
     def nbytes(self) -> int:

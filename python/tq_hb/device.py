@@ -66,6 +66,11 @@ def devices() -> list[DeviceInfo]:
 
 
 @cache
+def _backends() -> tuple[str, ...]:
+    return tuple(info.backend for info in devices())
+
+
+@cache
 def _apply_thread_setting() -> None:
     count = policy.num_threads_from_environment()
     if count is not None:
@@ -156,10 +161,9 @@ class Device:
 def _auto_backend() -> str:
     """``TQ_HB_DEVICE`` if set, else the best device that is not simulated."""
     chosen = policy.environment().device
-    names = [info.backend for info in devices()]
     if chosen is not None and chosen != "auto":
-        if chosen not in names:
-            raise invalid("Device", "TQ_HB_DEVICE", f"must be auto, {', '.join(names)}", repr(chosen))
+        if chosen not in _backends():
+            raise invalid("Device", "TQ_HB_DEVICE", f"must be one of auto, {', '.join(_backends())}", repr(chosen))
         return chosen
     return next(info.backend for info in devices() if info.available and not info.is_simulated)
 
@@ -168,7 +172,7 @@ def resolve_device(op: str, device: str | Device | None) -> Device:
     """Return the device a call runs on: ``None`` and ``"auto"`` choose one."""
     if isinstance(device, Device):
         return device
-    names = ("auto", *(info.backend for info in devices()))
+    names = ("auto", *_backends())
     if device is not None and not (isinstance(device, str) and device in names):
         raise invalid(op, "device", f"must be None, a Device or one of {', '.join(names)}", repr(device))
     return _device("auto" if device is None else device, policy.environment())
@@ -304,13 +308,13 @@ class CommandEncoder:
             codebook,
         )
 
-    def fwht_sign_premult_f32(self, data: Buffer) -> None:
+    def fwht_sign_premult_f32(self, x: Buffer) -> None:
         """Record R, in place on float32 (..., D)."""
-        self._core.fwht("fwht_sign_premult_f32", True, self._written("fwht_sign_premult_f32", "x", data))
+        self._core.fwht("fwht_sign_premult_f32", True, self._written("fwht_sign_premult_f32", "x", x))
 
-    def fwht_sign_undo_f32(self, data: Buffer) -> None:
+    def fwht_sign_undo_f32(self, x: Buffer) -> None:
         """Record the inverse of R, in place on float32 (..., D)."""
-        self._core.fwht("fwht_sign_undo_f32", False, self._written("fwht_sign_undo_f32", "x", data))
+        self._core.fwht("fwht_sign_undo_f32", False, self._written("fwht_sign_undo_f32", "x", x))
 
     def flash_attn_vec_tq_hb(
         self,

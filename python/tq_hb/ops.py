@@ -24,10 +24,16 @@ from tq_hb.interop import (
     require_disjoint,
     require_rows,
 )
-from tq_hb.options import CODEBOOKS, check_bits, check_choice, check_format, check_head_dim, check_params, invalid
-
-_HEAD_DIMS = (256, 512)
-_NORM_BLOCK = 256
+from tq_hb.options import (
+    CODEBOOKS,
+    check_bits,
+    check_choice,
+    check_format,
+    check_head_dim,
+    check_params,
+    invalid,
+    norms_shape,
+)
 
 
 def supported_bits() -> tuple[int, ...]:
@@ -47,7 +53,7 @@ def supported_head_dims() -> tuple[int, ...]:
     >>> 256 in tq_hb.supported_head_dims()
     True
     """
-    return _HEAD_DIMS
+    return _core.supported_head_dims()
 
 
 def codebook(bits: int, name: str = "lloyd_max") -> Float32Array:
@@ -154,10 +160,6 @@ def fwht_sign_undo_f32(x: Array) -> Array:
     return _transform("fwht_sign_undo_f32", False, x)
 
 
-def _norms_shape(lead: tuple[int, ...], head_dim: int) -> tuple[int, ...]:
-    return (*lead, head_dim // _NORM_BLOCK) if head_dim > _NORM_BLOCK else lead
-
-
 def _run(encoder: Any) -> None:
     encoder.commit()
     encoder.wait()
@@ -205,7 +207,7 @@ def quantize(
     count = math.prod(lead)
     core = resolve_device(op, device)._core
     codes = np.empty((count, head_dim), np.uint8)
-    norms = np.empty(_norms_shape((count,), head_dim), np.float32)
+    norms = np.empty(norms_shape((count,), head_dim), np.float32)
     if count > 0:
         require_rows(op, "x", rows.reshape(count, 1, head_dim))
         hp = _core.HadamardQuantizeKvHbParams(
@@ -221,7 +223,7 @@ def quantize(
         encoder = core.make_encoder()
         encoder.hadamard_quantize(op, hp, [target], codebook)
         _run(encoder)
-    norms_out = norms.reshape(_norms_shape(lead, head_dim))
+    norms_out = norms.reshape(norms_shape(lead, head_dim))
     return like(x, codes.reshape(*lead, head_dim), "uint8"), like(x, norms_out)
 
 
@@ -265,8 +267,8 @@ def dequantize(
     if code_rows.ndim == 0 or code_rows.shape[-1] != head_dim:
         raise invalid(op, "codes", f"must have head_dim {head_dim} as its last axis", code_rows.shape)
     lead = code_rows.shape[:-1]
-    if norm_rows.shape != _norms_shape(lead, head_dim):
-        raise invalid(op, "norms", f"must have shape {_norms_shape(lead, head_dim)}", norm_rows.shape)
+    if norm_rows.shape != norms_shape(lead, head_dim):
+        raise invalid(op, "norms", f"must have shape {norms_shape(lead, head_dim)}", norm_rows.shape)
     count = math.prod(lead)
     result = np.empty((count, 1, head_dim), np.float32)
     hp = _core.HadamardQuantizeKvHbParams(
@@ -287,7 +289,7 @@ def dequantize(
             hp,
             0,
             core.wrap(op, "codes", code_rows.reshape(1, count, head_dim)),
-            core.wrap(op, "norms", norm_rows.reshape(1, *_norms_shape((count,), head_dim))),
+            core.wrap(op, "norms", norm_rows.reshape(1, *norms_shape((count,), head_dim))),
             out,
             codebook,
         )
@@ -390,13 +392,13 @@ def _quantize(
     encoder = core.make_encoder()
     wrapped = []
     sources = []
+    written = []
     for src_name, src, packed_name, packed, norms_name, norms, bits, key in targets:
         rows = as_float32(op, src_name, src)
         codes_out = as_writable(op, packed_name, packed, np.uint8)
         norms_out = as_writable(op, norms_name, norms, np.float32)
-        require_disjoint(op, packed_name, codes_out, src_name, src)
-        require_disjoint(op, norms_name, norms_out, src_name, src)
-        sources.append((src_name, rows))
+        sources.append((src_name, src, rows))
+        written += [(packed_name, codes_out), (norms_name, norms_out)]
         wrapped.append(
             (
                 key,
@@ -407,7 +409,10 @@ def _quantize(
             )
         )
     encoder.hadamard_quantize(op, hp, wrapped, codebook)
-    for src_name, rows in sources:
+    for src_name, src, rows in sources:
+        # The core compares what it was given, which may be a converted copy of the source.
+        for name, array in written:
+            require_disjoint(op, name, array, src_name, src)
         require_rows(op, src_name, rows)
     _run(encoder)
 
@@ -514,6 +519,7 @@ def flash_attn_vec_tq_hb(
         Rotated by :func:`fwht_sign_premult_f32`, unless ``p.fuse_fwht_pre`` is 1.
     k_packed, v_packed : uint8 (num_kv_heads, kv_capacity, head_dim)
     k_norms, v_norms : float32 (num_kv_heads, kv_capacity), or (num_kv_heads, kv_capacity, 2) for head_dim 512
+        Trusted as they are: a norm of a visible slot that is not finite shows in the output.
     p : FlashAttnVecTqHbParams
     nwg : int, optional
         Workgroups per head, 1 to 32; :func:`compute_nwg` chooses otherwise.

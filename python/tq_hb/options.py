@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from tq_hb import _core
 
-CODEBOOKS = ("lloyd_max", "mlx_native")
+CODEBOOKS = _core.codebook_names()
 
 
 def invalid(op: str, field: str, rule: str, value: object) -> _core.InvalidArgument:
@@ -19,11 +21,22 @@ def unsupported(op: str, what: str) -> _core.UnsupportedError:
     return _core.UnsupportedError(f"{op}: {what} is not supported")
 
 
+def one_of(choices: tuple[int, ...]) -> str:
+    """Spell out alternatives: "5, 6 or 8"."""
+    return f"{', '.join(map(str, choices[:-1]))} or {choices[-1]}"
+
+
+def norms_shape(lead: tuple[int, ...], head_dim: int) -> tuple[int, ...]:
+    """Return the shape of the norms of vectors with the leading shape ``lead``."""
+    count = _core.norms_per_row(head_dim)
+    return (*lead, count) if count > 1 else lead
+
+
 def check_bits(op: str, field: str, value: object) -> int:
     """Return ``value`` as an index width."""
     bits = _core.to_uint32(op, field, value)
     if bits not in _core.supported_bits():
-        raise invalid(op, field, "must be 5, 6 or 8", bits)
+        raise invalid(op, field, "must be " + one_of(_core.supported_bits()), bits)
     return bits
 
 
@@ -64,5 +77,7 @@ def check_attention(op: str, *, precision: str, sinks: Any, return_lse: bool) ->
     check_precision(op, precision)
     if sinks is not None:
         raise unsupported(op, "sinks")
+    if not isinstance(return_lse, bool | np.bool_):
+        raise invalid(op, "return_lse", "must be True or False", repr(return_lse))
     if return_lse:
         raise unsupported(op, "return_lse=True")

@@ -1,4 +1,6 @@
+#include <atomic>
 #include <limits>
+#include <thread>
 
 #include <gtest/gtest.h>
 
@@ -30,6 +32,33 @@ TEST(CommandEncoder, RefusesUseOutOfOrder) {
   EXPECT_TQ_ERROR(encoder->flash_attn_vec(test.attend_op()), ErrorCode::kDevice, "flash_attn_vec_tq_hb");
   encoder->wait();
   encoder->wait();
+}
+
+TEST(CommandEncoder, RefusesASecondThreadWhileItWorks) {
+  CacheCase test(2, 1, 256, 8);
+  const Buffer long_work = test.random({20000, 256}, 1);
+  const auto encoder = test.device->make_encoder();
+  for (int i = 0; i < 20; ++i) encoder->fwht({"fwht_sign_undo_f32", Fwht::kUndo, long_work});
+  std::atomic<bool> started{false};
+  std::thread worker([&] {
+    started = true;
+    encoder->commit();
+  });
+  while (!started) std::this_thread::yield();
+  // Whichever comes first, a call from here never sees a half-run encoder.
+  bool refused = false;
+  for (bool finished = false; !finished;) {
+    try {
+      encoder->wait();
+      finished = true;
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::kDevice);
+      refused = refused || std::string(error.what()).find("another thread") != std::string::npos;
+    }
+  }
+  worker.join();
+  EXPECT_TRUE(refused);
+  EXPECT_GT(encoder->gpu_time(), 0.0);
 }
 
 TEST(CommandEncoder, LeavesABadRowAndWritesTheOthers) {

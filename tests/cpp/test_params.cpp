@@ -89,6 +89,7 @@ TEST(AttendParams, RefusesEachBrokenRule) {
   for (const float value : {kNan, kInf, 0.0f, -1.0f}) {
     expect_refused(args, &Args::scale_factor_d512, value, {"scale_factor_d512"});
   }
+  expect_refused(args, &Args::scale_factor_d512, 1e-39f, {"reciprocal"});
   expect_refused(args, &Args::fuse_fwht_pre, 2u, {"fuse_fwht_pre must be 0 or 1"});
 }
 

@@ -173,3 +173,28 @@ def test_the_process_may_end_while_daemon_threads_work():
         [sys.executable, "-c", EXIT_WHILE_DAEMONS_WORK], timeout=60, capture_output=True, text=True, check=False
     )
     assert (run.returncode, run.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_can_use_a_cache_that_another_thread_was_inside_of():
+    cache = tq_hb.KVCache(1, 256)
+    rows = np.ones((1, 256), np.float32)
+    cache.append(rows, rows)
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with cache._lock:
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        cache.append(rows, rows)
+        os._exit(0 if len(cache) == 2 else 1)
+    _, status = os.waitpid(child, 0)
+    leave.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(status) == 0

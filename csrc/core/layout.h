@@ -1,0 +1,21 @@
+// Sizes that the format fixes. Constants only: files with their own instruction-set flags include this.
+#pragma once
+
+#include <cstddef>
+
+/// The one list of head sizes that every op accepts.
+#define TQ_HB_FOR_EACH_HEAD_DIM(X) \
+  X(256)                           \
+  X(512)
+
+namespace tq_hb {
+
+constexpr std::size_t kMaxHeadDim = 512;
+/// Coordinates that share a norm; a shorter row has one norm as well.
+constexpr std::size_t kNormBlock = 256;
+
+constexpr std::size_t norms_per_row(std::size_t head_dim) {
+  return head_dim > kNormBlock ? head_dim / kNormBlock : 1;
+}
+
+}  // namespace tq_hb
