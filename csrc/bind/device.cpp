@@ -150,12 +150,23 @@ void bind_device(py::module_& module) {
                      ">>> import numpy as np, tq_hb\n>>> buf = tq_hb.Device(\"cpu\").empty((4, 2), np.float32)\n"
                      ">>> buf[1:3].numpy()[:] = 1\n>>> buf.numpy().sum(axis=1).tolist()\n[0.0, 2.0, 2.0, 0.0]")
       .def_property_readonly(
-          "shape", [](const Buffer& self) { return py::tuple(py::cast(self.shape())); }, "Extent of each axis.")
+          "shape", [](const Buffer& self) { return py::tuple(py::cast(self.shape())); },
+          "Extent of each axis.\n\n"
+          ">>> import tq_hb\n>>> tq_hb.Device(\"cpu\").empty((4, 2)).shape\n(4, 2)")
       .def_property_readonly(
-          "dtype", [](const Buffer& self) { return numpy_dtype(self.dtype()); }, "numpy dtype.")
-      .def_property_readonly("nbytes", &Buffer::nbytes, "Bytes of the array.")
-      .def_property_readonly("offset", &Buffer::offset, "Bytes from the start of the shared storage.")
-      .def("numpy", &to_numpy, "The same memory as a numpy array.")
+          "dtype", [](const Buffer& self) { return numpy_dtype(self.dtype()); },
+          "numpy dtype.\n\n"
+          ">>> import numpy as np, tq_hb\n>>> tq_hb.Device(\"cpu\").empty(3, np.uint8).dtype\ndtype('uint8')")
+      .def_property_readonly("nbytes", &Buffer::nbytes,
+                             "Bytes of the array.\n\n"
+                             ">>> import tq_hb\n>>> tq_hb.Device(\"cpu\").empty((4, 2)).nbytes\n32")
+      .def_property_readonly("offset", &Buffer::offset,
+                             "Bytes from the start of the shared storage.\n\n"
+                             ">>> import tq_hb\n>>> tq_hb.Device(\"cpu\").empty((4, 2))[1:].offset\n8")
+      .def("numpy", &to_numpy,
+           "The same memory as a numpy array.\n\n"
+           ">>> import tq_hb\n>>> buf = tq_hb.Device(\"cpu\").empty(3)\n>>> buf.numpy()[1] = 5\n"
+           ">>> buf.numpy().tolist()\n[0.0, 5.0, 0.0]")
       .def("__len__",
            [](const Buffer& self) {
              if (self.shape().empty()) throw py::type_error("a Buffer without axes has no len()");

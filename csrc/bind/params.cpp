@@ -92,8 +92,11 @@ void bind_flash_attn_vec(py::module_& module) {
       "Scalars of a decode-attention call (nwg, the fifteenth field of the kernel's struct, is chosen per call).\n\n"
       "Integer fields are 32-bit and unsigned; anything else raises InvalidArgument naming the field.\n\n"
       ">>> import tq_hb\n>>> p = tq_hb.FlashAttnVecTqHbParams(num_heads=16, num_kv_heads=8, head_dim=256,\n"
-      "...     kv_seq_len=64, kv_capacity=1024, scale=0.0625)\n>>> p.codebook_bits, p.nsg\n(8, 1)\n"
-      ">>> p.validate()");
+      "...     kv_seq_len=64, kv_capacity=1024, scale=0.0625)\n>>> p  # doctest: +NORMALIZE_WHITESPACE\n"
+      "FlashAttnVecTqHbParams(num_heads=16, num_kv_heads=8, head_dim=256, kv_seq_len=64, kv_capacity=1024,\n"
+      "    scale=0.0625, mask_type=0, sliding_window=0, softcap=0.0, ring_start=0, scale_factor_d512=1.0,\n"
+      "    codebook_bits=8, fuse_fwht_pre=0, nsg=1)\n"
+      ">>> p.nsg = 4\n>>> p.nsg\n4");
   // The keyword bag ends the macro-made list of parameters, which closes with a comma.
   cls.def(py::init([](TQ_FLASH_ATTN_VEC_FIELDS(TQ_PARAMETER_FIELD, TQ_PARAMETER_REQUIRED, TQ_SKIP)
                           const py::kwargs& unknown) {
@@ -109,7 +112,10 @@ void bind_flash_attn_vec(py::module_& module) {
   cls.def(
       "validate", [](const Args& self, const std::string& op) { validate(op, self); },
       py::arg("op") = "flash_attn_vec_tq_hb",
-      "Raise InvalidArgument or UnsupportedError, in the name of ``op``, if a field breaks its rule.");
+      "Raise InvalidArgument or UnsupportedError, in the name of ``op``, if a field breaks its rule.\n\n"
+      ">>> import tq_hb\n>>> p = tq_hb.FlashAttnVecTqHbParams(num_heads=3, num_kv_heads=1, head_dim=256,\n"
+      "...     kv_seq_len=9, kv_capacity=8, scale=0.0625)\n>>> p.validate()\nTraceback (most recent call last):\n"
+      "tq_hb.InvalidArgument: flash_attn_vec_tq_hb: kv_capacity must be >= kv_seq_len 9, got 8");
   cls.def("__repr__", [](const Args& self) {
     std::string text;
     TQ_FLASH_ATTN_VEC_FIELDS(TQ_REPR_FIELD, TQ_REPR_REQUIRED, TQ_SKIP)
@@ -134,7 +140,10 @@ void bind_hadamard_quantize(py::module_& module) {
       "Scalars of an encode or decode call: which slot of which cache, and at what width.\n\n"
       "The slot is write_pos, or write_pos mod cache_capacity when is_sliding is 1.\n\n"
       ">>> import tq_hb\n>>> hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=8, write_pos=0,\n"
-      "...     cache_capacity=1024)\n>>> hp.codebook_bits\n8\n>>> hp.validate()");
+      "...     cache_capacity=1024)\n>>> hp  # doctest: +NORMALIZE_WHITESPACE\n"
+      "HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=8, write_pos=0, cache_capacity=1024, is_sliding=0,\n"
+      "    scale_factor_d512=1.0, codebook_bits=8)\n"
+      ">>> hp.write_pos = 5\n>>> hp.write_pos\n5");
   cls.def(
       py::init([](TQ_HADAMARD_QUANTIZE_FIELDS(TQ_PARAMETER_FIELD, TQ_PARAMETER_REQUIRED) const py::kwargs& unknown) {
         refuse_unknown(kName, unknown);
@@ -148,7 +157,10 @@ void bind_hadamard_quantize(py::module_& module) {
   cls.def(
       "validate", [](const Args& self, const std::string& op) { validate(op, self); },
       py::arg("op") = "hadamard_quantize_kv_hb",
-      "Raise InvalidArgument or UnsupportedError, in the name of ``op``, if a field breaks its rule.");
+      "Raise InvalidArgument or UnsupportedError, in the name of ``op``, if a field breaks its rule.\n\n"
+      ">>> import tq_hb\n>>> hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=1, write_pos=0,\n"
+      "...     cache_capacity=0)\n>>> hp.validate()\nTraceback (most recent call last):\n"
+      "tq_hb.InvalidArgument: hadamard_quantize_kv_hb: cache_capacity must be > 0, got 0");
   cls.def("__repr__", [](const Args& self) {
     std::string text;
     TQ_HADAMARD_QUANTIZE_FIELDS(TQ_REPR_FIELD, TQ_REPR_REQUIRED)

@@ -166,57 +166,114 @@ class KVCache:
 
     @property
     def num_kv_heads(self) -> int:
-        """Heads of K and V."""
+        """Heads of K and V.
+
+        >>> import tq_hb
+        >>> tq_hb.KVCache(8, 256).num_kv_heads
+        8
+        """
         return self._num_kv_heads
 
     @property
     def head_dim(self) -> int:
-        """Values per head."""
+        """Values per head.
+
+        >>> import tq_hb
+        >>> tq_hb.KVCache(8, 256).head_dim
+        256
+        """
         return self._head_dim
 
     @property
     def k_bits(self) -> int:
-        """Bits per value of K."""
+        """Bits per value of K.
+
+        >>> import tq_hb
+        >>> tq_hb.KVCache(8, 256, v_bits=5).k_bits
+        8
+        """
         return self._k_bits
 
     @property
     def v_bits(self) -> int:
-        """Bits per value of V."""
+        """Bits per value of V.
+
+        >>> import tq_hb
+        >>> tq_hb.KVCache(8, 256, v_bits=5).v_bits
+        5
+        """
         return self._v_bits
 
     @property
     def sliding_window(self) -> int | None:
-        """Newest tokens that a query sees; None for all."""
+        """Newest tokens that a query sees; None for all.
+
+        >>> import tq_hb
+        >>> tq_hb.KVCache(8, 256, sliding_window=512).sliding_window
+        512
+        """
         return self._window
 
     @property
     def codebook(self) -> str:
-        """Name of the codebook."""
+        """Name of the codebook.
+
+        >>> import tq_hb
+        >>> tq_hb.KVCache(8, 256).codebook
+        'lloyd_max'
+        """
         return self._codebook
 
     @property
     def packing(self) -> str:
-        """How codes are laid out in bytes."""
+        """How codes are laid out in bytes.
+
+        >>> import tq_hb
+        >>> tq_hb.KVCache(8, 256, k_bits=5).packing
+        'byte'
+        """
         return self._packing
 
     @property
     def precision(self) -> str:
-        """Accuracy class asked for."""
+        """Accuracy class asked for.
+
+        >>> import tq_hb
+        >>> tq_hb.KVCache(8, 256, precision="strict").precision
+        'strict'
+        """
         return self._precision
 
     @property
     def device(self) -> Device:
-        """Where it lives."""
+        """Where it lives.
+
+        >>> import tq_hb
+        >>> tq_hb.KVCache(8, 256, device="cpu").device.backend
+        'cpu'
+        """
         return self._device
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit into the memory allocated now."""
+        """Tokens that fit into the memory allocated now.
+
+        >>> import tq_hb
+        >>> tq_hb.KVCache(8, 256, 1024).capacity, tq_hb.KVCache(8, 256).capacity
+        (1024, 0)
+        """
         return self._capacity
 
     @property
     def offset(self) -> int:
-        """Tokens seen: the position of the next one."""
+        """Tokens seen: the position of the next one.
+
+        >>> import numpy as np, tq_hb
+        >>> cache = tq_hb.KVCache(1, 256, sliding_window=4)
+        >>> cache.append(np.ones((6, 1, 256), np.float32), np.ones((6, 1, 256), np.float32))
+        >>> cache.offset, len(cache)
+        (6, 4)
+        """
         return self._offset
 
     def __len__(self) -> int:
@@ -224,17 +281,35 @@ class KVCache:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that one token takes: codes and norms of K and V, all heads."""
+        """Bytes that one token takes: codes and norms of K and V, all heads.
+
+        >>> import tq_hb
+        >>> tq_hb.KVCache(8, 256).bytes_per_token  # 2 * 8 * (256 + 4)
+        4160
+        """
         return self._num_kv_heads * 2 * (self._head_dim + 4 * _core.norms_per_row(self._head_dim))
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
+        """Bytes allocated.
+
+        >>> import tq_hb
+        >>> tq_hb.KVCache(8, 256, 1024).nbytes  # 1024 * 4160
+        4259840
+        """
         return sum(side.packed.nbytes + side.norms.nbytes for side in (self._k, self._v))
 
     @property
     def last_plan(self) -> Plan | None:
-        """What served the last :meth:`attend`; None before the first."""
+        """What served the last :meth:`attend`; None before the first.
+
+        >>> import numpy as np, tq_hb
+        >>> cache = tq_hb.KVCache(1, 256, device="cpu")
+        >>> cache.append(np.ones((1, 256), np.float32), np.ones((1, 256), np.float32))
+        >>> _ = cache.attend(np.ones((4, 256), np.float32))
+        >>> cache.last_plan.backend, len(cache.last_plan.kernels)
+        ('cpu', 2)
+        """
         return self._last_plan
 
     def __repr__(self) -> str:

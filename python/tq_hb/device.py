@@ -96,6 +96,7 @@ class Device:
     >>> buf = dev.array(np.ones((2, 256), np.float32))
     >>> enc = dev.encoder()
     >>> enc.fwht_sign_premult_f32(buf)
+    >>> enc.memory_barrier()
     >>> enc.fwht_sign_undo_f32(buf)
     >>> enc.commit_and_wait()
     >>> bool(np.allclose(buf.numpy(), 1))
@@ -111,22 +112,43 @@ class Device:
 
     @property
     def name(self) -> str:
-        """Name for people."""
+        """Name for people.
+
+        >>> import tq_hb
+        >>> tq_hb.Device("cpu").name == f"cpu ({tq_hb.cpu_isa()})"
+        True
+        """
         return self._core.name
 
     @property
     def backend(self) -> str:
-        """``"cpu"``, ``"metal"`` or ``"cuda"``."""
+        """``"cpu"``, ``"metal"`` or ``"cuda"``.
+
+        >>> import tq_hb
+        >>> tq_hb.Device("cpu").backend
+        'cpu'
+        """
         return self._core.backend
 
     @property
     def is_simulated(self) -> bool:
-        """Whether this is a simulation of the hardware."""
+        """Whether this is a simulation of the hardware.
+
+        >>> import tq_hb
+        >>> tq_hb.Device("cpu").is_simulated
+        False
+        """
         return self._core.is_simulated
 
     @property
     def limits(self) -> DeviceLimits:
-        """Limits of the device."""
+        """Limits of the device.
+
+        >>> import tq_hb
+        >>> limits = tq_hb.Device("cpu").limits
+        >>> limits.num_threads == tq_hb.num_threads(), limits.max_buffer_bytes > 2**20
+        (True, True)
+        """
         return DeviceLimits(self._core.max_buffer_bytes, self._core.num_threads)
 
     def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Buffer:
@@ -136,12 +158,24 @@ class Device:
         ----------
         shape : int or tuple of int
         dtype : float32, float16, uint8, uint16, uint32 or int32
+
+        Examples
+        --------
+        >>> import numpy as np, tq_hb
+        >>> buf = tq_hb.Device("cpu").empty((2, 3), np.uint8)
+        >>> buf, buf.numpy().tolist()
+        (Buffer(shape=(2, 3), dtype=uint8), [[0, 0, 0], [0, 0, 0]])
         """
         op = "Device.empty"
         return self._core.empty(_check_shape(op, shape), _check_dtype(op, dtype), op, "dtype")
 
     def array(self, x: Array) -> Buffer:
-        """Copy an array into a new buffer of the same shape and dtype (float64 and bfloat16 become float32)."""
+        """Copy an array into a new buffer of the same shape and dtype (float64 and bfloat16 become float32).
+
+        >>> import numpy as np, tq_hb
+        >>> tq_hb.Device("cpu").array(np.array([0.5, 1.5])).numpy()
+        array([0.5, 1.5], dtype=float32)
+        """
         op = "Device.array"
         array, is_bfloat16 = borrow(op, "x", x)
         if is_bfloat16 or array.dtype.name in ("float64", "bfloat16"):
@@ -151,7 +185,13 @@ class Device:
         return buffer
 
     def encoder(self) -> CommandEncoder:
-        """Start recording ops."""
+        """Start recording ops.
+
+        >>> import tq_hb
+        >>> enc = tq_hb.Device("cpu").encoder()
+        >>> enc.kernels  # nothing yet
+        ()
+        """
         return CommandEncoder(self)
 
     def __repr__(self) -> str:
@@ -233,7 +273,18 @@ class CommandEncoder:
         codebook: str = "lloyd_max",
         packing: str = "byte",
     ) -> None:
-        """Record the encoding of ``src`` into a cache; see :func:`tq_hb.hadamard_quantize_kv_hb`."""
+        """Record the encoding of ``src`` into a cache; see :func:`tq_hb.hadamard_quantize_kv_hb`.
+
+        >>> import numpy as np, tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> packed, norms = dev.empty((1, 4, 256), np.uint8), dev.empty((1, 4))
+        >>> hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=1, write_pos=2, cache_capacity=4)
+        >>> enc = dev.encoder()
+        >>> enc.hadamard_quantize_kv_hb(np.ones((1, 256), np.float32), packed, norms, hp)
+        >>> enc.commit_and_wait()
+        >>> norms.numpy().tolist()
+        [[0.0, 0.0, 16.0, 0.0]]
+        """
         op = "hadamard_quantize_kv_hb"
         check_format(op, codebook, packing)
         check_params(op, "hp", hp, _core.HadamardQuantizeKvHbParams)
@@ -260,7 +311,19 @@ class CommandEncoder:
         codebook: str = "lloyd_max",
         packing: str = "byte",
     ) -> None:
-        """Record the encoding of K and V together; see :func:`tq_hb.hadamard_quantize_kv_hb_dual`."""
+        """Record the encoding of K and V together; see :func:`tq_hb.hadamard_quantize_kv_hb_dual`.
+
+        >>> import numpy as np, tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> packed, norms = dev.empty((2, 1, 4, 256), np.uint8), dev.empty((2, 1, 4))
+        >>> hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=1, write_pos=0, cache_capacity=4)
+        >>> k = np.ones((1, 256), np.float32)
+        >>> enc = dev.encoder()
+        >>> enc.hadamard_quantize_kv_hb_dual(k, 2 * k, *packed, *norms, hp, v_bits=5)
+        >>> enc.commit_and_wait()
+        >>> norms.numpy()[:, 0, 0].tolist()
+        [16.0, 32.0]
+        """
         op = "hadamard_quantize_kv_hb_dual"
         check_format(op, codebook, packing)
         check_params(op, "hp", hp, _core.HadamardQuantizeKvHbParams)
@@ -294,7 +357,19 @@ class CommandEncoder:
         codebook: str = "lloyd_max",
         packing: str = "byte",
     ) -> None:
-        """Record the decoding of positions ``pos`` ... ``pos + T - 1`` into float32 (T, G, D), still rotated."""
+        """Record the decoding of positions ``pos`` ... ``pos + T - 1`` into float32 (T, G, D), still rotated.
+
+        >>> import numpy as np, tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> packed, norms = tq_hb.quantize(np.eye(4, 256).reshape(1, 4, 256), 8)
+        >>> hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=1, write_pos=0, cache_capacity=4)
+        >>> out = dev.empty((2, 1, 256))
+        >>> enc = dev.encoder()
+        >>> enc.tq_dequantize_hb_kv(packed, norms, out, hp, pos=1)
+        >>> enc.commit_and_wait()
+        >>> tq_hb.unrotate(out.numpy()).argmax(axis=-1).tolist()
+        [[1], [2]]
+        """
         op = "tq_dequantize_hb_kv"
         check_format(op, codebook, packing)
         check_params(op, "hp", hp, _core.HadamardQuantizeKvHbParams)
@@ -309,11 +384,29 @@ class CommandEncoder:
         )
 
     def fwht_sign_premult_f32(self, x: Buffer) -> None:
-        """Record R, in place on float32 (..., D)."""
+        """Record R, in place on float32 (..., D).
+
+        >>> import numpy as np, tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> buf, enc = dev.array(np.eye(1, 256)), dev.encoder()
+        >>> enc.fwht_sign_premult_f32(buf)
+        >>> enc.commit_and_wait()
+        >>> np.unique(np.abs(buf.numpy())).tolist()  # a unit vector is spread evenly
+        [0.0625]
+        """
         self._core.fwht("fwht_sign_premult_f32", True, self._written("fwht_sign_premult_f32", "x", x))
 
     def fwht_sign_undo_f32(self, x: Buffer) -> None:
-        """Record the inverse of R, in place on float32 (..., D)."""
+        """Record the inverse of R, in place on float32 (..., D).
+
+        >>> import numpy as np, tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> buf, enc = dev.array(tq_hb.rotate(np.eye(1, 256))), dev.encoder()
+        >>> enc.fwht_sign_undo_f32(buf)
+        >>> enc.commit_and_wait()
+        >>> bool((buf.numpy() == np.eye(1, 256)).all())
+        True
+        """
         self._core.fwht("fwht_sign_undo_f32", False, self._written("fwht_sign_undo_f32", "x", x))
 
     def flash_attn_vec_tq_hb(
@@ -331,6 +424,19 @@ class CommandEncoder:
         """Record decode attention; ``output`` stays rotated. See :func:`tq_hb.flash_attn_vec_tq_hb` for the options.
 
         ``tmp`` is float32 of at least :func:`tq_hb.tmp_buffer_bytes`, or None: the encoder brings its own.
+
+        >>> import numpy as np, tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> k = v = tq_hb.quantize(np.ones((1, 4, 256), np.float32), 8)
+        >>> p = tq_hb.FlashAttnVecTqHbParams(
+        ...     num_heads=2, num_kv_heads=1, head_dim=256, kv_seq_len=4, kv_capacity=4, scale=0.0625)
+        >>> out, enc = dev.empty((2, 256)), dev.encoder()
+        >>> enc.flash_attn_vec_tq_hb(tq_hb.rotate(np.ones((2, 256), np.float32)), *k, *v, out, None, p)
+        >>> enc.memory_barrier()
+        >>> enc.fwht_sign_undo_f32(out)
+        >>> enc.commit_and_wait()
+        >>> out.numpy().mean(axis=1).round(2).tolist()  # every value of V is about 1
+        [1.0, 1.0]
         """
         op = "flash_attn_vec_tq_hb"
         self._attend(op, False, q, k_packed, k_norms, v_packed, v_norms, output, tmp, p, **options)
@@ -347,7 +453,19 @@ class CommandEncoder:
         p: _core.FlashAttnVecTqHbParams,
         **options: Any,
     ) -> None:
-        """Record decode attention with an un-rotated ``output``."""
+        """Record decode attention with an un-rotated ``output``.
+
+        >>> import numpy as np, tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> k = v = tq_hb.quantize(np.ones((1, 4, 256), np.float32), 8)
+        >>> p = tq_hb.FlashAttnVecTqHbParams(
+        ...     num_heads=2, num_kv_heads=1, head_dim=256, kv_seq_len=4, kv_capacity=4, scale=0.0625, fuse_fwht_pre=1)
+        >>> out, enc = dev.empty((2, 256)), dev.encoder()
+        >>> enc.flash_attn_vec_tq_hb_with_fused_undo(np.ones((2, 256), np.float32), *k, *v, out, None, p)
+        >>> enc.commit_and_wait()
+        >>> out.numpy().mean(axis=1).round(2).tolist()
+        [1.0, 1.0]
+        """
         op = "flash_attn_vec_tq_hb_with_fused_undo"
         self._attend(op, True, q, k_packed, k_norms, v_packed, v_norms, output, tmp, p, **options)
 
@@ -392,11 +510,30 @@ class CommandEncoder:
         )
 
     def memory_barrier(self) -> None:
-        """Order everything recorded so far before everything recorded later."""
+        """Order everything recorded so far before everything recorded later.
+
+        >>> import numpy as np, tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> buf, enc = dev.array(np.ones((1, 256))), dev.encoder()
+        >>> enc.fwht_sign_premult_f32(buf)
+        >>> enc.memory_barrier()  # the next op reads what this one writes
+        >>> enc.fwht_sign_undo_f32(buf)
+        >>> enc.commit_and_wait()
+        >>> float(buf.numpy().mean())
+        1.0
+        """
         self._core.memory_barrier()
 
     def commit(self) -> None:
-        """Hand the recorded ops to the device; nothing can be recorded afterwards."""
+        """Hand the recorded ops to the device; nothing can be recorded afterwards.
+
+        >>> import tq_hb
+        >>> enc = tq_hb.Device("cpu").encoder()
+        >>> enc.commit()
+        >>> enc.memory_barrier()
+        Traceback (most recent call last):
+        tq_hb.DeviceError: memory_barrier: the encoder has been committed; make a new one with Device.encoder()
+        """
         self._core.commit()
 
     def wait(self) -> None:
@@ -408,22 +545,58 @@ class CommandEncoder:
             If an op met a row that is not finite or whose norm overflows; the other rows were written.
         DeviceError
             If the device failed, or nothing has been committed.
+
+        Examples
+        --------
+        >>> import numpy as np, tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> buf, enc = dev.array(np.ones((1, 256))), dev.encoder()
+        >>> enc.fwht_sign_premult_f32(buf)
+        >>> enc.commit()
+        >>> enc.wait()
+        >>> round(float(np.linalg.norm(buf.numpy())), 3)
+        16.0
         """
         self._core.wait()
 
     def commit_and_wait(self) -> None:
-        """Commit, then wait."""
+        """Commit, then wait.
+
+        >>> import numpy as np, tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> buf, enc = dev.array(np.ones((1, 512))), dev.encoder()
+        >>> enc.fwht_sign_premult_f32(buf)
+        >>> enc.commit_and_wait()
+        >>> bool(np.array_equal(buf.numpy(), tq_hb.rotate(np.ones((1, 512)))))
+        True
+        """
         self._core.commit()
         self._core.wait()
 
     @property
     def gpu_time(self) -> float:
-        """Seconds the device spent on the ops; known after :meth:`wait`."""
+        """Seconds the device spent on the ops; known after :meth:`wait`.
+
+        >>> import tq_hb
+        >>> enc = tq_hb.Device("cpu").encoder()
+        >>> enc.fwht_sign_premult_f32(tq_hb.Device("cpu").empty((1, 256)))
+        >>> enc.commit_and_wait()
+        >>> 0 <= enc.gpu_time < 10
+        True
+        """
         return self._core.gpu_time
 
     @property
     def kernels(self) -> tuple[str, ...]:
-        """Names of the kernels recorded so far."""
+        """Names of the kernels recorded so far.
+
+        >>> import tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> enc = dev.encoder()
+        >>> enc.fwht_sign_premult_f32(dev.empty((1, 256)))
+        >>> enc.kernels
+        ('fwht_sign_premult_f32_d256',)
+        """
         return self._core.kernels
 
 

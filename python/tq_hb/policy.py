@@ -17,7 +17,12 @@ MAX_THREADS = 1024
 
 @dataclass(frozen=True)
 class Environment:
-    """The overrides found in the environment; None where there is none."""
+    """The overrides found in the environment; None where there is none.
+
+    >>> from tq_hb.policy import Environment
+    >>> Environment(nsg=None, nwg=8, device=None, num_threads=None).nwg
+    8
+    """
 
     nsg: int | None
     nwg: int | None
@@ -94,7 +99,13 @@ def compute_nwg(kv_seq_len: int) -> int:
 
 
 def check_num_threads(op: str, field: str, value: object) -> int:
-    """Return ``value`` as a number of threads, or raise naming ``field``."""
+    """Return ``value`` as a number of threads, or raise naming ``field``.
+
+    >>> from tq_hb.policy import check_num_threads
+    >>> check_num_threads("set_num_threads", "n", 0)
+    Traceback (most recent call last):
+    tq_hb.InvalidArgument: set_num_threads: n must be from 1 to 1024, got 0
+    """
     count = _core.to_uint32(op, field, value)
     if not 1 <= count <= MAX_THREADS:
         raise _core.InvalidArgument(f"{op}: {field} must be from 1 to {MAX_THREADS}, got {count}")
@@ -102,7 +113,17 @@ def check_num_threads(op: str, field: str, value: object) -> int:
 
 
 def num_threads_from_environment() -> int | None:
-    """``TQ_HB_NUM_THREADS`` as a number, None if unset; anything else raises naming the variable."""
+    """``TQ_HB_NUM_THREADS`` as a number, None if unset; anything else raises naming the variable.
+
+    >>> import os, tq_hb
+    >>> before = os.environ.get("TQ_HB_NUM_THREADS")
+    >>> os.environ["TQ_HB_NUM_THREADS"] = "3"
+    >>> tq_hb.policy.reload()
+    >>> tq_hb.policy.num_threads_from_environment()
+    3
+    >>> _ = os.environ.pop("TQ_HB_NUM_THREADS") if before is None else os.environ.update(TQ_HB_NUM_THREADS=before)
+    >>> tq_hb.policy.reload()
+    """
     text = environment().num_threads
     if text is None:
         return None

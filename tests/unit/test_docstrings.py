@@ -22,6 +22,12 @@ CALLABLES = sorted(
     for name in tq_hb.__all__
     if callable(getattr(tq_hb, name)) and not isinstance(getattr(tq_hb, name), type(tq_hb))
 )
+# What users call outside tq_hb itself, and what the libraries are that it needs.
+EXAMPLE_MODULES = {
+    "tq_hb.policy": (),
+    **{f"tq_hb.cli{name}": ("rich",) for name in ("", ".bench", ".generate", ".info")},
+    "tq_hb.integrations.transformers": ("torch", "transformers"),
+}
 FINDER = doctest.DocTestFinder(exclude_empty=True)
 
 
@@ -47,18 +53,48 @@ def test_public_name_has_a_docstring_with_an_example_that_runs(name):
         run(test)
 
 
+def has_example(documented: object) -> bool:
+    return bool(doctest.DocTestParser().get_examples(inspect.getdoc(documented) or ""))
+
+
+def members_without_example(cls: type) -> list[str]:
+    """Public methods and properties that the class itself defines and whose docstrings have no example."""
+    class_examples = "".join(e.source + e.want for e in doctest.DocTestParser().get_examples(inspect.getdoc(cls) or ""))
+    missing = []
+    for member, attribute in vars(cls).items():
+        kinds = property | staticmethod | classmethod
+        if member.startswith("_") or not (callable(attribute) or isinstance(attribute, kinds)):
+            continue
+        # Fields that can be set are made from a list; the example of their class shows each.
+        is_field = isinstance(attribute, property) and attribute.fset is not None
+        if not (f"{member}=" in class_examples if is_field else has_example(attribute)):
+            missing.append(member)
+    return missing
+
+
 @pytest.mark.parametrize("name", [n for n in CALLABLES if inspect.isclass(getattr(tq_hb, n))])
-def test_public_methods_have_docstrings(name):
-    value = getattr(tq_hb, name)
-    undocumented = [
-        member
-        for member, attribute in vars(value).items()
-        if not member.startswith("_")
-        # Fields that can be set are explained by the class.
-        and (callable(attribute) or (isinstance(attribute, property) and attribute.fset is None))
-        and not (attribute.__doc__ or "").strip()
-    ]
-    assert not undocumented
+def test_public_members_have_docstrings_with_examples(name):
+    assert not members_without_example(getattr(tq_hb, name))
+
+
+@pytest.mark.parametrize("module", EXAMPLE_MODULES)
+def test_public_names_of_the_module_and_their_members_have_examples_that_run(module):
+    for library in EXAMPLE_MODULES[module]:
+        pytest.importorskip(library)
+    loaded = importlib.import_module(module)
+    own = {
+        name: value
+        for name, value in vars(loaded).items()
+        if not name.startswith("_") and callable(value) and getattr(value, "__module__", None) == module
+    }
+    assert own
+    missing = [name for name, value in own.items() if not has_example(value)]
+    for name, value in own.items():
+        if inspect.isclass(value):
+            missing += [f"{name}.{member}" for member in members_without_example(value)]
+    assert not missing
+    for test in FINDER.find(loaded, module):
+        run(test)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -30,6 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     -------
     int
         0, or 2 when the arguments or the machine don't allow what was asked (argparse's own code for that).
+
+    Examples
+    --------
+    >>> from tq_hb.cli import main
+    >>> main(["--version"])
+    Traceback (most recent call last):
+    SystemExit: 0
+    >>> main(["bench", "--samples", "1"])  # the reason goes to standard error
+    2
     """
     parser = argparse.ArgumentParser(prog="tq-hb", description="KV caches at 5, 6 or 8 bits per value.")
     parser.add_argument("--version", action="version", version=f"tq_hb {tq_hb.__version__}")

@@ -13,7 +13,15 @@ _FEWEST_SAMPLES = 30
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``bench`` to the command line."""
+    """Add ``bench`` to the command line.
+
+    >>> import argparse
+    >>> from tq_hb.cli import bench
+    >>> parser = argparse.ArgumentParser()
+    >>> bench.add_parser(parser.add_subparsers())
+    >>> parser.parse_args(["bench", "--kv-len", "100"]).kv_len
+    100
+    """
     parser = subparsers.add_parser("bench", help="time attend and append for one shape")
     parser.add_argument("--op", choices=("attend", "append", "all"), default="all")
     parser.add_argument("--heads", type=int, default=16, metavar="H", help="query heads (default 16)")
@@ -31,7 +39,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print."""
+    """Measure and print.
+
+    >>> import argparse
+    >>> from tq_hb.cli import bench
+    >>> bench.run(argparse.Namespace(samples=1))
+    Traceback (most recent call last):
+    tq_hb.InvalidArgument: bench: samples must be at least 30, got 1
+    """
     import tq_hb
     from tq_hb.cli import _machine
     from tq_hb.cli._cases import Shape
@@ -108,12 +123,22 @@ def _describe_check(result: dict[str, Any]) -> str:
 
 
 def format_bytes(nbytes: int) -> str:
-    """Return a size with its unit and three digits."""
+    """Return a size with its unit and three digits.
+
+    >>> from tq_hb.cli.bench import format_bytes
+    >>> format_bytes(4160), format_bytes(17_039_360)
+    ('4.16 kB', '17 MB')
+    """
     return f"{nbytes / 1e6:.3g} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.3g} kB"
 
 
 def format_us(microseconds: float) -> str:
-    """Return a duration with its unit and three digits."""
+    """Return a duration with its unit and three digits.
+
+    >>> from tq_hb.cli.bench import format_us
+    >>> format_us(12.34), format_us(1234.5)
+    ('12.3 us', '1.23 ms')
+    """
     if microseconds < 1e3:
         return f"{microseconds:.3g} us"
     if microseconds < 1e6:

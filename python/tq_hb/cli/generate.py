@@ -26,7 +26,12 @@ MIB = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """How much is done. Characters are those taken of the texts that come with the package; None takes all."""
+    """How much is done. Characters are those taken of the texts that come with the package; None takes all.
+
+    >>> from tq_hb.cli import generate
+    >>> generate.QUICK.new_tokens, generate.FULL.new_tokens
+    (32, 96)
+    """
 
     prompt_characters: int | None
     text_characters: int | None
@@ -42,7 +47,15 @@ QUICK = Workload(200, 224, fewest_text_tokens=128, prefill_tokens=96, new_tokens
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``generate`` to the command line."""
+    """Add ``generate`` to the command line.
+
+    >>> import argparse
+    >>> from tq_hb.cli import generate
+    >>> parser = argparse.ArgumentParser()
+    >>> generate.add_parser(parser.add_subparsers())
+    >>> parser.parse_args(["generate", "--quick"]).quick
+    True
+    """
     parser = subparsers.add_parser(
         "generate",
         help="generate text with Gemma 3 270M on a quantised KV cache, and measure every width",
@@ -62,7 +75,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate, measure, show, and write the files."""
+    """Generate, measure, show, and write the files.
+
+    >>> from tq_hb.cli import main
+    >>> main(["generate", "--quick", "--json", "--text-file", "no such file"])  # the reason goes to standard error
+    2
+    """
     from rich.console import Console
 
     from tq_hb.cli._machine import describe

@@ -11,14 +11,31 @@ VARIABLES = ("TQ_HB_DEVICE", "TQ_HB_NUM_THREADS", "HF2Q_TQ_NSG", "HF2Q_TQ_NWG")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``info`` to the command line."""
+    """Add ``info`` to the command line.
+
+    >>> import argparse
+    >>> from tq_hb.cli import info
+    >>> parser = argparse.ArgumentParser()
+    >>> info.add_parser(parser.add_subparsers())
+    >>> parser.parse_args(["info", "--json"]).json
+    True
+    """
     parser = subparsers.add_parser("info", help="show devices, instruction set, threads and versions")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report."""
+    """Print the report.
+
+    >>> import argparse
+    >>> from tq_hb.cli import info
+    >>> info.run(argparse.Namespace(json=True))  # doctest: +ELLIPSIS
+    {
+      "system": ...
+    }
+    0
+    """
     from tq_hb.cli._output import print_json
 
     report = collect()
@@ -30,7 +47,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def collect() -> dict[str, Any]:
-    """Return everything that ``info`` shows."""
+    """Return everything that ``info`` shows.
+
+    >>> from tq_hb.cli.info import collect
+    >>> collect()["bits"]
+    [5, 6, 8]
+    """
     import tq_hb
     from tq_hb.cli import _machine
 

@@ -150,17 +150,43 @@ class TqCache(Cache):  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for codes and norms, all layers together."""
+        """Bytes allocated for codes and norms, all layers together.
+
+        >>> import torch
+        >>> from transformers import Qwen3Config
+        >>> from tq_hb.integrations.transformers import TqCache
+        >>> config = Qwen3Config(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=256)
+        >>> cache = TqCache(config)
+        >>> _ = cache.update(*torch.ones(2, 1, 2, 3, 256), 0)
+        >>> cache.nbytes  # one layer of 64 slots, the other still empty
+        66560
+        """
         return sum(layer.kv.nbytes for layer in self.layers)
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of codes and norms per token held, all layers together."""
+        """Bytes of codes and norms per token held, all layers together.
+
+        >>> from transformers import Qwen3Config
+        >>> from tq_hb.integrations.transformers import TqCache
+        >>> config = Qwen3Config(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=256)
+        >>> cache = TqCache(config)
+        >>> cache.bytes_per_token  # layers * (K and V) * heads * (codes and norm)
+        2080
+        """
         return sum(layer.kv.bytes_per_token for layer in self.layers)
 
     @property
     def last_plans(self) -> tuple[Plan | None, ...]:
-        """Per layer, what served the last attention on codes; None for a layer that hasn't done any yet."""
+        """Per layer, what served the last attention on codes; None for a layer that hasn't done any yet.
+
+        >>> from transformers import Qwen3Config
+        >>> from tq_hb.integrations.transformers import TqCache
+        >>> config = Qwen3Config(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=256)
+        >>> cache = TqCache(config)
+        >>> cache.last_plans
+        (None, None)
+        """
         return tuple(layer.kv.last_plan for layer in self.layers)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -177,6 +203,19 @@ class TqCache(Cache):  # type: ignore[misc]
             If the number is positive, or there are fewer tokens than that.
         tq_hb.UnsupportedError
             If a ring has overwritten tokens that would come into view again; see `rollback`.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from transformers import Qwen3Config
+        >>> from tq_hb.integrations.transformers import TqCache
+        >>> config = Qwen3Config(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=256)
+        >>> cache = TqCache(config)
+        >>> for index in range(2):
+        ...     _ = cache.update(*torch.ones(2, 1, 2, 5, 256), index)
+        >>> cache.crop(-2)
+        >>> cache.get_seq_length()
+        3
         """
         for layer in self.layers:
             layer.check_crop(tokens_to_remove)
@@ -184,7 +223,14 @@ class TqCache(Cache):  # type: ignore[misc]
 
 
 class TqLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer of a `TqCache`: transformers' layer protocol over a `tq_hb.KVCache`."""
+    """One layer of a `TqCache`: transformers' layer protocol over a `tq_hb.KVCache`.
+
+    >>> from tq_hb import KVCache
+    >>> from tq_hb.integrations.transformers import TqLayer
+    >>> layer = TqLayer(KVCache(1, 256, sliding_window=512))
+    >>> layer.is_sliding, layer.get_max_length()
+    (True, 512)
+    """
 
     def __init__(self, kv: KVCache) -> None:
         super().__init__()
@@ -203,7 +249,16 @@ class TqLayer(CacheLayerMixin):  # type: ignore[misc]
         return clone
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Do nothing: the cache was made from the model's config."""
+        """Do nothing: the cache was made from the model's config.
+
+        >>> import torch
+        >>> from tq_hb import KVCache
+        >>> from tq_hb.integrations.transformers import TqLayer
+        >>> layer = TqLayer(KVCache(1, 256))
+        >>> layer.lazy_initialization(*torch.ones(2, 1, 1, 3, 256))
+        >>> layer.get_seq_length()
+        0
+        """
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
@@ -219,6 +274,19 @@ class TqLayer(CacheLayerMixin):  # type: ignore[misc]
         tuple
             Full-precision keys and values, shape (1, kv_heads, visible, head_dim); for one new token on a filled
             cache `CodesOnly`, twice.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from tq_hb import KVCache
+        >>> from tq_hb.integrations.transformers import TqLayer
+        >>> layer = TqLayer(KVCache(1, 256))
+        >>> keys, values = layer.update(*torch.ones(2, 1, 1, 3, 256))
+        >>> keys.shape
+        torch.Size([1, 1, 3, 256])
+        >>> keys, values = layer.update(*torch.ones(2, 1, 1, 1, 256))
+        >>> type(keys).__name__
+        'CodesOnly'
         """
         if key_states.shape[0] != 1:
             raise UnsupportedError(f"TqCache: batch must be 1, got {key_states.shape[0]}")
@@ -245,24 +313,67 @@ class TqLayer(CacheLayerMixin):  # type: ignore[misc]
         return len(self.kv) if window is None else min(len(self.kv), window - 1)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many keys the next `query_length` tokens are masked over, and the position of the first."""
+        """Return how many keys the next `query_length` tokens are masked over, and the position of the first.
+
+        >>> import torch
+        >>> from tq_hb import KVCache
+        >>> from tq_hb.integrations.transformers import TqLayer
+        >>> layer = TqLayer(KVCache(1, 256, sliding_window=4))
+        >>> _ = layer.update(*torch.ones(2, 1, 1, 6, 256))
+        >>> layer.get_mask_sizes(2)  # the three last tokens and the two new ones
+        (5, 3)
+        """
         past = self._visible_past_length()
         return past + query_length, self.kv.offset - past
 
     def get_seq_length(self) -> int:
-        """Return the number of tokens seen."""
+        """Return the number of tokens seen.
+
+        >>> import torch
+        >>> from tq_hb import KVCache
+        >>> from tq_hb.integrations.transformers import TqLayer
+        >>> layer = TqLayer(KVCache(1, 256, sliding_window=4))
+        >>> _ = layer.update(*torch.ones(2, 1, 1, 6, 256))
+        >>> layer.get_seq_length()
+        6
+        """
         return int(self.kv.offset)
 
     def get_max_length(self) -> int:
-        """Return the window, or -1 where there is no maximum."""
+        """Return the window, or -1 where there is no maximum.
+
+        >>> from tq_hb import KVCache
+        >>> from tq_hb.integrations.transformers import TqLayer
+        >>> layer = TqLayer(KVCache(1, 256))
+        >>> layer.get_max_length(), TqLayer(KVCache(1, 256, sliding_window=4)).get_max_length()
+        (-1, 4)
+        """
         return -1 if self.kv.sliding_window is None else int(self.kv.sliding_window)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget everything.
+
+        >>> import torch
+        >>> from tq_hb import KVCache
+        >>> from tq_hb.integrations.transformers import TqLayer
+        >>> layer = TqLayer(KVCache(1, 256))
+        >>> _ = layer.update(*torch.ones(2, 1, 1, 3, 256))
+        >>> layer.reset()
+        >>> layer.get_seq_length()
+        0
+        """
         self.kv.clear()
 
     def check_crop(self, tokens_to_remove: int) -> None:
-        """Raise what `crop` would raise; see `TqCache.crop`."""
+        """Raise what `crop` would raise; see `TqCache.crop`.
+
+        >>> from tq_hb import KVCache
+        >>> from tq_hb.integrations.transformers import TqLayer
+        >>> layer = TqLayer(KVCache(1, 256))
+        >>> layer.check_crop(-1)
+        Traceback (most recent call last):
+        tq_hb.InvalidArgument: TqCache.crop: tokens_to_remove must be from -0 (the tokens seen) to 0, got -1
+        """
         count, kv = -tokens_to_remove, self.kv
         if not 0 <= count <= kv.offset:
             raise InvalidArgument(
@@ -278,20 +389,56 @@ class TqLayer(CacheLayerMixin):  # type: ignore[misc]
             )
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest tokens; see `TqCache.crop`."""
+        """Forget the newest tokens; see `TqCache.crop`.
+
+        >>> import torch
+        >>> from tq_hb import KVCache
+        >>> from tq_hb.integrations.transformers import TqLayer
+        >>> layer = TqLayer(KVCache(1, 256))
+        >>> _ = layer.update(*torch.ones(2, 1, 1, 3, 256))
+        >>> layer.crop(-1)
+        >>> layer.get_seq_length()
+        2
+        """
         self.check_crop(tokens_to_remove)
         self.kv.trim(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> NoReturn:
-        """Raise: beams need a batch."""
+        """Raise: beams need a batch.
+
+        >>> import torch
+        >>> from tq_hb import KVCache
+        >>> from tq_hb.integrations.transformers import TqLayer
+        >>> layer = TqLayer(KVCache(1, 256))
+        >>> layer.reorder_cache(torch.tensor([1, 0]))
+        Traceback (most recent call last):
+        tq_hb.UnsupportedError: TqCache: beams are not supported, got a reordering by [1, 0]
+        """
         raise UnsupportedError(f"TqCache: beams are not supported, got a reordering by {beam_idx.tolist()}")
 
     def batch_repeat_interleave(self, repeats: int) -> NoReturn:
-        """Raise: batches are not supported."""
+        """Raise: batches are not supported.
+
+        >>> from tq_hb import KVCache
+        >>> from tq_hb.integrations.transformers import TqLayer
+        >>> layer = TqLayer(KVCache(1, 256))
+        >>> layer.batch_repeat_interleave(4)
+        Traceback (most recent call last):
+        tq_hb.UnsupportedError: TqCache: batch must be 1, got 4 repeats
+        """
         raise UnsupportedError(f"TqCache: batch must be 1, got {repeats} repeats")
 
     def batch_select_indices(self, indices: torch.Tensor) -> NoReturn:
-        """Raise: batches are not supported."""
+        """Raise: batches are not supported.
+
+        >>> import torch
+        >>> from tq_hb import KVCache
+        >>> from tq_hb.integrations.transformers import TqLayer
+        >>> layer = TqLayer(KVCache(1, 256))
+        >>> layer.batch_select_indices(torch.tensor([0, 2]))
+        Traceback (most recent call last):
+        tq_hb.UnsupportedError: TqCache: batch must be 1, got a selection of 2 sequences
+        """
         raise UnsupportedError(f"TqCache: batch must be 1, got a selection of {len(indices)} sequences")
 
 
@@ -300,6 +447,12 @@ class CodesOnly:
 
     Only this module's attention function can use it. Anything else that touches it, say another attention
     implementation, gets an error instead of a wrong result.
+
+    >>> from tq_hb import KVCache
+    >>> from tq_hb.integrations.transformers import CodesOnly
+    >>> CodesOnly(KVCache(1, 256)).shape  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    tq_hb.UnsupportedError: TqCache: attn_implementation must be 'tq_hb' ...
     """
 
     def __init__(self, kv: KVCache) -> None:
@@ -358,6 +511,17 @@ def attention(
     ------
     tq_hb.UnsupportedError
         For sinks and position biases; on codes also for dropout and for a mask that hides a key.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from tq_hb.integrations.transformers import attention
+    >>> q, k, v = torch.zeros(1, 4, 1, 256), torch.ones(1, 2, 3, 256), torch.ones(1, 2, 3, 256)
+    >>> module = torch.nn.Module()
+    >>> module.num_key_value_groups, module.is_causal = 2, True
+    >>> out, _ = attention(module, q, k, v, None)
+    >>> out.shape, float(out.mean())
+    (torch.Size([1, 1, 4, 256]), 1.0)
     """
     for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:
@@ -420,6 +584,14 @@ def make_mask(*, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> t
     ------
     tq_hb.UnsupportedError
         If `attention_mask`, shape (batch, tokens), marks padding.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from tq_hb.integrations.transformers import make_mask
+    >>> make_mask(attention_mask=torch.tensor([[0, 1, 1]]))
+    Traceback (most recent call last):
+    tq_hb.UnsupportedError: make_mask: attention_mask must not mark padding, got one that hides 1 tokens
     """
     if attention_mask is not None and not attention_mask.all():
         hidden = int((attention_mask == 0).sum())
