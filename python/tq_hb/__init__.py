@@ -11,8 +11,6 @@ from tq_hb._core import (
 )
 from tq_hb.cache import KVCache, Plan
 from tq_hb.device import (
-    Buffer,
-    CommandEncoder,
     Device,
     DeviceInfo,
     DeviceLimits,
@@ -23,6 +21,7 @@ from tq_hb.device import (
     set_num_threads,
     warmup,
 )
+from tq_hb.encoder import Buffer, CommandEncoder
 from tq_hb.ops import (
     boundaries,
     codebook,

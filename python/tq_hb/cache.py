@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tq_hb import _core, policy
-from tq_hb.device import Buffer, Device, resolve_device
+from tq_hb.device import Device, resolve_device
+from tq_hb.encoder import Buffer
 from tq_hb.interop import (
     Array,
     Float32Array,

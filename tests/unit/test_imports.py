@@ -17,7 +17,19 @@ CSRC = ROOT / "csrc"
 PACKAGE = Path(tq_hb.__file__).resolve().parent
 
 # A module may import those before it, and its neighbours of the same layer.
-PYTHON_LAYERS = ("_core", "options", "policy", "interop", "device", "ops", "storage", "cache", "integrations", "cli")
+PYTHON_LAYERS = (
+    "_core",
+    "options",
+    "policy",
+    "interop",
+    "encoder",
+    "device",
+    "ops",
+    "storage",
+    "cache",
+    "integrations",
+    "cli",
+)
 BACKENDS = ("cpu", "metal", "cuda")
 # Folder of csrc -> folders whose headers it may include. "registry" is the pair of files beside them.
 CPP_LAYERS = {

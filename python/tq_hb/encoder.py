@@ -1,0 +1,389 @@
+"""Ops recorded on a device's buffers, to run together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tq_hb import _core, policy
+from tq_hb.interop import Array, as_codes, as_float32
+from tq_hb.options import check_attention, check_bits, check_format, check_params, invalid
+
+Buffer = _core.Buffer
+
+
+class CommandEncoder:
+    """Records ops on a device's buffers and runs them after :meth:`commit`.
+
+    Nothing orders two ops but :meth:`memory_barrier`. A call is checked completely when it is
+    recorded. Values are checked when it runs: a row that is not finite is left as it was, and
+    :meth:`wait` raises InvalidArgument naming the first one. Belongs to one thread at a time.
+
+    Buffers that are written must be :class:`Buffer`; inputs may be arrays, which are copied.
+
+    Examples
+    --------
+    >>> import numpy as np, tq_hb
+    >>> dev = tq_hb.Device("cpu")
+    >>> packed, norms = dev.empty((1, 8, 256), np.uint8), dev.empty((1, 8))
+    >>> hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=1, write_pos=0, cache_capacity=8)
+    >>> enc = dev.encoder()
+    >>> enc.hadamard_quantize_kv_hb(np.ones((1, 256), np.float32), packed, norms, hp)
+    >>> enc.commit_and_wait()
+    >>> float(norms.numpy()[0, 0])
+    16.0
+    """
+
+    def __init__(self, core: _core.CommandEncoder, copy_in: Callable[[Array], Buffer]) -> None:
+        self._core = core
+        self._copy_in = copy_in
+
+    def _floats(self, op: str, field: str, x: Array) -> Buffer:
+        if isinstance(x, Buffer):
+            return x
+        return self._copy_in(as_float32(op, field, x))
+
+    def _codes(self, op: str, field: str, x: Array) -> Buffer:
+        return x if isinstance(x, Buffer) else self._copy_in(as_codes(op, field, x))
+
+    @staticmethod
+    def _written(op: str, field: str, x: object) -> Buffer:
+        if not isinstance(x, Buffer):
+            raise invalid(op, field, "must be a Buffer of the encoder's device, since it is written", type(x).__name__)
+        return x
+
+    def hadamard_quantize_kv_hb(
+        self,
+        src: Array,
+        packed: Buffer,
+        norms: Buffer,
+        hp: _core.HadamardQuantizeKvHbParams,
+        *,
+        codebook: str = "lloyd_max",
+        packing: str = "byte",
+    ) -> None:
+        """Record the encoding of ``src`` into a cache; see :func:`tq_hb.hadamard_quantize_kv_hb`.
+
+        >>> import numpy as np, tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> packed, norms = dev.empty((1, 4, 256), np.uint8), dev.empty((1, 4))
+        >>> hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=1, write_pos=2, cache_capacity=4)
+        >>> enc = dev.encoder()
+        >>> enc.hadamard_quantize_kv_hb(np.ones((1, 256), np.float32), packed, norms, hp)
+        >>> enc.commit_and_wait()
+        >>> norms.numpy().tolist()
+        [[0.0, 0.0, 16.0, 0.0]]
+        """
+        op = "hadamard_quantize_kv_hb"
+        check_format(op, codebook, packing)
+        check_params(op, "hp", hp, _core.HadamardQuantizeKvHbParams)
+        target = (
+            "",
+            self._floats(op, "src", src),
+            self._written(op, "packed", packed),
+            self._written(op, "norms", norms),
+            hp.codebook_bits,
+        )
+        self._core.hadamard_quantize(op, hp, [target], codebook)
+
+    def hadamard_quantize_kv_hb_dual(
+        self,
+        src_k: Array,
+        src_v: Array,
+        k_packed: Buffer,
+        v_packed: Buffer,
+        k_norms: Buffer,
+        v_norms: Buffer,
+        hp: _core.HadamardQuantizeKvHbParams,
+        *,
+        v_bits: int | None = None,
+        codebook: str = "lloyd_max",
+        packing: str = "byte",
+    ) -> None:
+        """Record the encoding of K and V together; see :func:`tq_hb.hadamard_quantize_kv_hb_dual`.
+
+        >>> import numpy as np, tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> packed, norms = dev.empty((2, 1, 4, 256), np.uint8), dev.empty((2, 1, 4))
+        >>> hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=1, write_pos=0, cache_capacity=4)
+        >>> k = np.ones((1, 256), np.float32)
+        >>> enc = dev.encoder()
+        >>> enc.hadamard_quantize_kv_hb_dual(k, 2 * k, *packed, *norms, hp, v_bits=5)
+        >>> enc.commit_and_wait()
+        >>> norms.numpy()[:, 0, 0].tolist()
+        [16.0, 32.0]
+        """
+        op = "hadamard_quantize_kv_hb_dual"
+        check_format(op, codebook, packing)
+        check_params(op, "hp", hp, _core.HadamardQuantizeKvHbParams)
+        bits = hp.codebook_bits if v_bits is None else check_bits(op, "v_bits", v_bits)
+        targets = [
+            (
+                "k",
+                self._floats(op, "src_k", src_k),
+                self._written(op, "k_packed", k_packed),
+                self._written(op, "k_norms", k_norms),
+                hp.codebook_bits,
+            ),
+            (
+                "v",
+                self._floats(op, "src_v", src_v),
+                self._written(op, "v_packed", v_packed),
+                self._written(op, "v_norms", v_norms),
+                bits,
+            ),
+        ]
+        self._core.hadamard_quantize(op, hp, targets, codebook)
+
+    def tq_dequantize_hb_kv(
+        self,
+        packed: Array,
+        norms: Array,
+        output: Buffer,
+        hp: _core.HadamardQuantizeKvHbParams,
+        *,
+        pos: int,
+        codebook: str = "lloyd_max",
+        packing: str = "byte",
+    ) -> None:
+        """Record the decoding of positions ``pos`` ... ``pos + T - 1`` into float32 (T, G, D), still rotated.
+
+        >>> import numpy as np, tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> packed, norms = tq_hb.quantize(np.eye(4, 256).reshape(1, 4, 256), 8)
+        >>> hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=1, write_pos=0, cache_capacity=4)
+        >>> out = dev.empty((2, 1, 256))
+        >>> enc = dev.encoder()
+        >>> enc.tq_dequantize_hb_kv(packed, norms, out, hp, pos=1)
+        >>> enc.commit_and_wait()
+        >>> tq_hb.unrotate(out.numpy()).argmax(axis=-1).tolist()
+        [[1], [2]]
+        """
+        op = "tq_dequantize_hb_kv"
+        check_format(op, codebook, packing)
+        check_params(op, "hp", hp, _core.HadamardQuantizeKvHbParams)
+        self._core.dequantize(
+            op,
+            hp,
+            _core.to_uint32(op, "pos", pos),
+            self._codes(op, "packed", packed),
+            self._floats(op, "norms", norms),
+            self._written(op, "output", output),
+            codebook,
+        )
+
+    def fwht_sign_premult_f32(self, x: Buffer) -> None:
+        """Record R, in place on float32 (..., D).
+
+        >>> import numpy as np, tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> buf, enc = dev.array(np.eye(1, 256)), dev.encoder()
+        >>> enc.fwht_sign_premult_f32(buf)
+        >>> enc.commit_and_wait()
+        >>> np.unique(np.abs(buf.numpy())).tolist()  # a unit vector is spread evenly
+        [0.0625]
+        """
+        self._core.fwht("fwht_sign_premult_f32", True, self._written("fwht_sign_premult_f32", "x", x))
+
+    def fwht_sign_undo_f32(self, x: Buffer) -> None:
+        """Record the inverse of R, in place on float32 (..., D).
+
+        >>> import numpy as np, tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> buf, enc = dev.array(tq_hb.rotate(np.eye(1, 256))), dev.encoder()
+        >>> enc.fwht_sign_undo_f32(buf)
+        >>> enc.commit_and_wait()
+        >>> bool((buf.numpy() == np.eye(1, 256)).all())
+        True
+        """
+        self._core.fwht("fwht_sign_undo_f32", False, self._written("fwht_sign_undo_f32", "x", x))
+
+    def flash_attn_vec_tq_hb(
+        self,
+        q: Array,
+        k_packed: Array,
+        k_norms: Array,
+        v_packed: Array,
+        v_norms: Array,
+        output: Buffer,
+        tmp: Buffer | None,
+        p: _core.FlashAttnVecTqHbParams,
+        **options: Any,
+    ) -> None:
+        """Record decode attention; ``output`` stays rotated. See :func:`tq_hb.flash_attn_vec_tq_hb` for the options.
+
+        ``tmp`` is float32 of at least :func:`tq_hb.tmp_buffer_bytes`, or None: the encoder brings its own.
+
+        >>> import numpy as np, tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> k = v = tq_hb.quantize(np.ones((1, 4, 256), np.float32), 8)
+        >>> p = tq_hb.FlashAttnVecTqHbParams(
+        ...     num_heads=2, num_kv_heads=1, head_dim=256, kv_seq_len=4, kv_capacity=4, scale=0.0625)
+        >>> out, enc = dev.empty((2, 256)), dev.encoder()
+        >>> enc.flash_attn_vec_tq_hb(tq_hb.rotate(np.ones((2, 256), np.float32)), *k, *v, out, None, p)
+        >>> enc.memory_barrier()
+        >>> enc.fwht_sign_undo_f32(out)
+        >>> enc.commit_and_wait()
+        >>> out.numpy().mean(axis=1).round(2).tolist()  # every value of V is about 1
+        [1.0, 1.0]
+        """
+        op = "flash_attn_vec_tq_hb"
+        self._attend(op, False, q, k_packed, k_norms, v_packed, v_norms, output, tmp, p, **options)
+
+    def flash_attn_vec_tq_hb_with_fused_undo(
+        self,
+        q: Array,
+        k_packed: Array,
+        k_norms: Array,
+        v_packed: Array,
+        v_norms: Array,
+        output: Buffer,
+        tmp: Buffer | None,
+        p: _core.FlashAttnVecTqHbParams,
+        **options: Any,
+    ) -> None:
+        """Record decode attention with an un-rotated ``output``.
+
+        >>> import numpy as np, tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> k = v = tq_hb.quantize(np.ones((1, 4, 256), np.float32), 8)
+        >>> p = tq_hb.FlashAttnVecTqHbParams(
+        ...     num_heads=2, num_kv_heads=1, head_dim=256, kv_seq_len=4, kv_capacity=4, scale=0.0625, fuse_fwht_pre=1)
+        >>> out, enc = dev.empty((2, 256)), dev.encoder()
+        >>> enc.flash_attn_vec_tq_hb_with_fused_undo(np.ones((2, 256), np.float32), *k, *v, out, None, p)
+        >>> enc.commit_and_wait()
+        >>> out.numpy().mean(axis=1).round(2).tolist()
+        [1.0, 1.0]
+        """
+        op = "flash_attn_vec_tq_hb_with_fused_undo"
+        self._attend(op, True, q, k_packed, k_norms, v_packed, v_norms, output, tmp, p, **options)
+
+    def _attend(
+        self,
+        op: str,
+        fused_undo: bool,
+        q: Array,
+        k_packed: Array,
+        k_norms: Array,
+        v_packed: Array,
+        v_norms: Array,
+        output: Buffer,
+        tmp: Buffer | None,
+        p: _core.FlashAttnVecTqHbParams,
+        *,
+        nwg: int | None = None,
+        v_bits: int | None = None,
+        codebook: str = "lloyd_max",
+        packing: str = "byte",
+        sinks: Array | None = None,
+        precision: str = "default",
+        return_lse: bool = False,
+    ) -> None:
+        check_format(op, codebook, packing)
+        check_params(op, "p", p, _core.FlashAttnVecTqHbParams)
+        check_attention(op, precision=precision, sinks=sinks, return_lse=return_lse)
+        self._core.flash_attn_vec(
+            op,
+            self._floats(op, "q", q),
+            self._codes(op, "k_packed", k_packed),
+            self._floats(op, "k_norms", k_norms),
+            self._codes(op, "v_packed", v_packed),
+            self._floats(op, "v_norms", v_norms),
+            self._written(op, "output", output),
+            None if tmp is None else self._written(op, "tmp", tmp),
+            p,
+            policy.compute_nwg(p.kv_seq_len) if nwg is None else _core.to_uint32(op, "nwg", nwg),
+            p.codebook_bits if v_bits is None else check_bits(op, "v_bits", v_bits),
+            codebook,
+            fused_undo,
+        )
+
+    def memory_barrier(self) -> None:
+        """Order everything recorded so far before everything recorded later.
+
+        >>> import numpy as np, tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> buf, enc = dev.array(np.ones((1, 256))), dev.encoder()
+        >>> enc.fwht_sign_premult_f32(buf)
+        >>> enc.memory_barrier()  # the next op reads what this one writes
+        >>> enc.fwht_sign_undo_f32(buf)
+        >>> enc.commit_and_wait()
+        >>> float(buf.numpy().mean())
+        1.0
+        """
+        self._core.memory_barrier()
+
+    def commit(self) -> None:
+        """Hand the recorded ops to the device; nothing can be recorded afterwards.
+
+        >>> import tq_hb
+        >>> enc = tq_hb.Device("cpu").encoder()
+        >>> enc.commit()
+        >>> enc.memory_barrier()
+        Traceback (most recent call last):
+        tq_hb.DeviceError: memory_barrier: the encoder has been committed; make a new one with Device.encoder()
+        """
+        self._core.commit()
+
+    def wait(self) -> None:
+        """Block until the committed ops are done.
+
+        Raises
+        ------
+        InvalidArgument
+            If an op met a row that is not finite or whose norm overflows; the other rows were written.
+        DeviceError
+            If the device failed, or nothing has been committed.
+
+        Examples
+        --------
+        >>> import numpy as np, tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> buf, enc = dev.array(np.ones((1, 256))), dev.encoder()
+        >>> enc.fwht_sign_premult_f32(buf)
+        >>> enc.commit()
+        >>> enc.wait()
+        >>> round(float(np.linalg.norm(buf.numpy())), 3)
+        16.0
+        """
+        self._core.wait()
+
+    def commit_and_wait(self) -> None:
+        """Commit, then wait.
+
+        >>> import numpy as np, tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> buf, enc = dev.array(np.ones((1, 512))), dev.encoder()
+        >>> enc.fwht_sign_premult_f32(buf)
+        >>> enc.commit_and_wait()
+        >>> bool(np.array_equal(buf.numpy(), tq_hb.rotate(np.ones((1, 512)))))
+        True
+        """
+        self._core.commit()
+        self._core.wait()
+
+    @property
+    def gpu_time(self) -> float:
+        """Seconds the device spent on the ops; known after :meth:`wait`.
+
+        >>> import tq_hb
+        >>> enc = tq_hb.Device("cpu").encoder()
+        >>> enc.fwht_sign_premult_f32(tq_hb.Device("cpu").empty((1, 256)))
+        >>> enc.commit_and_wait()
+        >>> 0 <= enc.gpu_time < 10
+        True
+        """
+        return self._core.gpu_time
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the kernels recorded so far.
+
+        >>> import tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> enc = dev.encoder()
+        >>> enc.fwht_sign_premult_f32(dev.empty((1, 256)))
+        >>> enc.kernels
+        ('fwht_sign_premult_f32_d256',)
+        """
+        return self._core.kernels
