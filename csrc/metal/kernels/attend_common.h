@@ -1,0 +1,145 @@
+// What the attention kernels share: which keys are visible, queries, scores, table lookups.
+#pragma once
+
+#include "core/abi.h"
+#include "metal/kernels/attend_layout.h"
+#include "metal/kernels/rotation.h"
+#include "metal/kernels/tables.h"
+
+/// Below every score, so that an empty maximum loses and exp(kNoScore - score) is 0.
+constant float kNoScore = -1.7e38f;
+/// Scores beyond this are ties; keeping them finite keeps their differences defined.
+constant float kLargestScore = 1e38f;
+/// In place of a sum of weights: the query could not be used.
+constant float kBadQuery = -1.0f;
+
+/// The keys that a query sees, oldest first: `count` slots from `first_slot` on, wrapping at the capacity.
+struct VisibleKeys {
+  uint count;
+  uint first_slot;
+  uint capacity;
+
+  uint slot(uint age) const { return age < capacity - first_slot ? first_slot + age : age - (capacity - first_slot); }
+};
+
+inline VisibleKeys visible_keys(constant TqFlashAttnVecArgs& args) {
+  VisibleKeys keys;
+  const bool windowed = args.mask_type == 2 && args.sliding_window < args.kv_seq_len;
+  keys.count = windowed ? args.sliding_window : args.kv_seq_len;
+  keys.capacity = args.kv_capacity;
+  keys.first_slot = args.ring_start;
+  keys.first_slot = keys.slot(args.kv_seq_len - keys.count);
+  return keys;
+}
+
+/// What turns a dot product of codes into a score: a factor with an exponent range beyond float's.
+struct ScoreScale {
+  float mantissa;
+  int exponent;
+  float softcap;
+
+  float apply(float dot) const {
+    const float score = clamp(ldexp(dot * mantissa, exponent), -kLargestScore, kLargestScore);
+    return softcap > 0.0f ? softcap * precise::tanh(score / softcap) : score;
+  }
+};
+
+inline ScoreScale score_scale(constant TqFlashAttnVecArgs& args, int query_exponent) {
+  ScoreScale scale;
+  int exponent;
+  scale.mantissa = frexp(args.scale, exponent);
+  scale.exponent = exponent + query_exponent;
+  scale.softcap = args.softcap;
+  return scale;
+}
+
+/// The constant part of the factor between a code's level and the value: the rest is the row's norm.
+template <int D>
+inline float row_scale(constant TqFlashAttnVecArgs& args) {
+  return D == 512 ? precise::divide(1.0f, args.scale_factor_d512) : rotation_scale<D / 32>();
+}
+
+/// The exponent of the SIMD group's largest value, which is then below 2 in the unit 2^exponent.
+template <int E>
+inline int common_exponent(thread const float (&y)[E]) {
+  float largest = 0.0f;
+  for (int i = 0; i < E; ++i) largest = max(largest, fabs(y[i]));
+  largest = simd_max(largest);
+  // Clamped so that the factors 2^exponent and 2^-exponent are normal numbers.
+  return clamp(int(as_type<uint>(largest) >> 23) - 127, -126, 126);
+}
+
+template <int E>
+inline void divide_by_power_of_two(thread float (&y)[E], int exponent) {
+  const float factor = as_type<float>(uint(127 - exponent) << 23);
+  for (int i = 0; i < E; ++i) y[i] *= factor;
+}
+
+/// Loads a query head, rotated if asked, in units of 2^exponent so that nothing can overflow.
+///
+/// False if a value is not finite.
+template <int D>
+inline bool load_query(device const float* q, bool rotated, ushort lane, thread float (&y)[D / 32],
+                       thread int& exponent) {
+  constexpr int E = D / 32;
+  load_row<E>(q, lane, y);
+  bool finite = true;
+  for (int i = 0; i < E; ++i) finite = finite && isfinite(y[i]);
+  if (!simd_all(finite)) return false;
+  exponent = 0;
+  if (!rotated) {
+    exponent = common_exponent<E>(y);
+    divide_by_power_of_two<E>(y, exponent);
+    rotate<E>(y, lane);
+  }
+  const int rest = common_exponent<E>(y);
+  divide_by_power_of_two<E>(y, rest);
+  exponent += rest;
+  return true;
+}
+
+/// Puts `copies` copies of a codebook into threadgroup memory, those of one level side by side.
+inline void fill_table(threadgroup float* table, constant float* levels, uint cbits, uint copies, uint thread_index,
+                       uint threads) {
+  for (uint i = thread_index; i < (copies << cbits); i += threads) table[i] = levels[i / copies];
+}
+
+/// Looks up codes in the copy that belongs to a lane.
+struct LevelTable {
+  threadgroup const float* levels;
+  uint copies;
+  uint mask;
+
+  /// The levels of the four codes in a word, lowest byte first.
+  float4 decode(uint word) const {
+    return float4(levels[(word & mask) * copies], levels[((word >> 8) & mask) * copies],
+                  levels[((word >> 16) & mask) * copies], levels[((word >> 24) & mask) * copies]);
+  }
+};
+
+inline LevelTable level_table(threadgroup const float* table, uint cbits, uint copies, ushort lane) {
+  LevelTable view;
+  view.levels = table + lane % copies;
+  view.copies = copies;
+  view.mask = (1u << cbits) - 1;
+  return view;
+}
+
+/// Sums N values over the SIMD group at once: lane t gets the sum of value t % N.
+///
+/// Each step halves the values a lane has and doubles the lanes each stands for: N - 1 shuffles and one for
+/// each doubling of 32 / N, instead of 5 N.
+template <int N>
+inline float simd_sum_scatter(thread float (&values)[N], ushort lane) {
+  for (ushort half_count = N / 2; half_count > 0; half_count /= 2) {
+    const bool upper = (lane & half_count) != 0;
+    for (ushort i = 0; i < half_count; ++i) {
+      const float kept = upper ? values[i + half_count] : values[i];
+      const float sent = upper ? values[i] : values[i + half_count];
+      values[i] = kept + simd_shuffle_xor(sent, half_count);
+    }
+  }
+  float sum = values[0];
+  for (ushort mask = N; mask < 32; mask *= 2) sum += simd_shuffle_xor(sum, mask);
+  return sum;
+}

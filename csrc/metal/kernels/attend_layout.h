@@ -1,0 +1,82 @@
+// How the attention kernels divide their threadgroup memory. Read by the host, which has to reserve it.
+//
+// Sizes count 4-byte words.
+#pragma once
+
+#include "core/abi.h"
+
+namespace tq_hb {
+
+/// Coordinates of a row that one SIMD group owns at a time: four per lane.
+constexpr TqU32 kStripe = 128;
+
+constexpr TqU32 kBlock = TQ_BLOCK;
+
+/// Copies of a table in the group kernel: lanes that look up different levels at once then rarely meet in one
+/// memory bank. 8 KiB per table at most.
+constexpr TqU32 table_copies(TqU32 cbits) {
+  return (2048u >> cbits) < 32u ? 2048u >> cbits : 32u;
+}
+
+/// K's and V's tables; one serves both where the widths agree.
+constexpr TqU32 tables_words(TqU32 k_words, TqU32 v_words, bool same) {
+  return same ? k_words : k_words + v_words;
+}
+
+// --- flash_attn_vec_tq_hb_dk*: q, tables, then for each SIMD group its accumulator, sum and maximum -----------
+
+constexpr TqU32 per_head_tables_words(TqU32 k_cbits, TqU32 v_cbits) {
+  return tables_words(1u << k_cbits, 1u << v_cbits, k_cbits == v_cbits);
+}
+
+constexpr TqU32 per_head_state_words(TqU32 head_dim) {
+  return head_dim + 4;  // padded to 16 bytes
+}
+
+constexpr TqU32 per_head_threadgroup_bytes(TqU32 head_dim, TqU32 nsg, TqU32 k_cbits, TqU32 v_cbits) {
+  return 4 * (head_dim + per_head_tables_words(k_cbits, v_cbits) + nsg * per_head_state_words(head_dim));
+}
+
+// --- flash_attn_vec_tq_hb_gqa*: an exponent per head, then the staged queries, which make way for tables,
+//     two buffers of partial scores [stripe][key][head], and two of norms [K | V][norm block][key] --------------
+
+constexpr TqU32 group_simdgroups(TqU32 head_dim) {
+  return 2 * head_dim / kStripe;
+}
+
+constexpr TqU32 group_tables_words(TqU32 k_cbits, TqU32 v_cbits) {
+  return tables_words(table_copies(k_cbits) << k_cbits, table_copies(v_cbits) << v_cbits, k_cbits == v_cbits);
+}
+
+constexpr TqU32 group_scores_words(TqU32 head_dim, TqU32 tile) {
+  return head_dim / kStripe * kBlock * tile;
+}
+
+constexpr TqU32 group_norms_words(TqU32 head_dim) {
+  return 2 * (head_dim / 256) * kBlock;
+}
+
+constexpr TqU32 group_working_words(TqU32 head_dim, TqU32 tile, TqU32 k_cbits, TqU32 v_cbits) {
+  return group_tables_words(k_cbits, v_cbits) + 2 * (group_scores_words(head_dim, tile) + group_norms_words(head_dim));
+}
+
+constexpr TqU32 group_threadgroup_bytes(TqU32 head_dim, TqU32 tile, TqU32 k_cbits, TqU32 v_cbits) {
+  return 4 * (TQ_GQA_MAX_TILE + (tile * head_dim > group_working_words(head_dim, tile, k_cbits, v_cbits)
+                                     ? tile * head_dim
+                                     : group_working_words(head_dim, tile, k_cbits, v_cbits)));
+}
+
+static_assert(group_threadgroup_bytes(512, TQ_GQA_MAX_TILE, 8, 6) <= 32768, "a threadgroup has 32 KiB");
+
+// --- flash_attn_vec_merge_tq_hb*: a weight per split, the merged row, and one word per SIMD group for each of
+//     three reductions ----------------------------------------------------------------------------------------
+
+constexpr TqU32 kMergeSimdgroups = 8;
+
+constexpr TqU32 merge_threadgroup_bytes(TqU32 head_dim) {
+  return 4 * (TQ_GQA_MAX_SPLITS + head_dim + 3 * kMergeSimdgroups);
+}
+
+static_assert(32 * kMergeSimdgroups == TQ_GQA_MAX_SPLITS, "a thread weighs one split");
+
+}  // namespace tq_hb

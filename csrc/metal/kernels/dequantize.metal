@@ -1,0 +1,26 @@
+// Rebuilds consecutive positions of the cache, still rotated.
+//
+// Grid:  (KV heads, tokens, 1) threadgroups of (32, 1, 1) threads. `args.write_pos` is the first position.
+
+#include "core/abi.h"
+#include "metal/kernels/cache_slot.h"
+#include "metal/kernels/tables.h"
+
+kernel void tq_dequantize_hb_kv(device const uchar* packed [[buffer(TQ_DEQUANTIZE_PACKED)]],
+                                device const float* norms [[buffer(TQ_DEQUANTIZE_NORMS)]],
+                                device float* output [[buffer(TQ_DEQUANTIZE_OUTPUT)]],
+                                constant TqHadamardQuantizeArgs& args [[buffer(TQ_DEQUANTIZE_ARGS)]],
+                                uint3 group [[threadgroup_position_in_grid]],
+                                ushort lane [[thread_index_in_simdgroup]]) {
+  const uint head_dim = args.head_dim;
+  const uint blocks = head_dim == 512 ? 2 : 1;
+  const ulong row = ulong(group.x) * args.cache_capacity + encode_slot(args, group.y);
+  constant float* levels = codebook_levels(args.codebook, k_cbits());
+  const uint mask = (1u << k_cbits()) - 1;
+  device float* out = output + (ulong(group.y) * args.num_kv_heads + group.x) * head_dim;
+  for (uint j = lane; j < head_dim; j += 32) {
+    const float norm = norms[row * blocks + j / 256];
+    const float factor = blocks == 1 ? norm * 0.0625f : precise::divide(norm, args.scale_factor_d512);
+    out[j] = levels[packed[row * head_dim + j] & mask] * factor;
+  }
+}

@@ -1,0 +1,74 @@
+// The signed Walsh-Hadamard rotation of one row held by a SIMD group: lane t has the E = D / 32
+// consecutive coordinates from E * t on.
+//
+// The additions come in the order of the host's butterfly, so both give the same bits.
+#pragma once
+
+#include "metal/kernels/tables.h"
+
+/// sqrt(1 / D) for a row of D = 32 * E coordinates, as the host's codec rounds it.
+template <int E>
+inline float rotation_scale() {
+  return E == 8 ? 0.0625f : 0.0441941731f;
+}
+
+/// Natural-order butterflies with strides 1, 2, 4, ...: inside the lane, then across lanes. Unscaled.
+template <int E>
+inline void hadamard(thread float (&y)[E], ushort lane) {
+  for (int stride = 1; stride < E; stride *= 2) {
+    for (int i = 0; i < E; ++i) {
+      if ((i & stride) == 0) {
+        const float a = y[i];
+        const float b = y[i + stride];
+        y[i] = a + b;
+        y[i + stride] = a - b;
+      }
+    }
+  }
+  for (ushort mask = 1; mask < 32; mask *= 2) {
+    const bool upper = (lane & mask) != 0;
+    for (int i = 0; i < E; ++i) {
+      const float other = simd_shuffle_xor(y[i], mask);
+      y[i] = upper ? other - y[i] : y[i] + other;
+    }
+  }
+}
+
+template <int E>
+inline void flip_signs(thread float (&y)[E], ushort lane) {
+  for (int i = 0; i < E; ++i) {
+    const uint coordinate = uint(lane) * E + i;
+    if ((kSignBits[coordinate / 8] >> (coordinate % 8)) & 1) y[i] = -y[i];
+  }
+}
+
+/// R: signs, butterflies, scale.
+template <int E>
+inline void rotate(thread float (&y)[E], ushort lane) {
+  flip_signs<E>(y, lane);
+  hadamard<E>(y, lane);
+  for (int i = 0; i < E; ++i) y[i] *= rotation_scale<E>();
+}
+
+/// The inverse of R: butterflies, scale, signs.
+template <int E>
+inline void unrotate(thread float (&y)[E], ushort lane) {
+  hadamard<E>(y, lane);
+  for (int i = 0; i < E; ++i) y[i] *= rotation_scale<E>();
+  flip_signs<E>(y, lane);
+}
+
+template <int E>
+inline void load_row(device const float* row, ushort lane, thread float (&y)[E]) {
+  device const float4* from = (device const float4*)row + uint(lane) * (E / 4);
+  for (int i = 0; i < E / 4; ++i) {
+    const float4 four = from[i];
+    for (int c = 0; c < 4; ++c) y[4 * i + c] = four[c];
+  }
+}
+
+template <int E>
+inline void store_row(device float* row, ushort lane, thread const float (&y)[E]) {
+  device float4* to = (device float4*)row + uint(lane) * (E / 4);
+  for (int i = 0; i < E / 4; ++i) to[i] = float4(y[4 * i], y[4 * i + 1], y[4 * i + 2], y[4 * i + 3]);
+}
