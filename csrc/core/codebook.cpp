@@ -48,22 +48,18 @@ constexpr float kMlxNative8Boundaries[] = {
 };
 
 template <std::size_t kLevels, std::size_t kBoundaries>
-constexpr Codebook make(unsigned cbits, const float (&levels)[kLevels], const float (&boundaries)[kBoundaries]) {
+constexpr Codebook make(CodebookName name, unsigned cbits, const float (&levels)[kLevels],
+                        const float (&boundaries)[kBoundaries]) {
   static_assert(kBoundaries + 1 == kLevels, "a table has one boundary fewer than levels");
-  return kLevels == std::size_t{1} << cbits ? Codebook{cbits, levels, boundaries} : throw "wrong table size";
+  return kLevels == std::size_t{1} << cbits ? Codebook{name, cbits, levels, boundaries} : throw "wrong table size";
 }
 
-struct NamedCodebook {
-  CodebookName name;
-  Codebook table;
-};
-
-constexpr NamedCodebook kCodebooks[] = {
-#define TQ_NAMED_CODEBOOKS(cbits)                                                                 \
-  {CodebookName::kLloydMax, make(cbits, kLloydMax##cbits##Levels, kLloydMax##cbits##Boundaries)}, \
-      {CodebookName::kMlxNative, make(cbits, kMlxNative##cbits##Levels, kMlxNative##cbits##Boundaries)},
-    TQ_HB_FOR_EACH_CBITS(TQ_NAMED_CODEBOOKS)
-#undef TQ_NAMED_CODEBOOKS
+constexpr Codebook kCodebooks[] = {
+#define TQ_CODEBOOKS(cbits)                                                                     \
+  make(CodebookName::kLloydMax, cbits, kLloydMax##cbits##Levels, kLloydMax##cbits##Boundaries), \
+      make(CodebookName::kMlxNative, cbits, kMlxNative##cbits##Levels, kMlxNative##cbits##Boundaries),
+    TQ_HB_FOR_EACH_CBITS(TQ_CODEBOOKS)
+#undef TQ_CODEBOOKS
 };
 
 constexpr std::pair<CodebookName, const char*> kNames[] = {{CodebookName::kLloydMax, "lloyd_max"},
@@ -83,8 +79,8 @@ std::array<float, kMaxHeadDim> expand_signs() {
 }  // namespace
 
 const Codebook& find_codebook(const std::string& op, CodebookName name, unsigned cbits) {
-  for (const NamedCodebook& entry : kCodebooks) {
-    if (entry.name == name && entry.table.cbits == cbits) return entry.table;
+  for (const Codebook& codebook : kCodebooks) {
+    if (codebook.name == name && codebook.cbits == cbits) return codebook;
   }
   throw invalid(op, "codebook_bits", "must be 5, 6 or 8", cbits);
 }

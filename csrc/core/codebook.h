@@ -9,11 +9,14 @@
 #include <string>
 #include <vector>
 
+#include "core/abi.h"
+
 namespace tq_hb {
 
-enum class CodebookName { kLloydMax, kMlxNative };
+enum class CodebookName { kLloydMax = TQ_CODEBOOK_LLOYD_MAX, kMlxNative = TQ_CODEBOOK_MLX_NATIVE };
 
 struct Codebook {
+  CodebookName name;
   unsigned cbits;
   const float* levels;      ///< 2^cbits values, ascending
   const float* boundaries;  ///< 2^cbits - 1 values, ascending

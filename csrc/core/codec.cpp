@@ -96,6 +96,12 @@ void unrotate_row(float* row, std::size_t head_dim) noexcept {
   for (std::size_t j = 0; j < head_dim; ++j) row[j] = row[j] * scale * signs[j];
 }
 
+void transform_row(float* row, std::size_t head_dim) noexcept {
+  hadamard(row, head_dim);
+  const float scale = inverse_sqrt_head_dim(head_dim);
+  for (std::size_t j = 0; j < head_dim; ++j) row[j] *= scale;
+}
+
 bool encode_row(const float* src, std::size_t head_dim, float scale_factor_d512, const Codebook& codebook,
                 std::uint8_t* codes, float* norms) noexcept {
   float y[kMaxHeadDim];

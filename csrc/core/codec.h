@@ -18,6 +18,9 @@ void rotate_row(float* row, std::size_t head_dim) noexcept;
 /// R^-1: x = signs * H(y) / sqrt(head_dim), in place.
 void unrotate_row(float* row, std::size_t head_dim) noexcept;
 
+/// H(x) / sqrt(head_dim), in place: the rotation without its signs, and its own inverse.
+void transform_row(float* row, std::size_t head_dim) noexcept;
+
 /// Rotates and quantises `src` into head_dim bytes and norms_per_row norms.
 ///
 /// Returns false and writes nothing when `src` is not finite or a norm overflows.

@@ -1,182 +1,13 @@
 #include "core/device.h"
 
-#include <algorithm>
 #include <utility>
 
-#include "core/checked.h"
-#include "core/params.h"
+#include "core/codebook.h"
 
 namespace tq_hb {
 
-std::size_t size_of(DType dtype) noexcept {
-  switch (dtype) {
-    case DType::kUint8:
-      return 1;
-    case DType::kFloat16:
-    case DType::kUint16:
-      return 2;
-    case DType::kFloat32:
-    case DType::kUint32:
-    case DType::kInt32:
-      break;
-  }
-  return 4;
-}
-
-const char* name_of(DType dtype) noexcept {
-  switch (dtype) {
-    case DType::kUint8:
-      return "uint8";
-    case DType::kFloat16:
-      return "float16";
-    case DType::kUint16:
-      return "uint16";
-    case DType::kUint32:
-      return "uint32";
-    case DType::kInt32:
-      return "int32";
-    case DType::kFloat32:
-      break;
-  }
-  return "float32";
-}
-
-std::string to_string(const Shape& shape) {
-  std::string text = "(";
-  for (std::size_t i = 0; i < shape.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(shape[i]);
-  return text + (shape.size() == 1 ? ",)" : ")");
-}
-
-namespace {
-
-std::uint64_t checked_nbytes(DType dtype, const Shape& shape) {
-  // The strides of an array without elements have to fit as well.
-  std::uint64_t nbytes = size_of(dtype);
-  bool is_empty = false;
-  for (const std::uint64_t extent : shape) {
-    is_empty = is_empty || extent == 0;
-    nbytes = checked_product("Buffer", "size", {nbytes, std::max<std::uint64_t>(extent, 1)});
-  }
-  return is_empty ? 0 : nbytes;
-}
-
-}  // namespace
-
-Buffer::Buffer(std::shared_ptr<Storage> storage, DType dtype, Shape shape, std::uint64_t offset)
-    : storage_(std::move(storage)), dtype_(dtype), shape_(std::move(shape)), offset_(offset) {
-  nbytes_ = checked_nbytes(dtype_, shape_);
-  if (offset_ > storage_->size() || nbytes_ > storage_->size() - offset_) {
-    throw invalid("Buffer", "shape", "must fit in the " + std::to_string(storage_->size()) + " bytes of its storage",
-                  to_string(shape_));
-  }
-  if (offset_ % size_of(dtype_) != 0) {
-    throw invalid("Buffer", "offset", std::string("must be aligned for ") + name_of(dtype_), offset_);
-  }
-}
-
-Buffer Buffer::slice(std::uint64_t start, std::uint64_t stop) const {
-  if (shape_.empty()) throw invalid("Buffer", "slice", "needs at least one axis", "a scalar");
-  if (start > stop || stop > shape_[0]) {
-    throw invalid("Buffer", "slice", "must lie in 0 to " + std::to_string(shape_[0]),
-                  std::to_string(start) + ":" + std::to_string(stop));
-  }
-  const std::uint64_t row_bytes = shape_[0] == 0 ? 0 : nbytes_ / shape_[0];
-  Shape shape = shape_;
-  shape[0] = stop - start;
-  return Buffer(storage_, dtype_, std::move(shape), offset_ + start * row_bytes);
-}
-
-Buffer Buffer::row(std::uint64_t index) const {
-  const Buffer one = slice(index, index + 1);
-  return Buffer(storage_, dtype_, Shape(shape_.begin() + 1, shape_.end()), one.offset());
-}
-
-bool Buffer::overlaps(const Buffer& other) const noexcept {
-  if (nbytes_ == 0 || other.nbytes_ == 0) return false;
-  // Two storages may wrap the same host memory, so addresses are compared wherever there are any.
-  const bool by_address = storage_->host() != nullptr && other.storage_->host() != nullptr;
-  if (!by_address && storage_ != other.storage_) return false;
-  const auto begin = by_address ? reinterpret_cast<std::uintptr_t>(host()) : offset_;
-  const auto other_begin = by_address ? reinterpret_cast<std::uintptr_t>(other.host()) : other.offset_;
-  return begin < other_begin + other.nbytes_ && other_begin < begin + nbytes_;
-}
-
-std::unique_lock<std::mutex> CommandEncoder::enter(const std::string& op) const {
-  std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-  if (!lock) throw Error(ErrorCode::kDevice, op + ": the encoder is in use by another thread");
-  return lock;
-}
-
-void CommandEncoder::require_recording(const std::string& op) const {
-  if (state_ != State::kRecording) {
-    throw Error(ErrorCode::kDevice, op + ": the encoder has been committed; make a new one with Device.encoder()");
-  }
-}
-
-template <class Op>
-void CommandEncoder::record(Op op) {
-  const auto lock = enter(op.name);
-  require_recording(op.name);
-  validate(op, device_);
-  encode(std::move(op));
-}
-
-void CommandEncoder::hadamard_quantize(QuantizeOp op) {
-  record(std::move(op));
-}
-void CommandEncoder::dequantize(DequantizeOp op) {
-  record(std::move(op));
-}
-void CommandEncoder::flash_attn_vec(AttendOp op) {
-  record(std::move(op));
-}
-void CommandEncoder::fwht(FwhtOp op) {
-  record(std::move(op));
-}
-
-void CommandEncoder::memory_barrier() {
-  const auto lock = enter("memory_barrier");
-  require_recording("memory_barrier");
-  encode_barrier();
-}
-
-void CommandEncoder::commit() {
-  const auto lock = enter("commit");
-  require_recording("commit");
-  state_ = State::kCommitted;
-  submit();
-}
-
-void CommandEncoder::wait() {
-  const auto lock = enter("wait");
-  if (state_ == State::kRecording) {
-    throw Error(ErrorCode::kDevice, "wait: the encoder has not been committed; call commit() first");
-  }
-  if (state_ == State::kCommitted) {
-    state_ = State::kFinished;
-    try {
-      gpu_time_ = finish();
-    } catch (const Error& error) {
-      failure_ = error;
-    }
-  }
-  if (failure_) throw *failure_;
-}
-
-double CommandEncoder::gpu_time() const {
-  const auto lock = enter("gpu_time");
-  if (state_ != State::kFinished) {
-    throw Error(ErrorCode::kDevice, "gpu_time: is known only after wait()");
-  }
-  return gpu_time_;
-}
-
-std::vector<std::string> CommandEncoder::kernels() const {
-  const auto lock = enter("kernels");
-  return kernels_;
-}
-
 Buffer Device::empty(DType dtype, Shape shape) const {
+  check_usable("Device.empty");
   const std::uint64_t size = checked_nbytes(dtype, shape);
   if (size > limits().max_buffer_bytes) {
     throw Error(ErrorCode::kOutOfMemory, "Device.empty: " + std::to_string(size) +
@@ -184,6 +15,27 @@ Buffer Device::empty(DType dtype, Shape shape) const {
                                              std::to_string(limits().max_buffer_bytes));
   }
   return Buffer(allocate(size), dtype, std::move(shape));
+}
+
+std::shared_ptr<Storage> Device::wrap_host(std::byte* data, std::uint64_t size, std::shared_ptr<void> owner) const {
+  check_usable("Device.wrap_host");
+  return borrow_host(data, size, std::move(owner));
+}
+
+std::shared_ptr<Storage> Device::wrap_native(void* handle, std::shared_ptr<void> owner) const {
+  check_usable("Device.wrap_native");
+  return borrow_native(handle, std::move(owner));
+}
+
+std::unique_ptr<CommandEncoder> Device::make_encoder(bool auto_barrier) const {
+  check_usable("Device.encoder");
+  return new_encoder(auto_barrier);
+}
+
+void Device::warm_up(const std::vector<unsigned>& cbits) const {
+  check_usable("Device.warm_up");
+  for (const unsigned width : cbits) find_codebook("Device.warm_up", CodebookName::kLloydMax, width);
+  prepare(cbits);
 }
 
 }  // namespace tq_hb

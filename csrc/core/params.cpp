@@ -1,5 +1,6 @@
 #include "core/params.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "core/checked.h"
@@ -44,6 +45,19 @@ struct Named {
   std::string field;
   const Buffer* buffer;
 };
+
+/// How the work is shared out: the kernel, its tile and the number of splits.
+void check_split(const AttendOp& op, const Device* device) {
+  if (!device->offers(op.kernel)) throw unsupported(op.name, "the group kernel on " + device->backend());
+  const bool is_group = op.kernel == AttendKernel::kGroup;
+  const unsigned max_nwg = is_group ? TQ_GQA_MAX_SPLITS : kMaxNwg;
+  if (op.args.nwg == 0 || op.args.nwg > max_nwg) {
+    throw invalid(op.name, "nwg", "must be from 1 to " + std::to_string(max_nwg), op.args.nwg);
+  }
+  if (is_group && op.head_tile != 2 && op.head_tile != 4 && op.head_tile != 8) {
+    throw invalid(op.name, "head_tile", "must be 2, 4 or 8", op.head_tile);
+  }
+}
 
 void check_disjoint(const std::string& op, const Named& a, const Named& b) {
   if (a.buffer->overlaps(*b.buffer)) {
@@ -107,7 +121,10 @@ void validate(const std::string& op, const TqHadamardQuantizeArgs& args) {
 void validate(const AttendOp& op, const Device* device) {
   const TqFlashAttnVecArgs& args = op.args;
   validate(op.name, args);
-  if (args.nwg == 0 || args.nwg > kMaxNwg) throw invalid(op.name, "nwg", "must be from 1 to 32", args.nwg);
+  check_split(op, device);
+  if (op.k_codebook->name != op.v_codebook->name) {
+    throw invalid(op.name, "codebook", "must be the same for K and V", "two");
+  }
 
   const Shape& q_shape = op.q.shape();
   if (q_shape.size() == 3 && q_shape[0] == 0) throw invalid(op.name, "q", "must hold at least one query", 0);
@@ -133,7 +150,8 @@ void validate(const AttendOp& op, const Device* device) {
   for (const Named& input : inputs) check_disjoint(op.name, output, input);
   if (op.tmp) {
     check_buffer(op.name, "tmp", *op.tmp, DType::kFloat32, device);
-    const std::uint64_t needed = tmp_buffer_bytes(args.num_heads, args.head_dim);
+    const std::uint64_t splits = std::max(args.nwg, kMaxNwg);
+    const std::uint64_t needed = tmp_buffer_bytes(args.num_heads, args.head_dim, 1, splits);
     if (op.tmp->nbytes() < needed) {
       throw invalid(op.name, "tmp", "must hold at least " + std::to_string(needed) + " bytes", op.tmp->nbytes());
     }

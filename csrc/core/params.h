@@ -10,7 +10,8 @@
 
 namespace tq_hb {
 
-static_assert(sizeof(TqFlashAttnVecArgs) == 60, "the first 15 fields take 60 bytes");
+// The first 15 fields take 60 bytes; `codebook` is appended.
+static_assert(sizeof(TqFlashAttnVecArgs) == 64);
 static_assert(offsetof(TqFlashAttnVecArgs, num_heads) == 0);
 static_assert(offsetof(TqFlashAttnVecArgs, num_kv_heads) == 4);
 static_assert(offsetof(TqFlashAttnVecArgs, head_dim) == 8);
@@ -26,8 +27,10 @@ static_assert(offsetof(TqFlashAttnVecArgs, scale_factor_d512) == 44);
 static_assert(offsetof(TqFlashAttnVecArgs, codebook_bits) == 48);
 static_assert(offsetof(TqFlashAttnVecArgs, fuse_fwht_pre) == 52);
 static_assert(offsetof(TqFlashAttnVecArgs, nsg) == 56);
+static_assert(offsetof(TqFlashAttnVecArgs, codebook) == 60);
 
-static_assert(sizeof(TqHadamardQuantizeArgs) == 28, "the encoder's seven fields take 28 bytes");
+// The first seven fields take 28 bytes; `codebook` is appended.
+static_assert(sizeof(TqHadamardQuantizeArgs) == 32);
 static_assert(offsetof(TqHadamardQuantizeArgs, head_dim) == 0);
 static_assert(offsetof(TqHadamardQuantizeArgs, num_kv_heads) == 4);
 static_assert(offsetof(TqHadamardQuantizeArgs, write_pos) == 8);
@@ -35,6 +38,7 @@ static_assert(offsetof(TqHadamardQuantizeArgs, cache_capacity) == 12);
 static_assert(offsetof(TqHadamardQuantizeArgs, is_sliding) == 16);
 static_assert(offsetof(TqHadamardQuantizeArgs, scale_factor_d512) == 20);
 static_assert(offsetof(TqHadamardQuantizeArgs, codebook_bits) == 24);
+static_assert(offsetof(TqHadamardQuantizeArgs, codebook) == 28);
 
 constexpr unsigned kMaxNsg = 4;
 constexpr unsigned kMaxNwg = 32;
@@ -42,7 +46,7 @@ constexpr unsigned kMaxNwg = 32;
 /// Raises for a head size no backend offers.
 void check_head_dim(const std::string& op, std::uint64_t head_dim);
 
-/// The caller's fields; nwg, which the dispatch fills in, is not looked at.
+/// The caller's fields; those filled in per call, nwg and codebook, are not looked at.
 void validate(const std::string& op, const TqFlashAttnVecArgs& args);
 void validate(const std::string& op, const TqHadamardQuantizeArgs& args);
 

@@ -115,7 +115,7 @@ void attend(const AttendOp& op, ThreadPool& pool, BadRows& bad_rows) {
   partials.sum.resize(units * group);
   partials.out.resize(units * group * head_dim);
   std::vector<double> scores(units * group * kAttendTile);
-  const AttendKernel& kernel = attend_kernel();
+  const IsaKernel& kernel = attend_kernel();
 
   pool.parallel_for(units, [&](std::size_t unit) {
     const std::size_t kv_head = unit / ranges;

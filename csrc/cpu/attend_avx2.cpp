@@ -2,8 +2,8 @@
 
 namespace tq_hb {
 
-const AttendKernel& attend_kernel_avx2() noexcept {
-  static const AttendKernel kernel{"avx2", run};
+const IsaKernel& attend_kernel_avx2() noexcept {
+  static const IsaKernel kernel{"avx2", run};
   return kernel;
 }
 

@@ -2,8 +2,8 @@
 
 namespace tq_hb {
 
-const AttendKernel& attend_kernel_avx512() noexcept {
-  static const AttendKernel kernel{"avx512", run};
+const IsaKernel& attend_kernel_avx512() noexcept {
+  static const IsaKernel kernel{"avx512", run};
   return kernel;
 }
 

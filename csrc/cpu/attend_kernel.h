@@ -33,15 +33,15 @@ struct AttendTask {
   float* out;  ///< [group][head_dim], not divided by sum
 };
 
-struct AttendKernel {
+struct IsaKernel {
   const char* isa;
   void (*run)(const AttendTask& task) noexcept;
 };
 
-const AttendKernel& attend_kernel_portable() noexcept;
+const IsaKernel& attend_kernel_portable() noexcept;
 #if defined(TQ_HB_HAVE_X86_KERNELS)
-const AttendKernel& attend_kernel_avx2() noexcept;
-const AttendKernel& attend_kernel_avx512() noexcept;
+const IsaKernel& attend_kernel_avx2() noexcept;
+const IsaKernel& attend_kernel_avx512() noexcept;
 #endif
 
 }  // namespace tq_hb

@@ -2,8 +2,8 @@
 
 namespace tq_hb {
 
-const AttendKernel& attend_kernel_portable() noexcept {
-  static const AttendKernel kernel{"portable", run};
+const IsaKernel& attend_kernel_portable() noexcept {
+  static const IsaKernel kernel{"portable", run};
   return kernel;
 }
 

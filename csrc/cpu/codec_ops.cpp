@@ -57,7 +57,7 @@ void dequantize(const DequantizeOp& op, ThreadPool& pool) {
 
 void fwht(const FwhtOp& op, ThreadPool& pool) {
   const std::size_t head_dim = op.data.shape().back();
-  const auto transform = op.kind == Fwht::kPremult ? rotate_row : unrotate_row;
+  const auto transform = op.kind == Fwht::kPremult ? rotate_row : op.kind == Fwht::kUndo ? unrotate_row : transform_row;
   for_each_row(pool, op.data.size() / head_dim,
                [&](std::size_t row) { transform(op.data.data<float>() + row * head_dim, head_dim); });
 }

@@ -67,31 +67,47 @@ class BorrowedStorage final : public Storage {
 /// Records ops and runs them at commit, in order: a barrier has nothing left to do.
 class CpuEncoder final : public CommandEncoder {
  public:
-  explicit CpuEncoder(const Device* device) : CommandEncoder(device) {}
+  using CommandEncoder::CommandEncoder;
 
  private:
   using Op = std::variant<QuantizeOp, DequantizeOp, AttendOp, FwhtOp>;
 
   void encode(QuantizeOp op) override {
-    note(op.targets.size() == 1 ? "hadamard_quantize_kv_hb_d" : "hadamard_quantize_kv_hb_dual_d", op.args.head_dim);
+    note_kernel(op.targets.size() == 1 ? "hadamard_quantize_kv_hb_d" : "hadamard_quantize_kv_hb_dual_d",
+                op.args.head_dim);
     ops_.emplace_back(std::move(op));
   }
   void encode(DequantizeOp op) override {
-    note_kernel("tq_dequantize_hb_kv");
+    note({NodeKind::kOther, "tq_dequantize_hb_kv", {}, {}});
     ops_.emplace_back(std::move(op));
   }
   void encode(AttendOp op) override {
-    note("flash_attn_vec_tq_hb_dk", op.args.head_dim);
-    note(op.fused_undo ? "flash_attn_vec_reduce_tq_hb_undo_dk" : "flash_attn_vec_reduce_dk", op.args.head_dim);
+    note_kernel("flash_attn_vec_tq_hb_dk", op.args.head_dim, NodeKind::kSdpa);
+    note_kernel(op.fused_undo ? "flash_attn_vec_reduce_tq_hb_undo_dk" : "flash_attn_vec_reduce_dk", op.args.head_dim,
+                NodeKind::kSdpa);
     ops_.emplace_back(std::move(op));
   }
   void encode(FwhtOp op) override {
-    note(op.kind == Fwht::kPremult ? "fwht_sign_premult_f32_d" : "fwht_sign_undo_f32_d", op.data.shape().back());
+    note_kernel(name_of(op.kind), op.data.shape().back());
     ops_.emplace_back(std::move(op));
   }
   void encode_barrier() override {}
 
-  void note(const char* kernel, std::uint64_t head_dim) { note_kernel(kernel + std::to_string(head_dim)); }
+  void note_kernel(const char* kernel, std::uint64_t head_dim, NodeKind kind = NodeKind::kOther) {
+    note({kind, kernel + std::to_string(head_dim), {}, {}});
+  }
+
+  static const char* name_of(Fwht kind) noexcept {
+    switch (kind) {
+      case Fwht::kPremult:
+        return "fwht_sign_premult_f32_d";
+      case Fwht::kUndo:
+        return "fwht_sign_undo_f32_d";
+      case Fwht::kPlain:
+        break;
+    }
+    return "fwht_standalone_f32_d";
+  }
 
   void submit() override {
     const auto start = std::chrono::steady_clock::now();
@@ -139,16 +155,20 @@ class CpuDevice final : public Device {
  public:
   std::string name() const override { return std::string("cpu (") + cpu_isa() + ")"; }
   std::string backend() const override { return "cpu"; }
-  DeviceLimits limits() const override { return {physical_memory(), cpu_num_threads()}; }
-  std::shared_ptr<Storage> wrap_host(std::byte* data, std::uint64_t size, std::shared_ptr<void> owner) const override {
-    return std::make_shared<BorrowedStorage>(this, data, size, std::move(owner));
-  }
-  std::unique_ptr<CommandEncoder> make_encoder() const override { return std::make_unique<CpuEncoder>(this); }
+  DeviceLimits limits() const override { return {physical_memory(), cpu_num_threads(), 0, 0}; }
 
  private:
   std::shared_ptr<Storage> allocate(std::uint64_t size) const override {
     return std::make_shared<HostStorage>(this, size);
   }
+  std::shared_ptr<Storage> borrow_host(std::byte* data, std::uint64_t size,
+                                       std::shared_ptr<void> owner) const override {
+    return std::make_shared<BorrowedStorage>(this, data, size, std::move(owner));
+  }
+  std::unique_ptr<CommandEncoder> new_encoder(bool auto_barrier) const override {
+    return std::make_unique<CpuEncoder>(this, auto_barrier);
+  }
+  void prepare(const std::vector<unsigned>&) const override { ThreadPool::instance().start(); }
 };
 
 }  // namespace
@@ -166,9 +186,6 @@ unsigned cpu_num_threads() noexcept {
 }
 void set_cpu_num_threads(unsigned count) {
   ThreadPool::instance().set_num_threads(count);
-}
-void warm_up_cpu() {
-  ThreadPool::instance().start();
 }
 
 }  // namespace tq_hb

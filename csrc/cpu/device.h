@@ -15,7 +15,5 @@ const char* cpu_isa() noexcept;
 
 unsigned cpu_num_threads() noexcept;
 void set_cpu_num_threads(unsigned count);
-/// Starts the worker threads now.
-void warm_up_cpu();
 
 }  // namespace tq_hb

@@ -3,7 +3,7 @@
 namespace tq_hb {
 namespace {
 
-const AttendKernel& choose() noexcept {
+const IsaKernel& choose() noexcept {
 #if defined(TQ_HB_HAVE_X86_KERNELS)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -17,8 +17,8 @@ const AttendKernel& choose() noexcept {
 
 }  // namespace
 
-const AttendKernel& attend_kernel() noexcept {
-  static const AttendKernel& chosen = choose();
+const IsaKernel& attend_kernel() noexcept {
+  static const IsaKernel& chosen = choose();
   return chosen;
 }
 

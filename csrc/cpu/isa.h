@@ -6,6 +6,6 @@
 namespace tq_hb {
 
 /// The fastest kernels this processor can run; chosen once.
-const AttendKernel& attend_kernel() noexcept;
+const IsaKernel& attend_kernel() noexcept;
 
 }  // namespace tq_hb

@@ -68,7 +68,7 @@ TEST(Attend, GivesTheSameBitsForAnyNumberOfThreads) {
 }
 
 TEST(AttendKernels, OfEveryInstructionSetAgree) {
-  std::vector<const AttendKernel*> kernels{&attend_kernel_portable()};
+  std::vector<const IsaKernel*> kernels{&attend_kernel_portable()};
 #if defined(TQ_HB_HAVE_X86_KERNELS)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) kernels.push_back(&attend_kernel_avx2());
@@ -82,7 +82,7 @@ TEST(AttendKernels, OfEveryInstructionSetAgree) {
     std::vector<float> levels(test.k_codebook->levels, test.k_codebook->levels + 256);
     std::vector<double> want = test.expected();
     const double row_scale = head_dim == 256 ? 1.0 / 16.0 : 1.0;
-    for (const AttendKernel* kernel : kernels) {
+    for (const IsaKernel* kernel : kernels) {
       std::vector<double> q_scale(3, static_cast<double>(test.args.scale) * row_scale), max(3), sum(3);
       std::vector<double> scores(3 * kAttendTile);
       std::vector<float> out(3 * head_dim);

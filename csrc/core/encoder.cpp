@@ -1,0 +1,138 @@
+#include "core/encoder.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "core/device.h"
+#include "core/params.h"
+
+namespace tq_hb {
+namespace {
+
+TqU32 abi_value(const Codebook* codebook) {
+  return static_cast<TqU32>(codebook->name);
+}
+
+void set_codebook(QuantizeOp& op) {
+  op.args.codebook = abi_value(op.targets.front().codebook);
+}
+void set_codebook(DequantizeOp& op) {
+  op.args.codebook = abi_value(op.codebook);
+}
+void set_codebook(AttendOp& op) {
+  op.args.codebook = abi_value(op.k_codebook);
+}
+void set_codebook(FwhtOp&) {}
+
+}  // namespace
+
+std::unique_lock<std::mutex> CommandEncoder::enter(const std::string& op) const {
+  device_->check_usable(op);
+  std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+  if (!lock) throw Error(ErrorCode::kDevice, op + ": the encoder is in use by another thread");
+  return lock;
+}
+
+void CommandEncoder::require_recording(const std::string& op) const {
+  if (state_ != State::kRecording) {
+    throw Error(ErrorCode::kDevice, op + ": the encoder has been committed; make a new one with Device.encoder()");
+  }
+}
+
+template <class Op>
+void CommandEncoder::record(Op op) {
+  const auto lock = enter(op.name);
+  require_recording(op.name);
+  validate(op, device_);
+  set_codebook(op);
+  if (!auto_barrier_) {
+    encode(std::move(op));
+    return;
+  }
+  const Op kept = op;  // holds the buffers that `accesses` points to
+  const Accesses accesses = accesses_of(kept);
+  if (pending_.conflicts(accesses)) barrier();
+  // Where an op has a barrier inside, its reads are before it and its writes last beyond it.
+  pending_.add_reads(accesses);
+  encode(std::move(op));
+  pending_.add_writes(accesses);
+}
+
+void CommandEncoder::barrier() {
+  encode_barrier();
+  pending_.clear();
+  note({NodeKind::kBarrier, "", {}, {}});
+}
+
+void CommandEncoder::hadamard_quantize(QuantizeOp op) {
+  record(std::move(op));
+}
+void CommandEncoder::dequantize(DequantizeOp op) {
+  record(std::move(op));
+}
+void CommandEncoder::flash_attn_vec(AttendOp op) {
+  record(std::move(op));
+}
+void CommandEncoder::fwht(FwhtOp op) {
+  record(std::move(op));
+}
+
+void CommandEncoder::memory_barrier() {
+  const auto lock = enter("memory_barrier");
+  require_recording("memory_barrier");
+  barrier();
+}
+
+void CommandEncoder::commit() {
+  const auto lock = enter("commit");
+  require_recording("commit");
+  state_ = State::kCommitted;
+  submit();
+}
+
+void CommandEncoder::wait() {
+  const auto lock = enter("wait");
+  if (state_ == State::kRecording) {
+    throw Error(ErrorCode::kDevice, "wait: the encoder has not been committed; call commit() first");
+  }
+  if (state_ == State::kCommitted) {
+    state_ = State::kFinished;
+    try {
+      gpu_time_ = finish();
+    } catch (const Error& error) {
+      failure_ = error;
+    }
+  }
+  if (failure_) throw *failure_;
+}
+
+double CommandEncoder::gpu_time() const {
+  const auto lock = enter("gpu_time");
+  if (state_ != State::kFinished) {
+    throw Error(ErrorCode::kDevice, "gpu_time: is known only after wait()");
+  }
+  return gpu_time_;
+}
+
+std::vector<Node> CommandEncoder::nodes() const {
+  const auto lock = enter("nodes");
+  return nodes_;
+}
+
+std::vector<std::string> CommandEncoder::kernels() const {
+  const auto lock = enter("kernels");
+  std::vector<std::string> names;
+  for (const Node& node : nodes_) {
+    if (node.kind != NodeKind::kBarrier) names.push_back(node.kernel);
+  }
+  return names;
+}
+
+std::uint64_t CommandEncoder::threadgroup_bytes() const {
+  const auto lock = enter("threadgroup_bytes");
+  std::uint64_t bytes = 0;
+  for (const Node& node : nodes_) bytes = std::max(bytes, node.threadgroup_bytes);
+  return bytes;
+}
+
+}  // namespace tq_hb

@@ -1,0 +1,29 @@
+#include "core/ops.h"
+
+namespace tq_hb {
+
+Accesses accesses_of(const QuantizeOp& op) {
+  Accesses accesses;
+  for (const QuantizeTarget& target : op.targets) {
+    accesses.reads.push_back(&target.src);
+    accesses.writes.push_back(&target.packed);
+    accesses.writes.push_back(&target.norms);
+  }
+  return accesses;
+}
+
+Accesses accesses_of(const DequantizeOp& op) {
+  return {{&op.packed, &op.norms}, {&op.output}};
+}
+
+Accesses accesses_of(const AttendOp& op) {
+  Accesses accesses{{&op.q, &op.k_packed, &op.k_norms, &op.v_packed, &op.v_norms}, {&op.output}};
+  if (op.tmp) accesses.writes.push_back(&*op.tmp);
+  return accesses;
+}
+
+Accesses accesses_of(const FwhtOp& op) {
+  return {{}, {&op.data}};
+}
+
+}  // namespace tq_hb
