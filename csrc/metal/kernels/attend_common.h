@@ -90,7 +90,7 @@ inline bool load_query(device const float* q, bool rotated, ushort lane, thread 
   if (!rotated) {
     exponent = common_exponent<E>(y);
     divide_by_power_of_two<E>(y, exponent);
-    rotate<E>(y, lane);
+    rotate_row<E>(y, lane);
   }
   const int rest = common_exponent<E>(y);
   divide_by_power_of_two<E>(y, rest);

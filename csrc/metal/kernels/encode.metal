@@ -17,7 +17,7 @@
 #endif
 
 // Values below this count as zero, so that flushed denormals cannot change the bytes.
-constant float kFlushBelow = 0x1p-60f;
+constant float kFlushBelow = 8.67361738e-19f;  // 2^-60
 constant float kSmallestNorm = 1e-10f;
 constant float kBlockRms = 0.0625f;  // 1 / sqrt(256): turns a block's L2 norm into its RMS
 
@@ -57,7 +57,7 @@ inline void encode_row(EncodeTarget target, constant TqHadamardQuantizeArgs& arg
   const ulong src_row = ulong(token) * args.num_kv_heads + head;
   float y[E];
   load_row<E>(target.src + src_row * D, lane, y);
-  rotate<E>(y, lane);
+  rotate_row<E>(y, lane);
   for (int i = 0; i < E; ++i) y[i] = fabs(y[i]) < kFlushBelow ? 0.0f : y[i];
 
   const float length = precise::sqrt(block_energy<D>(y));

@@ -16,9 +16,9 @@ kernel void fwht_rows(device float* data [[buffer(TQ_FWHT_DATA)]], constant TqFw
   float y[E];
   load_row<E>(at, lane, y);
   if (kTransform == Transform::kPremult) {
-    rotate<E>(y, lane);
+    rotate_row<E>(y, lane);
   } else if (kTransform == Transform::kUndo) {
-    unrotate<E>(y, lane);
+    unrotate_row<E>(y, lane);
   } else {
     hadamard<E>(y, lane);
     for (int i = 0; i < E; ++i) y[i] *= rotation_scale<E>();

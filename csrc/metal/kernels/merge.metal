@@ -71,7 +71,7 @@ kernel void flash_attn_vec_merge_tq_hb(
   constexpr int E = D / 32;
   float y[E];
   for (int i = 0; i < E; ++i) y[i] = row[lane * E + i];
-  unrotate<E>(y, lane);
+  unrotate_row<E>(y, lane);
   store_row<E>(output + ulong(head) * D, lane, y);
 }
 

@@ -41,7 +41,7 @@ inline void reduce_head(device const float* tmp, device float* output, uint num_
   constexpr int E = D / 32;
   float y[E];
   for (int i = 0; i < E; ++i) y[i] = row[lane * E + i];
-  unrotate<E>(y, lane);
+  unrotate_row<E>(y, lane);
   store_row<E>(output + ulong(head) * D, lane, y);
 }
 

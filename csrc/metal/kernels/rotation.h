@@ -44,7 +44,7 @@ inline void flip_signs(thread float (&y)[E], ushort lane) {
 
 /// R: signs, butterflies, scale.
 template <int E>
-inline void rotate(thread float (&y)[E], ushort lane) {
+inline void rotate_row(thread float (&y)[E], ushort lane) {
   flip_signs<E>(y, lane);
   hadamard<E>(y, lane);
   for (int i = 0; i < E; ++i) y[i] *= rotation_scale<E>();
@@ -52,7 +52,7 @@ inline void rotate(thread float (&y)[E], ushort lane) {
 
 /// The inverse of R: butterflies, scale, signs.
 template <int E>
-inline void unrotate(thread float (&y)[E], ushort lane) {
+inline void unrotate_row(thread float (&y)[E], ushort lane) {
   hadamard<E>(y, lane);
   for (int i = 0; i < E; ++i) y[i] *= rotation_scale<E>();
   flip_signs<E>(y, lane);
