@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # reference, tolerance, cases
 
 # A developer's own overrides must not decide what the suite tests.
-for variable in ("HF2Q_TQ_NSG", "HF2Q_TQ_NWG", "TQ_HB_DEVICE", "TQ_HB_NUM_THREADS"):
+for variable in ("HF2Q_AUTO_BARRIER", "HF2Q_TQ_NSG", "HF2Q_TQ_NWG", "TQ_HB_DEVICE", "TQ_HB_GQA", "TQ_HB_NUM_THREADS"):
     os.environ.pop(variable, None)
 
 import tq_hb  # noqa: E402

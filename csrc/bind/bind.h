@@ -3,6 +3,8 @@
 
 #include <chrono>
 #include <cstdint>
+#include <memory>
+#include <optional>
 #include <string>
 #include <thread>
 
@@ -46,8 +48,10 @@ class ReleasedGil {
 
 void bind_errors(py::module_& module);
 void bind_params(py::module_& module);
+void bind_buffer(py::module_& module);
+void bind_encoder(py::module_& module);
 void bind_device(py::module_& module);
-void bind_dlpack(py::module_& module);
+void bind_dlpack_import(py::module_& module);
 
 /// A Python integer in [0, 2^32), or InvalidArgument naming `field`.
 std::uint32_t to_uint32(const std::string& op, const std::string& field, const py::handle& value);
@@ -56,5 +60,18 @@ float to_float32(const std::string& op, const std::string& field, const py::hand
 
 py::dtype numpy_dtype(DType dtype);
 DType dtype_of(const std::string& op, const std::string& field, const py::dtype& dtype);
+
+/// Keeps a Python object alive from C++; may be released on any thread.
+std::shared_ptr<void> hold(py::object object);
+
+/// The buffer over a C-contiguous numpy array's own memory; none where the device would have to copy.
+std::optional<Buffer> wrap(const Device& device, const std::string& op, const std::string& field,
+                           const py::array& array);
+/// A new buffer of the device with the array's contents.
+Buffer copy_in(const Device& device, const std::string& op, const std::string& field, const py::array& array);
+
+/// Buffer.__dlpack__.
+py::capsule to_dlpack(const Buffer& buffer, const py::object& stream, const py::object& max_version,
+                      const py::object& dl_device, const std::optional<bool>& copy);
 
 }  // namespace tq_hb

@@ -2,9 +2,12 @@
 
 #include "core/params.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <string_view>
+#include <utility>
+#include <variant>
 
 #include "bind/bind.h"
 #include "core/abi.h"
@@ -38,42 +41,126 @@ float to_float32(const std::string& op, const std::string& field, const py::hand
 
 namespace {
 
-void set(const char* op, const char* field, TqU32& target, const py::handle& value) {
+void store(const char* op, const char* field, TqU32& target, const py::handle& value) {
   target = to_uint32(op, field, value);
 }
-void set(const char* op, const char* field, TqF32& target, const py::handle& value) {
+void store(const char* op, const char* field, TqF32& target, const py::handle& value) {
   target = to_float32(op, field, value);
 }
 
-// Each pair of macros is applied to a field list; the FIELD form takes a default besides.
-#define TQ_SKIP(type, name)
-#define TQ_BIND_REQUIRED(type, name, doc)                \
-  cls.def_property(                                      \
-      #name, [](const Args& self) { return self.name; }, \
-      [](Args& self, const py::object& value) { set(kName, #name, self.name, value); }, doc);
-#define TQ_BIND_FIELD(type, name, value, doc) TQ_BIND_REQUIRED(type, name, doc)
-#define TQ_REPR_REQUIRED(type, name, doc) \
-  text += (text.empty() ? "" : ", ") + std::string(#name "=") + std::string(py::repr(py::cast(self.name)));
-#define TQ_REPR_FIELD(type, name, value, doc) TQ_REPR_REQUIRED(type, name, doc)
-#define TQ_EQUAL_REQUIRED(type, name, doc) equal = equal && a.name == b.name;
-#define TQ_EQUAL_FIELD(type, name, value, doc) TQ_EQUAL_REQUIRED(type, name, doc)
-#define TQ_PARAMETER_REQUIRED(type, name, doc) const py::object &name,
-#define TQ_PARAMETER_FIELD(type, name, value, doc) TQ_PARAMETER_REQUIRED(type, name, doc)
-#define TQ_ASSIGN_REQUIRED(type, name, doc) set(kName, #name, args.name, name);
-#define TQ_ASSIGN_FIELD(type, name, value, doc) TQ_ASSIGN_REQUIRED(type, name, doc)
-// Without a value, the conversion to the field's type says what is missing.
-#define TQ_KEYWORD_REQUIRED(type, name, doc) py::arg(#name) = py::none(),
-#define TQ_KEYWORD_FIELD(type, name, value, doc) py::arg(#name) = static_cast<type>(value),
+/// One field that callers set.
+template <class Args>
+struct Field {
+  const char* name;
+  std::variant<TqU32 Args::*, TqF32 Args::*> member;
+  bool is_required;
+  const char* doc;
 
-void refuse_unknown(const char* name, const py::kwargs& unknown) {
-  for (const auto& item : unknown) {
-    throw py::type_error(std::string(name) + " has no field " + std::string(py::repr(item.first)));
+  py::object get(const Args& args) const {
+    return std::visit([&](auto pointer) { return py::cast(args.*pointer); }, member);
   }
+  void set(const char* op, Args& args, const py::handle& value) const {
+    std::visit([&](auto pointer) { store(op, name, args.*pointer, value); }, member);
+  }
+};
+
+/// A params struct as Python sees it.
+template <class Args>
+struct Params {
+  const char* name;
+  const char* op;  ///< whose rules validate() checks
+  Args defaults;
+  std::vector<Field<Args>> fields;  ///< without the planned ones
+};
+
+#define TQ_FIELD(type, name, value, doc) {#name, &Args::name, false, doc},
+#define TQ_REQUIRED(type, name, doc) {#name, &Args::name, true, doc},
+#define TQ_NOT_LISTED(type, name)
+#define TQ_DEFAULT(type, name, value, doc) args.name = value;
+#define TQ_NO_DEFAULT(type, name, ...)
+
+Params<TqFlashAttnVecArgs> flash_attn_vec_params() {
+  using Args = TqFlashAttnVecArgs;
+  Args args{};
+  TQ_FLASH_ATTN_VEC_FIELDS(TQ_DEFAULT, TQ_NO_DEFAULT, TQ_NO_DEFAULT)
+  return {"FlashAttnVecTqHbParams",
+          "flash_attn_vec_tq_hb",
+          args,
+          {TQ_FLASH_ATTN_VEC_FIELDS(TQ_FIELD, TQ_REQUIRED, TQ_NOT_LISTED)}};
 }
 
-/// Copies and pickles by the bytes of the struct, whose layout is fixed.
+Params<TqHadamardQuantizeArgs> hadamard_quantize_params() {
+  using Args = TqHadamardQuantizeArgs;
+  Args args{};
+  TQ_HADAMARD_QUANTIZE_FIELDS(TQ_DEFAULT, TQ_NO_DEFAULT, TQ_NO_DEFAULT)
+  return {"HadamardQuantizeKvHbParams",
+          "hadamard_quantize_kv_hb",
+          args,
+          {TQ_HADAMARD_QUANTIZE_FIELDS(TQ_FIELD, TQ_REQUIRED, TQ_NOT_LISTED)}};
+}
+
 template <class Args>
-void bind_pickle(py::class_<Args>& cls) {
+Args make(const Params<Args>& params, const py::kwargs& values) {
+  Args args = params.defaults;
+  std::size_t used = 0;
+  for (const Field<Args>& field : params.fields) {
+    const bool is_given = values.contains(field.name);
+    used += is_given ? 1 : 0;
+    // Without a value, the conversion to the field's type says what is missing.
+    if (is_given || field.is_required) {
+      field.set(params.name, args, is_given ? py::object(values[field.name]) : py::none());
+    }
+  }
+  if (used == values.size()) return args;
+  for (const auto& item : values) {
+    const auto name = item.first.cast<std::string>();
+    const auto is_it = [&](const Field<Args>& field) { return name == field.name; };
+    if (std::none_of(params.fields.begin(), params.fields.end(), is_it)) {
+      throw py::type_error(std::string(params.name) + " has no field '" + name + "'");
+    }
+  }
+  return args;
+}
+
+/// Both docstrings end with their examples; the fields are listed in between by their own text.
+template <class Args>
+void bind(py::module_& module, const Params<Args>& params, const std::string& doc, const std::string& examples,
+          const std::string& validate_examples) {
+  std::string listed = "\n\nParameters\n----------\n";
+  for (const Field<Args>& field : params.fields) {
+    listed += std::string(field.name) + (field.member.index() == 0 ? " : int" : " : float");
+    if (!field.is_required) listed += ", default " + std::string(py::str(field.get(params.defaults)));
+    listed += std::string("\n    ") + field.doc + "\n";
+  }
+  py::class_<Args> cls(module, params.name, (doc + listed + "\nExamples\n--------\n" + examples).c_str());
+  cls.def(py::init([params](const py::kwargs& values) { return make(params, values); }));
+  for (const Field<Args>& field : params.fields) {
+    cls.def_property(
+        field.name, [field](const Args& self) { return field.get(self); },
+        [field, name = params.name](Args& self, const py::object& value) { field.set(name, self, value); }, field.doc);
+  }
+  cls.def(
+      "validate", [](const Args& self, const std::string& op) { validate(op, self); }, py::arg("op") = params.op,
+      ("Raise InvalidArgument or UnsupportedError, in the name of ``op``, if a field breaks its rule.\n\n" +
+       validate_examples)
+          .c_str());
+  cls.def("__repr__", [params](const Args& self) {
+    std::string text;
+    for (const Field<Args>& field : params.fields) {
+      text += (text.empty() ? "" : ", ") + std::string(field.name) + "=" + std::string(py::repr(field.get(self)));
+    }
+    return std::string(params.name) + "(" + text + ")";
+  });
+  cls.def(
+      "__eq__",
+      [params](const Args& a, const Args& b) {
+        const auto agrees = [&](const Field<Args>& field) {
+          return std::visit([&](auto pointer) { return a.*pointer == b.*pointer; }, field.member);
+        };
+        return std::all_of(params.fields.begin(), params.fields.end(), agrees);
+      },
+      py::is_operator());
+  // Copies and pickles are the bytes of the struct, whose layout is fixed.
   cls.def(py::pickle([](const Args& self) { return py::bytes(reinterpret_cast<const char*>(&self), sizeof(Args)); },
                      [](const py::bytes& state) {
                        const std::string_view bytes = state;
@@ -84,104 +171,32 @@ void bind_pickle(py::class_<Args>& cls) {
                      }));
 }
 
-void bind_flash_attn_vec(py::module_& module) {
-  using Args = TqFlashAttnVecArgs;
-  static constexpr const char* kName = "FlashAttnVecTqHbParams";
-  py::class_<Args> cls(
-      module, kName,
-      "Scalars of a decode-attention call (nwg, the fifteenth field of the kernel's struct, is chosen per call).\n\n"
-      "Integer fields are 32-bit and unsigned; anything else raises InvalidArgument naming the field.\n\n"
-      ">>> import tq_hb\n>>> p = tq_hb.FlashAttnVecTqHbParams(num_heads=16, num_kv_heads=8, head_dim=256,\n"
-      "...     kv_seq_len=64, kv_capacity=1024, scale=0.0625)\n>>> p  # doctest: +NORMALIZE_WHITESPACE\n"
-      "FlashAttnVecTqHbParams(num_heads=16, num_kv_heads=8, head_dim=256, kv_seq_len=64, kv_capacity=1024,\n"
-      "    scale=0.0625, mask_type=0, sliding_window=0, softcap=0.0, ring_start=0, scale_factor_d512=1.0,\n"
-      "    codebook_bits=8, fuse_fwht_pre=0, nsg=1)\n"
-      ">>> p.nsg = 4\n>>> p.nsg\n4");
-  // The keyword bag ends the macro-made list of parameters, which closes with a comma.
-  cls.def(py::init([](TQ_FLASH_ATTN_VEC_FIELDS(TQ_PARAMETER_FIELD, TQ_PARAMETER_REQUIRED, TQ_SKIP)
-                          const py::kwargs& unknown) {
-            refuse_unknown(kName, unknown);
-            Args args{};
-            TQ_FLASH_ATTN_VEC_FIELDS(TQ_ASSIGN_FIELD, TQ_ASSIGN_REQUIRED, TQ_SKIP)
-            args.nwg = 1;
-            return args;
-          }),
-          py::kw_only(),
-          TQ_FLASH_ATTN_VEC_FIELDS(TQ_KEYWORD_FIELD, TQ_KEYWORD_REQUIRED, TQ_SKIP) py::doc("All fields are keywords."));
-  TQ_FLASH_ATTN_VEC_FIELDS(TQ_BIND_FIELD, TQ_BIND_REQUIRED, TQ_SKIP)
-  cls.def(
-      "validate", [](const Args& self, const std::string& op) { validate(op, self); },
-      py::arg("op") = "flash_attn_vec_tq_hb",
-      "Raise InvalidArgument or UnsupportedError, in the name of ``op``, if a field breaks its rule.\n\n"
-      ">>> import tq_hb\n>>> p = tq_hb.FlashAttnVecTqHbParams(num_heads=3, num_kv_heads=1, head_dim=256,\n"
-      "...     kv_seq_len=9, kv_capacity=8, scale=0.0625)\n>>> p.validate()\nTraceback (most recent call last):\n"
-      "tq_hb.InvalidArgument: flash_attn_vec_tq_hb: kv_capacity must be >= kv_seq_len 9, got 8");
-  cls.def("__repr__", [](const Args& self) {
-    std::string text;
-    TQ_FLASH_ATTN_VEC_FIELDS(TQ_REPR_FIELD, TQ_REPR_REQUIRED, TQ_SKIP)
-    return std::string(kName) + "(" + text + ")";
-  });
-  cls.def(
-      "__eq__",
-      [](const Args& a, const Args& b) {
-        bool equal = true;
-        TQ_FLASH_ATTN_VEC_FIELDS(TQ_EQUAL_FIELD, TQ_EQUAL_REQUIRED, TQ_SKIP)
-        return equal;
-      },
-      py::is_operator());
-  bind_pickle(cls);
-}
-
-void bind_hadamard_quantize(py::module_& module) {
-  using Args = TqHadamardQuantizeArgs;
-  static constexpr const char* kName = "HadamardQuantizeKvHbParams";
-  py::class_<Args> cls(
-      module, kName,
-      "Scalars of an encode or decode call: which slot of which cache, and at what width.\n\n"
-      "The slot is write_pos, or write_pos mod cache_capacity when is_sliding is 1.\n\n"
-      ">>> import tq_hb\n>>> hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=8, write_pos=0,\n"
-      "...     cache_capacity=1024)\n>>> hp  # doctest: +NORMALIZE_WHITESPACE\n"
-      "HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=8, write_pos=0, cache_capacity=1024, is_sliding=0,\n"
-      "    scale_factor_d512=1.0, codebook_bits=8)\n"
-      ">>> hp.write_pos = 5\n>>> hp.write_pos\n5");
-  cls.def(
-      py::init([](TQ_HADAMARD_QUANTIZE_FIELDS(TQ_PARAMETER_FIELD, TQ_PARAMETER_REQUIRED) const py::kwargs& unknown) {
-        refuse_unknown(kName, unknown);
-        Args args{};
-        TQ_HADAMARD_QUANTIZE_FIELDS(TQ_ASSIGN_FIELD, TQ_ASSIGN_REQUIRED)
-        return args;
-      }),
-      py::kw_only(),
-      TQ_HADAMARD_QUANTIZE_FIELDS(TQ_KEYWORD_FIELD, TQ_KEYWORD_REQUIRED) py::doc("All fields are keywords."));
-  TQ_HADAMARD_QUANTIZE_FIELDS(TQ_BIND_FIELD, TQ_BIND_REQUIRED)
-  cls.def(
-      "validate", [](const Args& self, const std::string& op) { validate(op, self); },
-      py::arg("op") = "hadamard_quantize_kv_hb",
-      "Raise InvalidArgument or UnsupportedError, in the name of ``op``, if a field breaks its rule.\n\n"
-      ">>> import tq_hb\n>>> hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=1, write_pos=0,\n"
-      "...     cache_capacity=0)\n>>> hp.validate()\nTraceback (most recent call last):\n"
-      "tq_hb.InvalidArgument: hadamard_quantize_kv_hb: cache_capacity must be > 0, got 0");
-  cls.def("__repr__", [](const Args& self) {
-    std::string text;
-    TQ_HADAMARD_QUANTIZE_FIELDS(TQ_REPR_FIELD, TQ_REPR_REQUIRED)
-    return std::string(kName) + "(" + text + ")";
-  });
-  cls.def(
-      "__eq__",
-      [](const Args& a, const Args& b) {
-        bool equal = true;
-        TQ_HADAMARD_QUANTIZE_FIELDS(TQ_EQUAL_FIELD, TQ_EQUAL_REQUIRED)
-        return equal;
-      },
-      py::is_operator());
-  bind_pickle(cls);
-}
-
 }  // namespace
 
 void bind_params(py::module_& module) {
-  bind_flash_attn_vec(module);
-  bind_hadamard_quantize(module);
+  bind(module, flash_attn_vec_params(),
+       "Scalars of a decode-attention call. All fields are keywords.\n\n"
+       "Integer fields are 32-bit and unsigned; anything else raises InvalidArgument naming the field.",
+       ">>> import tq_hb\n>>> p = tq_hb.FlashAttnVecTqHbParams(num_heads=16, num_kv_heads=8, head_dim=256,\n"
+       "...     kv_seq_len=64, kv_capacity=1024, scale=0.0625)\n>>> p  # doctest: +NORMALIZE_WHITESPACE\n"
+       "FlashAttnVecTqHbParams(num_heads=16, num_kv_heads=8, head_dim=256, kv_seq_len=64, kv_capacity=1024,\n"
+       "    scale=0.0625, mask_type=0, sliding_window=0, softcap=0.0, ring_start=0, scale_factor_d512=1.0,\n"
+       "    codebook_bits=8, fuse_fwht_pre=0, nsg=1)\n"
+       ">>> p.nsg = 4\n>>> p.nsg\n4",
+       ">>> import tq_hb\n>>> p = tq_hb.FlashAttnVecTqHbParams(num_heads=3, num_kv_heads=1, head_dim=256,\n"
+       "...     kv_seq_len=9, kv_capacity=8, scale=0.0625)\n>>> p.validate()\nTraceback (most recent call last):\n"
+       "tq_hb.InvalidArgument: flash_attn_vec_tq_hb: kv_capacity must be >= kv_seq_len 9, got 8");
+  bind(module, hadamard_quantize_params(),
+       "Scalars of an encode or decode call: which slot of which cache, and at what width. All fields are keywords.\n\n"
+       "The slot is write_pos, or write_pos mod cache_capacity when is_sliding is 1.",
+       ">>> import tq_hb\n>>> hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=8, write_pos=0,\n"
+       "...     cache_capacity=1024)\n>>> hp  # doctest: +NORMALIZE_WHITESPACE\n"
+       "HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=8, write_pos=0, cache_capacity=1024, is_sliding=0,\n"
+       "    scale_factor_d512=1.0, codebook_bits=8)\n"
+       ">>> hp.write_pos = 5\n>>> hp.write_pos\n5",
+       ">>> import tq_hb\n>>> hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=1, write_pos=0,\n"
+       "...     cache_capacity=0)\n>>> hp.validate()\nTraceback (most recent call last):\n"
+       "tq_hb.InvalidArgument: hadamard_quantize_kv_hb: cache_capacity must be > 0, got 0");
 }
 
 }  // namespace tq_hb

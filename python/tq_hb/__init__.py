@@ -21,7 +21,7 @@ from tq_hb.device import (
     set_num_threads,
     warmup,
 )
-from tq_hb.encoder import Buffer, CommandEncoder
+from tq_hb.encoder import Buffer, CommandEncoder, Node
 from tq_hb.ops import (
     boundaries,
     codebook,
@@ -30,6 +30,7 @@ from tq_hb.ops import (
     flash_attn_vec_tq_hb_with_fused_undo,
     fwht_sign_premult_f32,
     fwht_sign_undo_f32,
+    fwht_standalone_f32,
     hadamard_quantize_kv_hb,
     hadamard_quantize_kv_hb_dual,
     quantize,
@@ -54,6 +55,7 @@ __all__ = [
     "HadamardQuantizeKvHbParams",
     "InvalidArgument",
     "KVCache",
+    "Node",
     "OutOfMemoryError",
     "Plan",
     "UnsupportedError",
@@ -69,6 +71,7 @@ __all__ = [
     "flash_attn_vec_tq_hb_with_fused_undo",
     "fwht_sign_premult_f32",
     "fwht_sign_undo_f32",
+    "fwht_standalone_f32",
     "hadamard_quantize_kv_hb",
     "hadamard_quantize_kv_hb_dual",
     "num_threads",

@@ -33,6 +33,7 @@ from tq_hb.options import (
     norms_shape,
     unsupported,
 )
+from tq_hb.staging import Staging
 
 _MIN_GROWTH = 64
 
@@ -53,6 +54,9 @@ if hasattr(os, "register_at_fork"):
 @dataclass(frozen=True)
 class Plan:
     """What served an attention call.
+
+    ``nsg`` are the SIMD groups per threadgroup; ``nwg`` the workgroups per head, or the splits of the keys
+    where a kernel serves the query heads of a group together.
 
     >>> import numpy as np, tq_hb
     >>> cache = tq_hb.KVCache(1, 256)
@@ -356,17 +360,19 @@ class KVCache:
             if self._window is None:
                 self._make_room(op, self._offset + tokens)
             hp = self._encoder_params(self._offset % self._capacity if self._window else self._offset)
-            core = self._device._core
-            encoder = core.make_encoder()
+            staging, encoder = self._start(op)
             targets = [
-                (key, core.wrap(op, key, rows), side.packed, side.norms, side.bits)
+                (key, staging.read(key, rows), side.packed, side.norms, side.bits)
                 for key, rows, side in (("k", rows_k, self._k), ("v", rows_v, self._v))
             ]
             encoder.hadamard_quantize(op, hp, targets, self._codebook)
-            encoder.commit()
-            encoder.wait()
+            staging.run(encoder)
             self._offset += tokens
             self._len = min(self._len + tokens, self._capacity)
+
+    def _start(self, op: str) -> tuple[Staging, _core.CommandEncoder]:
+        core = self._device._core
+        return Staging(op, core), core.make_encoder()
 
     def _rows(self, op: str, field: str, x: Array) -> Float32Array:
         rows = as_float32(op, field, x)
@@ -562,28 +568,37 @@ class KVCache:
             if self._len == 0:
                 raise invalid(op, "cache", "must hold at least one token; append k and v before attending", "none")
             params = self._attention_params(op, rows.shape[-2], scale, softcap)
-            nwg = policy.compute_nwg(params.kv_seq_len)
-            core = self._device._core
-            encoder = core.make_encoder()
+            offers_group = self._device._core.offers(policy.AttendKernel.GROUP)
+            dispatch = policy.plan_attention(op, params, offers_group=offers_group)
+            staging, encoder = self._start(op)
             encoder.flash_attn_vec(
                 op,
-                core.wrap(op, "q", rows),
+                staging.read("q", rows),
                 self._k.packed,
                 self._k.norms,
                 self._v.packed,
                 self._v.norms,
-                core.wrap(op, "out", result),
+                staging.fill("out", result),
                 None,
                 params,
-                nwg,
+                dispatch.kernel,
+                dispatch.head_tile,
+                dispatch.nwg,
                 self._v_bits,
                 self._codebook,
                 True,
             )
-            encoder.commit()
-            encoder.wait()
-            self._last_plan = Plan(self._device.backend, encoder.kernels, params.nsg, nwg, "strict", 0)
+            staging.run(encoder)
+            self._last_plan = self._plan(encoder, params, dispatch)
         return finish(q, out, writable, result, dtype)
+
+    def _plan(
+        self, encoder: _core.CommandEncoder, params: _core.FlashAttnVecTqHbParams, dispatch: policy.Dispatch
+    ) -> Plan:
+        _, _, _, (_, simdgroups, _), _ = encoder.nodes[0]
+        # Only the per-head kernel is told how many; and the cpu launches nothing.
+        nsg = params.nsg if dispatch.kernel is policy.AttendKernel.PER_HEAD else simdgroups
+        return Plan(self._device.backend, encoder.kernels, nsg, dispatch.nwg, "strict", encoder.threadgroup_bytes)
 
     def _query(self, op: str, q: Array) -> Float32Array:
         rows = as_float32(op, "q", q)
@@ -644,14 +659,12 @@ class KVCache:
             return result
         hp = self._encoder_params(0)
         hp.codebook_bits = side.bits
-        core = self._device._core
-        out = core.wrap(op, "out", result)
-        encoder = core.make_encoder()
+        staging, encoder = self._start(op)
+        out = staging.fill("out", result)
         encoder.dequantize(op, hp, self._offset - self._len, side.packed, side.norms, out, self._codebook)
         encoder.memory_barrier()
-        encoder.fwht(op, False, out)
-        encoder.commit()
-        encoder.wait()
+        encoder.fwht(op, _core.Fwht.UNDO, out)
+        staging.run(encoder)
         return result
 
     # -- files -----------------------------------------------------------------------------------------

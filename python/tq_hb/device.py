@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,8 +14,8 @@ import numpy.typing as npt
 
 from tq_hb import _core, policy
 from tq_hb.encoder import Buffer, CommandEncoder
-from tq_hb.interop import Array, as_float32, borrow
-from tq_hb.options import invalid
+from tq_hb.interop import Array, as_float32, as_shared, borrow
+from tq_hb.options import check_bits, invalid
 
 # Apple's pages are the largest of the supported systems; a multiple suits all.
 _ALIGNMENT = max(mmap.PAGESIZE, 16384)
@@ -40,13 +41,18 @@ class DeviceInfo:
 class DeviceLimits:
     """What a device can hold and how wide it works.
 
+    The limits of threadgroups are 0 where there are none.
+
     >>> import tq_hb
-    >>> tq_hb.Device("cpu").limits.num_threads == tq_hb.num_threads()
-    True
+    >>> limits = tq_hb.Device("cpu").limits
+    >>> limits.num_threads == tq_hb.num_threads(), limits.max_threadgroup_bytes
+    (True, 0)
     """
 
     max_buffer_bytes: int
     num_threads: int
+    max_threadgroup_bytes: int
+    max_threads_per_threadgroup: int
 
 
 def devices() -> list[DeviceInfo]:
@@ -148,7 +154,10 @@ class Device:
         >>> limits.num_threads == tq_hb.num_threads(), limits.max_buffer_bytes > 2**20
         (True, True)
         """
-        return DeviceLimits(self._core.max_buffer_bytes, self._core.num_threads)
+        core = self._core
+        return DeviceLimits(
+            core.max_buffer_bytes, core.num_threads, core.max_threadgroup_bytes, core.max_threads_per_threadgroup
+        )
 
     def empty(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Buffer:
         """Allocate a zeroed buffer.
@@ -168,30 +177,74 @@ class Device:
         op = "Device.empty"
         return self._core.empty(_check_shape(op, shape), _check_dtype(op, dtype), op, "dtype")
 
-    def array(self, x: Array) -> Buffer:
-        """Copy an array into a new buffer of the same shape and dtype (float64 and bfloat16 become float32).
+    def array(self, x: Array, copy: bool | None = True) -> Buffer:
+        """Make a buffer of an array, of its shape and dtype (float64 and bfloat16 become float32).
 
+        Parameters
+        ----------
+        x : array
+        copy : bool or None
+            True copies. None uses the array's own memory where the device can, and False raises
+            InvalidArgument where it cannot: the array must be C-contiguous, writable and of a dtype that
+            :meth:`empty` takes. A GPU also needs whole pages, as :func:`tq_hb.empty` makes them.
+
+        Examples
+        --------
         >>> import numpy as np, tq_hb
-        >>> tq_hb.Device("cpu").array(np.array([0.5, 1.5])).numpy()
+        >>> dev = tq_hb.Device("cpu")
+        >>> dev.array(np.array([0.5, 1.5])).numpy()
         array([0.5, 1.5], dtype=float32)
+        >>> x = tq_hb.empty(3)
+        >>> dev.array(x, copy=False).numpy()[1] = 5
+        >>> x.tolist()
+        [0.0, 5.0, 0.0]
         """
         op = "Device.array"
+        if not (copy is None or isinstance(copy, bool)):
+            raise invalid(op, "copy", "must be True, False or None", repr(copy))
+        if copy is not True:
+            try:
+                return self._share(op, x)
+            except _core.InvalidArgument:
+                if copy is False:
+                    raise
         array, is_bfloat16 = borrow(op, "x", x)
         if is_bfloat16 or array.dtype.name in ("float64", "bfloat16"):
             array = as_float32(op, "x", x)
-        buffer = self._core.empty(array.shape, array.dtype.newbyteorder("="), op, "x")
-        buffer.numpy()[...] = array
+        return self._core.copy_in(op, "x", array.astype(array.dtype.newbyteorder("="), copy=False))
+
+    def _share(self, op: str, x: Array) -> Buffer:
+        array = as_shared(op, "x", x)
+        buffer = self._core.wrap(op, "x", array)
+        if buffer is None:
+            rule = f"must be page-aligned to share its memory with {self.backend}: allocate it with tq_hb.empty"
+            raise invalid(op, "x", rule, f"address {array.ctypes.data:#x}")
         return buffer
 
-    def encoder(self) -> CommandEncoder:
+    def encoder(self, *, auto_barrier: bool | None = None) -> CommandEncoder:
         """Start recording ops.
 
-        >>> import tq_hb
-        >>> enc = tq_hb.Device("cpu").encoder()
-        >>> enc.kernels  # nothing yet
-        ()
+        Parameters
+        ----------
+        auto_barrier : bool, optional
+            Places a barrier before each op that touches what an earlier one writes, or writes what an
+            earlier one reads. By default only if ``HF2Q_AUTO_BARRIER`` is 1.
+
+        Examples
+        --------
+        >>> import numpy as np, tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> buf, enc = dev.array(np.ones((1, 256))), dev.encoder(auto_barrier=True)
+        >>> enc.fwht_sign_premult_f32(buf)
+        >>> enc.fwht_sign_undo_f32(buf)
+        >>> [node.kind for node in enc.nodes]
+        ['other', 'barrier', 'other']
         """
-        return CommandEncoder(self._core.make_encoder(), self.array)
+        if not (auto_barrier is None or isinstance(auto_barrier, bool)):
+            raise invalid("Device.encoder", "auto_barrier", "must be True, False or None", repr(auto_barrier))
+        if auto_barrier is None:
+            auto_barrier = policy.environment().auto_barrier
+        return CommandEncoder(self._core, self._core.make_encoder(auto_barrier))
 
     def __repr__(self) -> str:
         return f"Device({self.backend!r}, name={self.name!r})"
@@ -299,11 +352,23 @@ def cpu_isa() -> str:
     return _core.cpu_isa()
 
 
-def warmup(device: str | Device | None = None) -> None:
-    """Do now what the first call would do: start threads, compile kernels.
+def warmup(device: str | Device | None = None, *, bits: int | Iterable[int] | None = None) -> None:
+    """Do now what the first calls would do: start threads, compile kernels.
 
+    Parameters
+    ----------
+    device : str or Device, optional
+    bits : int or several, optional
+        Widths that will be used; every width by default.
+
+    Examples
+    --------
     >>> import tq_hb
-    >>> tq_hb.warmup("cpu")
+    >>> tq_hb.warmup("cpu", bits=(8, 6))
     """
-    if resolve_device("warmup", device).backend == "cpu":
-        _core.warm_up_cpu()
+    op = "warmup"
+    if bits is None:
+        widths = _core.supported_bits()
+    else:
+        widths = tuple(check_bits(op, "bits", width) for width in (bits if isinstance(bits, Iterable) else (bits,)))
+    resolve_device(op, device)._core.warm_up(list(widths))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from tq_hb import _core, policy
@@ -10,14 +10,38 @@ from tq_hb.interop import Array, as_codes, as_float32
 from tq_hb.options import check_attention, check_bits, check_format, check_params, invalid
 
 Buffer = _core.Buffer
+Size3 = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One thing that an encoder has encoded: the launch of a kernel, or a barrier.
+
+    ``kind`` is ``"sdpa"`` for the kernels of an attention op, ``"barrier"`` or ``"other"``. Sizes are 0 where
+    nothing is launched: for barriers, and on the cpu.
+
+    >>> import tq_hb
+    >>> dev = tq_hb.Device("cpu")
+    >>> enc = dev.encoder()
+    >>> enc.fwht_sign_premult_f32(dev.empty((1, 256)))
+    >>> enc.nodes[0].kind, enc.nodes[0].kernel
+    ('other', 'fwht_sign_premult_f32_d256')
+    """
+
+    kind: str
+    kernel: str
+    threadgroups: Size3
+    threads: Size3
+    threadgroup_bytes: int
 
 
 class CommandEncoder:
     """Records ops on a device's buffers and runs them after :meth:`commit`.
 
-    Nothing orders two ops but :meth:`memory_barrier`. A call is checked completely when it is
-    recorded. Values are checked when it runs: a row that is not finite is left as it was, and
-    :meth:`wait` raises InvalidArgument naming the first one. Belongs to one thread at a time.
+    Nothing orders two ops but :meth:`memory_barrier`, which ``Device.encoder(auto_barrier=True)`` places by
+    itself. A call is checked completely when it is recorded. Values are checked when it runs: a row that is
+    not finite is left as it was, and :meth:`wait` raises InvalidArgument naming the first one. Belongs to one
+    thread at a time.
 
     Buffers that are written must be :class:`Buffer`; inputs may be arrays, which are copied.
 
@@ -34,17 +58,15 @@ class CommandEncoder:
     16.0
     """
 
-    def __init__(self, core: _core.CommandEncoder, copy_in: Callable[[Array], Buffer]) -> None:
+    def __init__(self, device: _core.Device, core: _core.CommandEncoder) -> None:
+        self._device = device
         self._core = core
-        self._copy_in = copy_in
 
     def _floats(self, op: str, field: str, x: Array) -> Buffer:
-        if isinstance(x, Buffer):
-            return x
-        return self._copy_in(as_float32(op, field, x))
+        return x if isinstance(x, Buffer) else self._device.copy_in(op, field, as_float32(op, field, x))
 
     def _codes(self, op: str, field: str, x: Array) -> Buffer:
-        return x if isinstance(x, Buffer) else self._copy_in(as_codes(op, field, x))
+        return x if isinstance(x, Buffer) else self._device.copy_in(op, field, as_codes(op, field, x))
 
     @staticmethod
     def _written(op: str, field: str, x: object) -> Buffer:
@@ -183,7 +205,8 @@ class CommandEncoder:
         >>> np.unique(np.abs(buf.numpy())).tolist()  # a unit vector is spread evenly
         [0.0625]
         """
-        self._core.fwht("fwht_sign_premult_f32", True, self._written("fwht_sign_premult_f32", "x", x))
+        op = "fwht_sign_premult_f32"
+        self._core.fwht(op, _core.Fwht.PREMULT, self._written(op, "x", x))
 
     def fwht_sign_undo_f32(self, x: Buffer) -> None:
         """Record the inverse of R, in place on float32 (..., D).
@@ -196,7 +219,22 @@ class CommandEncoder:
         >>> bool((buf.numpy() == np.eye(1, 256)).all())
         True
         """
-        self._core.fwht("fwht_sign_undo_f32", False, self._written("fwht_sign_undo_f32", "x", x))
+        op = "fwht_sign_undo_f32"
+        self._core.fwht(op, _core.Fwht.UNDO, self._written(op, "x", x))
+
+    def fwht_standalone_f32(self, x: Buffer) -> None:
+        """Record the Walsh-Hadamard transform alone, scaled to keep the norm, in place on float32 (..., D).
+
+        >>> import numpy as np, tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> buf, enc = dev.array(np.eye(1, 256)), dev.encoder()
+        >>> enc.fwht_standalone_f32(buf)
+        >>> enc.commit_and_wait()
+        >>> np.unique(buf.numpy()).tolist()  # the first column of the matrix has no sign
+        [0.0625]
+        """
+        op = "fwht_standalone_f32"
+        self._core.fwht(op, _core.Fwht.PLAIN, self._written(op, "x", x))
 
     def flash_attn_vec_tq_hb(
         self,
@@ -282,6 +320,15 @@ class CommandEncoder:
         check_format(op, codebook, packing)
         check_params(op, "p", p, _core.FlashAttnVecTqHbParams)
         check_attention(op, precision=precision, sinks=sinks, return_lse=return_lse)
+        p.validate(op)
+        storage = None if tmp is None else self._written(op, "tmp", tmp)
+        dispatch = policy.plan_attention(
+            op,
+            p,
+            offers_group=self._device.offers(policy.AttendKernel.GROUP),
+            nwg=nwg,
+            tmp_bytes=None if storage is None else storage.nbytes,
+        )
         self._core.flash_attn_vec(
             op,
             self._floats(op, "q", q),
@@ -290,9 +337,11 @@ class CommandEncoder:
             self._codes(op, "v_packed", v_packed),
             self._floats(op, "v_norms", v_norms),
             self._written(op, "output", output),
-            None if tmp is None else self._written(op, "tmp", tmp),
+            storage,
             p,
-            policy.compute_nwg(p.kv_seq_len) if nwg is None else _core.to_uint32(op, "nwg", nwg),
+            dispatch.kernel,
+            dispatch.head_tile,
+            dispatch.nwg,
             p.codebook_bits if v_bits is None else check_bits(op, "v_bits", v_bits),
             codebook,
             fused_undo,
@@ -387,3 +436,17 @@ class CommandEncoder:
         ('fwht_sign_premult_f32_d256',)
         """
         return self._core.kernels
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """What has been encoded so far, barriers included.
+
+        >>> import tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> enc = dev.encoder()
+        >>> enc.fwht_sign_premult_f32(dev.empty((1, 256)))
+        >>> enc.memory_barrier()
+        >>> [node.kind for node in enc.nodes]
+        ['other', 'barrier']
+        """
+        return tuple(Node(*node) for node in self._core.nodes)

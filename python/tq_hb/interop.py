@@ -40,12 +40,20 @@ def borrow(op: str, field: str, x: Array) -> tuple[npt.NDArray[Any], bool]:
     if isinstance(x, _core.Buffer):
         return x.numpy(), False
     if hasattr(x, "__dlpack__") and not isinstance(x, type):
-        # torch exports no tensor that still records gradients.
-        return _core.from_dlpack(op, field, x.detach() if hasattr(x, "detach") else x)
+        return _core.from_dlpack(op, field, _exportable(x))
     try:
         return np.asarray(memoryview(x)), False
     except (TypeError, ValueError):
         raise invalid(op, field, "must be an array with __dlpack__ or the buffer protocol", type(x).__name__) from None
+
+
+def _exportable(x: Array) -> Array:
+    if _library(x) != "torch":
+        return x
+    if x.device.type == "mps":
+        # DLPack has no streams for Metal: what torch still computes has to be there before it is read.
+        sys.modules["torch"].mps.synchronize()
+    return x.detach()  # torch exports no tensor that still records gradients
 
 
 def _is_float(array: npt.NDArray[Any]) -> bool:
@@ -78,13 +86,27 @@ def _contiguous(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def as_writable(op: str, field: str, x: Array, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """Borrow an array that will be written in place: exact dtype, C-contiguous, writable."""
+    array, name = _borrow_writable(op, field, x)
+    if name != np.dtype(dtype).name:
+        raise invalid(op, field, f"must have dtype {np.dtype(dtype)}", name)
+    return array
+
+
+def as_shared(op: str, field: str, x: Array) -> npt.NDArray[Any]:
+    """Borrow an array whose memory a device may write: of a dtype that buffers have, C-contiguous, writable."""
+    array, name = _borrow_writable(op, field, x)
+    if name == "bfloat16":
+        raise invalid(op, field, "must have a dtype that buffers have", name)
+    return array
+
+
+def _borrow_writable(op: str, field: str, x: Array) -> tuple[npt.NDArray[Any], str]:
+    """Borrow an array that can be written in place, with the name of its dtype."""
     if _library(x) == "mlx":
         raise invalid(op, field, "must be writable (mlx arrays are not; use tq_hb.empty)", "an mlx array")
     array, is_bfloat16 = borrow(op, field, x)
-    if is_bfloat16 or array.dtype != np.dtype(dtype):
-        raise invalid(op, field, f"must have dtype {np.dtype(dtype)}", "bfloat16" if is_bfloat16 else array.dtype)
     _check_layout(op, field, array)
-    return array
+    return array, "bfloat16" if is_bfloat16 else array.dtype.name
 
 
 def require_rows(op: str, field: str, rows: Float32Array, *, as_query: bool = False) -> None:
@@ -93,7 +115,7 @@ def require_rows(op: str, field: str, rows: Float32Array, *, as_query: bool = Fa
     ``rows`` is (heads, head_dim) or (tokens, heads, head_dim).
     """
     heads = rows.shape[-2] if rows.ndim > 1 else 1
-    bad = _core.first_bad_row(_core.open_device("cpu").wrap(op, field, rows), as_query)
+    bad = _core.first_bad_row(rows, as_query)
     if bad >= 0:
         raise _core.InvalidArgument(_core.bad_row_message(op, field, bad // heads, bad % heads))
 
@@ -115,12 +137,12 @@ def _like(x: Array, result: npt.NDArray[Any], dtype: str) -> Array:
     library = _library(x)
     if library == "torch":
         torch = sys.modules["torch"]
-        return torch.from_dlpack(result).to(getattr(torch, dtype))
+        return torch.from_dlpack(result).to(x.device, getattr(torch, dtype))
     if library == "mlx":
         mx = sys.modules["mlx.core"]
         return mx.array(result).astype(getattr(mx, dtype))
     if isinstance(x, _core.Buffer):
-        return _core.open_device("cpu").wrap("like", "result", result.astype(dtype, copy=False))
+        return _core.copy_beside(x, "like", "result", result.astype(dtype, copy=False))
     if isinstance(x, np.ndarray):
         # x's own dtype in native byte order: "bfloat16" is no name that numpy knows.
         return result.astype(x.dtype.newbyteorder("=")) if dtype in ("float16", "bfloat16") else result
@@ -132,15 +154,11 @@ def _like(x: Array, result: npt.NDArray[Any], dtype: str) -> Array:
 
 def as_out(op: str, out: Array, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
     """Borrow an output array, which must have this shape and the named dtype; bfloat16 is seen as uint16 bits."""
-    if _library(out) == "mlx":
-        raise invalid(op, "out", "must be writable (mlx arrays are not)", "an mlx array")
-    array, is_bfloat16 = borrow(op, "out", out)
-    name = "bfloat16" if is_bfloat16 else array.dtype.name
+    array, name = _borrow_writable(op, "out", out)
     if name != dtype:
         raise invalid(op, "out", f"must have dtype {dtype}", name)
     if array.shape != shape:
         raise invalid(op, "out", f"must have shape {shape}", array.shape)
-    _check_layout(op, "out", array)
     return array
 
 

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tq_hb import _core
 from tq_hb.device import Device, resolve_device
@@ -34,6 +35,7 @@ from tq_hb.options import (
     invalid,
     norms_shape,
 )
+from tq_hb.staging import Staging
 
 
 def supported_bits() -> tuple[int, ...]:
@@ -91,17 +93,16 @@ def signs(head_dim: int) -> Float32Array:
     return _core.signs(_core.to_uint32("signs", "head_dim", head_dim))
 
 
-def _transform(op: str, premult: bool, x: Array) -> Array:
+def _transform(op: str, kind: _core.Fwht, x: Array) -> Array:
     rows = as_float32(op, "x", x)
     if rows.ndim == 0:
         raise invalid(op, "x", "must have head_dim as its last axis", "a scalar")
     check_head_dim(op, rows.shape[-1])
     result = rows.copy()
     core = Device("cpu")._core
-    encoder = core.make_encoder()
-    encoder.fwht(op, premult, core.wrap(op, "x", result))
-    encoder.commit()
-    encoder.wait()
+    staging, encoder = Staging(op, core), core.make_encoder()
+    encoder.fwht(op, kind, staging.update("x", result))
+    staging.run(encoder)
     return like(x, result)
 
 
@@ -123,7 +124,7 @@ def rotate(x: Array) -> Array:
     >>> bool(np.allclose(tq_hb.unrotate(tq_hb.rotate(x)), x, atol=1e-5))
     True
     """
-    return _transform("rotate", True, x)
+    return _transform("rotate", _core.Fwht.PREMULT, x)
 
 
 def unrotate(y: Array) -> Array:
@@ -135,7 +136,7 @@ def unrotate(y: Array) -> Array:
     >>> bool(np.array_equal(tq_hb.unrotate(y), tq_hb.signs(256)))
     True
     """
-    return _transform("unrotate", False, y)
+    return _transform("unrotate", _core.Fwht.UNDO, y)
 
 
 def fwht_sign_premult_f32(x: Array) -> Array:
@@ -146,7 +147,7 @@ def fwht_sign_premult_f32(x: Array) -> Array:
     >>> bool(np.array_equal(tq_hb.fwht_sign_premult_f32(x), tq_hb.rotate(x)))
     True
     """
-    return _transform("fwht_sign_premult_f32", True, x)
+    return _transform("fwht_sign_premult_f32", _core.Fwht.PREMULT, x)
 
 
 def fwht_sign_undo_f32(x: Array) -> Array:
@@ -157,12 +158,19 @@ def fwht_sign_undo_f32(x: Array) -> Array:
     >>> bool(np.array_equal(tq_hb.fwht_sign_undo_f32(x), tq_hb.unrotate(x)))
     True
     """
-    return _transform("fwht_sign_undo_f32", False, x)
+    return _transform("fwht_sign_undo_f32", _core.Fwht.UNDO, x)
 
 
-def _run(encoder: Any) -> None:
-    encoder.commit()
-    encoder.wait()
+def fwht_standalone_f32(x: Array) -> Array:
+    """Walsh-Hadamard transform of (..., head_dim) without the signs, scaled to keep the norm; its own inverse.
+
+    >>> import numpy as np, tq_hb
+    >>> x = np.random.default_rng(0).standard_normal((3, 256), np.float32)
+    >>> y = tq_hb.fwht_standalone_f32(x * tq_hb.signs(256))
+    >>> bool(np.array_equal(y, tq_hb.rotate(x)))
+    True
+    """
+    return _transform("fwht_standalone_f32", _core.Fwht.PLAIN, x)
 
 
 def quantize(
@@ -213,16 +221,16 @@ def quantize(
         hp = _core.HadamardQuantizeKvHbParams(
             head_dim=head_dim, num_kv_heads=1, write_pos=0, cache_capacity=count, codebook_bits=bits
         )
+        staging, encoder = Staging(op, core), core.make_encoder()
         target = (
             "",
-            core.wrap(op, "x", rows.reshape(count, 1, head_dim)),
-            core.wrap(op, "codes", codes[None]),
-            core.wrap(op, "norms", norms[None]),
+            staging.read("x", rows.reshape(count, 1, head_dim)),
+            staging.fill("codes", codes[None]),
+            staging.fill("norms", norms[None]),
             bits,
         )
-        encoder = core.make_encoder()
         encoder.hadamard_quantize(op, hp, [target], codebook)
-        _run(encoder)
+        staging.run(encoder)
     norms_out = norms.reshape(norms_shape(lead, head_dim))
     return like(x, codes.reshape(*lead, head_dim), "uint8"), like(x, norms_out)
 
@@ -282,21 +290,21 @@ def dequantize(
     hp.validate(op)
     if count > 0:
         core = Device("cpu")._core
-        out = core.wrap(op, "out", result)
-        encoder = core.make_encoder()
+        staging, encoder = Staging(op, core), core.make_encoder()
+        out = staging.fill("out", result)
         encoder.dequantize(
             op,
             hp,
             0,
-            core.wrap(op, "codes", code_rows.reshape(1, count, head_dim)),
-            core.wrap(op, "norms", norm_rows.reshape(1, *norms_shape((count,), head_dim))),
+            staging.read("codes", code_rows.reshape(1, count, head_dim)),
+            staging.read("norms", norm_rows.reshape(1, *norms_shape((count,), head_dim))),
             out,
             codebook,
         )
         if not rotated:
             encoder.memory_barrier()
-            encoder.fwht(op, False, out)
-        _run(encoder)
+            encoder.fwht(op, _core.Fwht.UNDO, out)
+        staging.run(encoder)
     return like(codes, result.reshape(*lead, head_dim))
 
 
@@ -389,32 +397,33 @@ def _quantize(
 ) -> None:
     check_format(op, codebook, packing)
     core = resolve_device(op, device)._core
-    encoder = core.make_encoder()
-    wrapped = []
+    staging, encoder = Staging(op, core), core.make_encoder()
+    staged = []
     sources = []
-    written = []
+    written: list[tuple[str, npt.NDArray[Any]]] = []
     for src_name, src, packed_name, packed, norms_name, norms, bits, key in targets:
         rows = as_float32(op, src_name, src)
         codes_out = as_writable(op, packed_name, packed, np.uint8)
         norms_out = as_writable(op, norms_name, norms, np.float32)
         sources.append((src_name, src, rows))
         written += [(packed_name, codes_out), (norms_name, norms_out)]
-        wrapped.append(
+        staged.append(
             (
                 key,
-                core.wrap(op, src_name, rows),
-                core.wrap(op, packed_name, codes_out),
-                core.wrap(op, norms_name, norms_out),
+                staging.read(src_name, rows),
+                staging.update(packed_name, codes_out),
+                staging.update(norms_name, norms_out),
                 bits,
             )
         )
-    encoder.hadamard_quantize(op, hp, wrapped, codebook)
-    for src_name, src, rows in sources:
-        # The core compares what it was given, which may be a converted copy of the source.
-        for name, array in written:
-            require_disjoint(op, name, array, src_name, src)
+    encoder.hadamard_quantize(op, hp, staged, codebook)
+    # The core compares the buffers that it was given, which may be copies.
+    for i, (name, array) in enumerate(written):
+        for other_name, other in [*((src_name, src) for src_name, src, _ in sources), *written[:i]]:
+            require_disjoint(op, name, array, other_name, other)
+    for src_name, _, rows in sources:
         require_rows(op, src_name, rows)
-    _run(encoder)
+    staging.run(encoder)
 
 
 def tq_dequantize_hb_kv(
@@ -461,17 +470,17 @@ def tq_dequantize_hb_kv(
         raise invalid(op, "packed", f"must hold num_kv_heads {hp.num_kv_heads} heads", codes.shape)
     core = resolve_device(op, device)._core
     result = np.empty((1, hp.num_kv_heads, hp.head_dim), np.float32)
-    encoder = core.make_encoder()
+    staging, encoder = Staging(op, core), core.make_encoder()
     encoder.dequantize(
         op,
         hp,
         position,
-        core.wrap(op, "packed", codes),
-        core.wrap(op, "norms", as_float32(op, "norms", norms)),
-        core.wrap(op, "out", result),
+        staging.read("packed", codes),
+        staging.read("norms", as_float32(op, "norms", norms)),
+        staging.fill("out", result),
         codebook,
     )
-    _run(encoder)
+    staging.run(encoder)
     return like(packed, result[0])
 
 
@@ -609,7 +618,6 @@ def _attend(
     **options: Any,
 ) -> Array:
     dev = resolve_device(op, device)
-    core = dev._core
     rows = as_float32(op, "q", q)
     check_params(op, "p", p, _core.FlashAttnVecTqHbParams)
     p.validate(op)
@@ -622,19 +630,19 @@ def _attend(
         for name, x in inputs.items():
             require_disjoint(op, "out", writable, name, x)
     result = np.empty(rows.shape, np.float32) if writable is None else writable
-    encoder = dev.encoder()
+    staging, encoder = Staging(op, dev._core), dev.encoder()
     record = encoder.flash_attn_vec_tq_hb_with_fused_undo if fused_undo else encoder.flash_attn_vec_tq_hb
     record(
-        core.wrap(op, "q", rows),
-        core.wrap(op, "k_packed", as_codes(op, "k_packed", k_packed)),
-        core.wrap(op, "k_norms", as_float32(op, "k_norms", k_norms)),
-        core.wrap(op, "v_packed", as_codes(op, "v_packed", v_packed)),
-        core.wrap(op, "v_norms", as_float32(op, "v_norms", v_norms)),
-        core.wrap(op, "out", result),
+        staging.read("q", rows),
+        staging.read("k_packed", as_codes(op, "k_packed", k_packed)),
+        staging.read("k_norms", as_float32(op, "k_norms", k_norms)),
+        staging.read("v_packed", as_codes(op, "v_packed", v_packed)),
+        staging.read("v_norms", as_float32(op, "v_norms", v_norms)),
+        staging.fill("out", result),
         None,
         p,
         **options,
     )
     require_rows(op, "q", rows, as_query=True)
-    encoder.commit_and_wait()
+    staging.run(encoder._core)
     return like(q, result) if out is None else out

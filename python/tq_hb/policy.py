@@ -1,7 +1,7 @@
-"""How a call is split over workgroups, and what the environment says about it.
+"""Which attention kernel serves a call, how it is split, and what the environment says about it.
 
-The environment is read once and kept; :func:`reload` reads it again. The rules are the reference
-system's (mlx-native 0.9.0, ``compute_nsg`` and ``compute_nwg``).
+The environment is read once and kept; :func:`reload` reads it again. ``compute_nsg`` and
+``compute_nwg`` are the reference system's rules (mlx-native 0.9.0).
 """
 
 from __future__ import annotations
@@ -12,7 +12,17 @@ from functools import cache
 
 from tq_hb import _core
 
+AttendKernel = _core.AttendKernel
+
 MAX_THREADS = 1024
+
+# Shorter caches give the group kernel too few splits to fill a GPU.
+GQA_MIN_KEYS = 512
+# Several threadgroups for every core of the largest Apple GPUs, so that each hides the others' latency.
+GQA_TARGET_THREADGROUPS = 256
+# Two blocks of keys: below that, merging a split costs as much as computing it.
+GQA_MIN_KEYS_PER_SPLIT = 64
+GQA_MODES = ("auto", "off", "on")
 
 
 @dataclass(frozen=True)
@@ -20,14 +30,33 @@ class Environment:
     """The overrides found in the environment; None where there is none.
 
     >>> from tq_hb.policy import Environment
-    >>> Environment(nsg=None, nwg=8, device=None, num_threads=None).nwg
-    8
+    >>> Environment(nwg=8)
+    Environment(nsg=None, nwg=8, gqa=None, auto_barrier=False, device=None, num_threads=None)
     """
 
-    nsg: int | None
-    nwg: int | None
-    device: str | None
-    num_threads: str | None
+    nsg: int | None = None
+    nwg: int | None = None
+    gqa: str | None = None
+    auto_barrier: bool = False
+    device: str | None = None
+    num_threads: str | None = None
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """How one attention call runs.
+
+    ``head_tile`` query heads share the decode of a key in the group kernel. ``nwg`` is the number of
+    workgroups per head, or of splits of the keys in the group kernel.
+
+    >>> from tq_hb.policy import AttendKernel, Dispatch
+    >>> Dispatch(AttendKernel.GROUP, head_tile=4, nwg=32).head_tile
+    4
+    """
+
+    kernel: AttendKernel
+    head_tile: int
+    nwg: int
 
 
 def _integer(text: str) -> int | None:
@@ -52,6 +81,8 @@ def environment() -> Environment:
     return Environment(
         nsg=_override("HF2Q_TQ_NSG", (1, 2, 4)),
         nwg=_override("HF2Q_TQ_NWG", range(1, 33)),
+        gqa=os.environ.get("TQ_HB_GQA") or None,
+        auto_barrier=os.environ.get("HF2Q_AUTO_BARRIER") == "1",
         device=os.environ.get("TQ_HB_DEVICE") or None,
         num_threads=os.environ.get("TQ_HB_NUM_THREADS") or None,
     )
@@ -96,6 +127,77 @@ def compute_nwg(kv_seq_len: int) -> int:
     """
     length = _core.to_uint32("compute_nwg", "kv_seq_len", kv_seq_len)
     return environment().nwg or (32 if length > 512 else 16)
+
+
+def _gqa_mode(op: str) -> str:
+    mode = environment().gqa or "auto"
+    if mode not in GQA_MODES:
+        raise _core.InvalidArgument(f"{op}: TQ_HB_GQA must be one of {', '.join(GQA_MODES)}, got {mode!r}")
+    return mode
+
+
+def visible_keys(p: _core.FlashAttnVecTqHbParams) -> int:
+    """Keys that a query can see: all that are held, or those in the window.
+
+    >>> import tq_hb
+    >>> p = tq_hb.FlashAttnVecTqHbParams(num_heads=8, num_kv_heads=1, head_dim=256, kv_seq_len=4096,
+    ...     kv_capacity=4096, scale=1.0, mask_type=2, sliding_window=512)
+    >>> tq_hb.policy.visible_keys(p)
+    512
+    """
+    return min(p.sliding_window, p.kv_seq_len) if p.mask_type == 2 else p.kv_seq_len
+
+
+def plan_attention(
+    op: str,
+    p: _core.FlashAttnVecTqHbParams,
+    *,
+    offers_group: bool,
+    nwg: int | None = None,
+    tmp_bytes: int | None = None,
+) -> Dispatch:
+    """Choose the kernel and the split of an attention call whose params are valid.
+
+    The group kernel decodes a key once for several query heads. It serves where the device has it, two or
+    more query heads share a KV head and at least ``GQA_MIN_KEYS`` keys are visible (``TQ_HB_GQA=on`` drops
+    that last rule). A choice for the per-head kernel keeps that one: ``nwg``, ``HF2Q_TQ_NSG``,
+    ``HF2Q_TQ_NWG`` or ``TQ_HB_GQA=off``.
+
+    Parameters
+    ----------
+    offers_group : bool
+        Whether the device has the group kernel.
+    nwg : int, optional
+        Workgroups per head that the caller asks for.
+    tmp_bytes : int, optional
+        Size of the caller's working storage, which limits the splits.
+
+    Examples
+    --------
+    >>> import tq_hb
+    >>> p = tq_hb.FlashAttnVecTqHbParams(
+    ...     num_heads=16, num_kv_heads=4, head_dim=256, kv_seq_len=4096, kv_capacity=4096, scale=1.0)
+    >>> tq_hb.policy.plan_attention("example", p, offers_group=False)
+    Dispatch(kernel=<AttendKernel.PER_HEAD: 0>, head_tile=1, nwg=32)
+    >>> tq_hb.policy.plan_attention("example", p, offers_group=True)
+    Dispatch(kernel=<AttendKernel.GROUP: 1>, head_tile=4, nwg=64)
+    """
+    mode = _gqa_mode(op)
+    group = p.num_heads // p.num_kv_heads
+    chosen = nwg is not None or environment().nsg is not None or environment().nwg is not None or mode == "off"
+    if not offers_group or chosen or group < 2 or (mode == "auto" and visible_keys(p) < GQA_MIN_KEYS):
+        count = compute_nwg(p.kv_seq_len) if nwg is None else _core.to_uint32(op, "nwg", nwg)
+        return Dispatch(AttendKernel.PER_HEAD, 1, count)
+    tile = next((tile for tile in (2, 4) if tile >= group), _core.GQA_MAX_TILE)
+    return Dispatch(AttendKernel.GROUP, tile, _group_splits(p, tile, tmp_bytes))
+
+
+def _group_splits(p: _core.FlashAttnVecTqHbParams, tile: int, tmp_bytes: int | None) -> int:
+    tiles = p.num_kv_heads * -(-(p.num_heads // p.num_kv_heads) // tile)
+    most = min(_core.GQA_MAX_SPLITS, -(-visible_keys(p) // GQA_MIN_KEYS_PER_SPLIT))
+    if tmp_bytes is not None:
+        most = min(most, tmp_bytes // _core.tmp_buffer_bytes(p.num_heads, p.head_dim, 1, 1))
+    return max(1, min(-(-GQA_TARGET_THREADGROUPS // tiles), most))
 
 
 def check_num_threads(op: str, field: str, value: object) -> int:

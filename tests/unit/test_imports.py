@@ -24,6 +24,7 @@ PYTHON_LAYERS = (
     "interop",
     "encoder",
     "device",
+    "staging",
     "ops",
     "storage",
     "cache",

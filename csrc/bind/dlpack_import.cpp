@@ -1,54 +1,20 @@
 // Borrowing another library's array through DLPack.
 //
-// numpy's own importer knows no bfloat16 and refuses read-only arrays of older producers, so the
-// capsule is read here: https://dmlc.github.io/dlpack/latest/c_api.html gives the layout.
+// numpy's own importer knows no bfloat16, no Metal buffers, and refuses read-only arrays of older
+// producers, so the capsule is read here.
 
-#include <cstdint>
+#include <utility>
 
 #include "bind/bind.h"
+#include "bind/dlpack.h"
+#include "registry.h"
 
 namespace tq_hb {
 namespace {
 
-struct DLDevice {
-  std::int32_t type;
-  std::int32_t id;
-};
-struct DLDataType {
-  std::uint8_t code;
-  std::uint8_t bits;
-  std::uint16_t lanes;
-};
-struct DLTensor {
-  void* data;
-  DLDevice device;
-  std::int32_t ndim;
-  DLDataType dtype;
-  std::int64_t* shape;
-  std::int64_t* strides;
-  std::uint64_t byte_offset;
-};
-struct DLManagedTensor {
-  DLTensor tensor;
-  void* manager;
-  void (*deleter)(DLManagedTensor*);
-};
-struct DLManagedTensorVersioned {
-  struct {
-    std::uint32_t major, minor;
-  } version;
-  void* manager;
-  void (*deleter)(DLManagedTensorVersioned*);
-  std::uint64_t flags;
-  DLTensor tensor;
-};
+using namespace dlpack;
 
-constexpr std::int32_t kCpu = 1;
-constexpr std::int32_t kCudaHost = 3;
-constexpr std::uint64_t kReadOnly = 1;
-enum TypeCode : std::uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4 };
-
-/// Releases the producer's array when the numpy view goes away.
+/// Releases the producer's array when what was made of it goes away.
 template <class Managed>
 py::capsule keep(Managed* managed) {
   return py::capsule(managed, [](void* pointer) {
@@ -75,16 +41,38 @@ py::dtype numpy_dtype(const std::string& op, const std::string& field, const DLD
   return py::dtype(kind + std::to_string(dtype.bits / 8));
 }
 
-void check_host(const std::string& op, const std::string& field, std::int32_t device_type) {
-  if (device_type != kCpu && device_type != kCudaHost) {
+void check_device(const std::string& op, const std::string& field, std::int32_t device_type) {
+  if (device_type != kCpu && device_type != kCudaHost && device_type != kMetal) {
     throw invalid(op, field, "must be in host memory or on the call's device; move it to the cpu first",
                   "DLPack device type " + std::to_string(device_type));
   }
 }
 
+struct HostMemory {
+  std::byte* data;
+  py::object owner;
+};
+
+/// Where the host finds the tensor's first element.
+///
+/// The owner of a Metal buffer's memory is a Buffer over all of it, by which wrap() knows the memory again.
+HostMemory host_memory(const std::string& op, const std::string& field, const DLTensor& tensor, py::object owner) {
+  if (tensor.device.type != kMetal)
+    return {static_cast<std::byte*>(tensor.data) + tensor.byte_offset, std::move(owner)};
+  for (const BackendStatus& status : backend_statuses()) {
+    if (status.backend != "metal" || status.device == nullptr) continue;
+    auto storage = status.device->wrap_native(tensor.data, hold(std::move(owner)));
+    const std::uint64_t size = storage->size();
+    std::byte* data = storage->host() + tensor.byte_offset;
+    return {data, py::cast(Buffer(std::move(storage), DType::kUint8, {size}))};
+  }
+  throw invalid(op, field, "must be in host memory where there is no metal device; move it to the cpu first",
+                "a Metal buffer");
+}
+
 py::tuple view(const std::string& op, const std::string& field, const DLTensor& tensor, bool read_only,
                const py::capsule& owner) {
-  check_host(op, field, tensor.device.type);
+  check_device(op, field, tensor.device.type);
   if (tensor.ndim < 0) throw invalid(op, field, "must have a number of axes >= 0", tensor.ndim);
   const py::dtype dtype = numpy_dtype(op, field, tensor.dtype);
   std::vector<py::ssize_t> shape(tensor.shape, tensor.shape + tensor.ndim);
@@ -94,38 +82,47 @@ py::tuple view(const std::string& op, const std::string& field, const DLTensor& 
     strides[i] = tensor.strides != nullptr ? tensor.strides[i] * dtype.itemsize() : contiguous;
     contiguous *= shape[i];
   }
-  py::array array(dtype, shape, strides, static_cast<std::byte*>(tensor.data) + tensor.byte_offset, owner);
+  const HostMemory memory = host_memory(op, field, tensor, owner);
+  py::array array(dtype, shape, strides, memory.data, memory.owner);
   if (read_only) array.attr("flags").attr("writeable") = false;
   return py::make_tuple(array, tensor.dtype.code == kBfloat);
 }
 
 /// The producer's capsule: versioned, which can say "read-only", where the producer knows that.
 py::object export_capsule(const std::string& op, const std::string& field, const py::object& producer) {
+  // A producer on a Metal device may still hand out a host pointer, as mlx does: the capsule decides.
   const py::tuple device = producer.attr("__dlpack_device__")();
-  check_host(op, field, py::int_(device[0]).cast<std::int32_t>());
+  check_device(op, field, py::int_(device[0]).cast<std::int32_t>());
   try {
-    return producer.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0));
+    return producer.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(int{kMajorVersion}, 0));
   } catch (const py::error_already_set& error) {
     if (!error.matches(PyExc_TypeError)) throw;
   }
   return producer.attr("__dlpack__")();
 }
 
+/// Takes the tensor out of a capsule.
+template <class Managed>
+Managed* consume(PyObject* capsule) {
+  auto* managed = static_cast<Managed*>(PyCapsule_GetPointer(capsule, Managed::kName));
+  PyCapsule_SetName(capsule, Managed::kUsedName);
+  return managed;
+}
+
 py::tuple view_capsule(const std::string& op, const std::string& field, const py::object& capsule) {
   PyObject* raw = capsule.ptr();
-  if (PyCapsule_IsValid(raw, "dltensor_versioned") != 0) {
-    auto* managed = static_cast<DLManagedTensorVersioned*>(PyCapsule_GetPointer(raw, "dltensor_versioned"));
-    if (managed->version.major != 1) {
+  if (PyCapsule_IsValid(raw, DLManagedTensorVersioned::kName) != 0) {
+    auto* managed = consume<DLManagedTensorVersioned>(raw);
+    const py::capsule owner = keep(managed);
+    if (managed->version.major != kMajorVersion) {
       throw invalid(op, field, "must speak DLPack 1", "version " + std::to_string(managed->version.major));
     }
-    PyCapsule_SetName(raw, "used_dltensor_versioned");
-    return view(op, field, managed->tensor, (managed->flags & kReadOnly) != 0, keep(managed));
+    return view(op, field, managed->tensor, (managed->flags & kReadOnly) != 0, owner);
   }
-  if (PyCapsule_IsValid(raw, "dltensor") == 0) {
+  if (PyCapsule_IsValid(raw, DLManagedTensor::kName) == 0) {
     throw invalid(op, field, "must export a DLPack capsule that nobody has consumed", std::string(py::repr(capsule)));
   }
-  auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(raw, "dltensor"));
-  PyCapsule_SetName(raw, "used_dltensor");
+  auto* managed = consume<DLManagedTensor>(raw);
   return view(op, field, managed->tensor, false, keep(managed));
 }
 
@@ -144,7 +141,7 @@ py::tuple from_dlpack(const std::string& op, const std::string& field, const py:
 
 }  // namespace
 
-void bind_dlpack(py::module_& module) {
+void bind_dlpack_import(py::module_& module) {
   module.def("from_dlpack", &from_dlpack, py::arg("op"), py::arg("field"), py::arg("producer"));
 }
 

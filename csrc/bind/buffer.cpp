@@ -1,0 +1,178 @@
+// Buffer as a Python class, and numpy arrays as buffers.
+
+#include "core/buffer.h"
+
+#include <cstring>
+#include <utility>
+
+#include "bind/bind.h"
+#include "bind/dlpack.h"
+
+namespace tq_hb {
+namespace {
+
+constexpr std::pair<DType, const char*> kDtypes[] = {{DType::kFloat32, "f4"}, {DType::kFloat16, "f2"},
+                                                     {DType::kUint8, "u1"},   {DType::kUint16, "u2"},
+                                                     {DType::kUint32, "u4"},  {DType::kInt32, "i4"}};
+
+/// A numpy view of the buffer that keeps it alive.
+py::array to_numpy(const py::object& self) {
+  const Buffer& buffer = self.cast<const Buffer&>();
+  buffer.device()->check_usable("Buffer.numpy");
+  const std::vector<py::ssize_t> shape(buffer.shape().begin(), buffer.shape().end());
+  return py::array(numpy_dtype(buffer.dtype()), shape, buffer.host(), self);
+}
+
+py::buffer_info to_buffer_info(const Buffer& buffer) {
+  buffer.device()->check_usable("Buffer");
+  const std::vector<py::ssize_t> shape(buffer.shape().begin(), buffer.shape().end());
+  const py::dtype dtype = numpy_dtype(buffer.dtype());
+  std::vector<py::ssize_t> strides(shape.size());
+  py::ssize_t stride = dtype.itemsize();
+  for (std::size_t i = shape.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= shape[i];
+  }
+  return py::buffer_info(buffer.host(), dtype.itemsize(), std::string(1, dtype.char_()),
+                         static_cast<py::ssize_t>(shape.size()), shape, strides);
+}
+
+Buffer get_item(const Buffer& buffer, const py::object& key) {
+  const std::uint64_t rows = buffer.shape().empty() ? 0 : buffer.shape()[0];
+  if (py::isinstance<py::slice>(key)) {
+    py::ssize_t start = 0, stop = 0, step = 0, length = 0;
+    if (!key.cast<py::slice>().compute(static_cast<py::ssize_t>(rows), &start, &stop, &step, &length)) {
+      throw py::error_already_set();
+    }
+    if (step != 1) throw invalid("Buffer", "slice", "must have step 1", step);
+    const auto first = static_cast<std::uint64_t>(start);
+    return buffer.slice(first, first + static_cast<std::uint64_t>(length));
+  }
+  py::ssize_t index = PyNumber_AsSsize_t(key.ptr(), PyExc_IndexError);
+  if (index == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  const auto signed_rows = static_cast<py::ssize_t>(rows);
+  if (index < -signed_rows || index >= signed_rows) {
+    // Python's iteration protocol ends on IndexError.
+    throw py::index_error("Buffer: index must lie in the first axis of " + std::to_string(rows) + ", got " +
+                          std::to_string(index));
+  }
+  return buffer.row(static_cast<std::uint64_t>(index < 0 ? index + signed_rows : index));
+}
+
+Shape shape_of(const py::array& array) {
+  Shape shape;
+  for (py::ssize_t i = 0; i < array.ndim(); ++i) shape.push_back(static_cast<std::uint64_t>(array.shape(i)));
+  return shape;
+}
+
+/// The Buffer that an array is a view of, through any number of views; null if it is none.
+const Buffer* viewed_buffer(const py::array& array) {
+  py::object base = array;
+  while (base && py::isinstance<py::array>(base)) base = py::reinterpret_borrow<py::array>(base).base();
+  return base && py::isinstance<Buffer>(base) ? &base.cast<const Buffer&>() : nullptr;
+}
+
+}  // namespace
+
+std::shared_ptr<void> hold(py::object object) {
+  return std::shared_ptr<void>(object.release().ptr(), [](void* pointer) {
+    take_gil([pointer] {
+      const PyGILState_STATE state = PyGILState_Ensure();
+      Py_DECREF(static_cast<PyObject*>(pointer));
+      PyGILState_Release(state);
+    });
+  });
+}
+
+py::dtype numpy_dtype(DType dtype) {
+  for (const auto& [known, name] : kDtypes) {
+    if (known == dtype) return py::dtype(name);
+  }
+  throw Error(ErrorCode::kDevice, "Buffer: a dtype without a numpy counterpart");
+}
+
+DType dtype_of(const std::string& op, const std::string& field, const py::dtype& dtype) {
+  for (const auto& [known, name] : kDtypes) {
+    if (dtype.equal(py::dtype(name))) return known;
+  }
+  throw invalid(op, field, "must have dtype float32, float16, uint8, uint16, uint32 or int32",
+                std::string(py::str(dtype)));
+}
+
+std::optional<Buffer> wrap(const Device& device, const std::string& op, const std::string& field,
+                           const py::array& array) {
+  if ((array.flags() & py::array::c_style) == 0) throw invalid(op, field, "must be C-contiguous", "a strided array");
+  const DType dtype = dtype_of(op, field, array.dtype());
+  auto* data = static_cast<std::byte*>(const_cast<void*>(array.data()));
+  if (array.size() > 0 && reinterpret_cast<std::uintptr_t>(data) % size_of(dtype) != 0) {
+    throw invalid(op, field, std::string("must be aligned for ") + name_of(dtype), static_cast<const void*>(data));
+  }
+  if (array.size() == 0) return device.empty(dtype, shape_of(array));
+  const Buffer* viewed = viewed_buffer(array);
+  if (viewed != nullptr && viewed->device() == &device) {
+    const auto offset = static_cast<std::uint64_t>(data - viewed->storage()->host());
+    return Buffer(viewed->storage(), dtype, shape_of(array), offset);
+  }
+  auto storage = device.wrap_host(data, static_cast<std::uint64_t>(array.nbytes()), hold(array));
+  if (storage == nullptr) return std::nullopt;
+  return Buffer(std::move(storage), dtype, shape_of(array));
+}
+
+Buffer copy_in(const Device& device, const std::string& op, const std::string& field, const py::array& array) {
+  const Buffer buffer = device.empty(dtype_of(op, field, array.dtype()), shape_of(array));
+  // numpy copies, since the array may be strided.
+  if (buffer.nbytes() > 0) to_numpy(py::cast(buffer)).attr("__setitem__")(py::ellipsis(), array);
+  return buffer;
+}
+
+void bind_buffer(py::module_& module) {
+  py::class_<Buffer>(module, "Buffer", py::buffer_protocol(),
+                     "Memory of a device: bytes with a dtype and a shape, C-contiguous.\n\n"
+                     "Slices of the first axis share storage; so does the array that numpy() returns.\n\n"
+                     ">>> import numpy as np, tq_hb\n>>> buf = tq_hb.Device(\"cpu\").empty((4, 2), np.float32)\n"
+                     ">>> buf[1:3].numpy()[:] = 1\n>>> buf.numpy().sum(axis=1).tolist()\n[0.0, 2.0, 2.0, 0.0]")
+      .def_property_readonly(
+          "shape", [](const Buffer& self) { return py::tuple(py::cast(self.shape())); },
+          "Extent of each axis.\n\n"
+          ">>> import tq_hb\n>>> tq_hb.Device(\"cpu\").empty((4, 2)).shape\n(4, 2)")
+      .def_property_readonly(
+          "dtype", [](const Buffer& self) { return numpy_dtype(self.dtype()); },
+          "numpy dtype.\n\n"
+          ">>> import numpy as np, tq_hb\n>>> tq_hb.Device(\"cpu\").empty(3, np.uint8).dtype\ndtype('uint8')")
+      .def_property_readonly("nbytes", &Buffer::nbytes,
+                             "Bytes of the array.\n\n"
+                             ">>> import tq_hb\n>>> tq_hb.Device(\"cpu\").empty((4, 2)).nbytes\n32")
+      .def_property_readonly("offset", &Buffer::offset,
+                             "Bytes from the start of the shared storage.\n\n"
+                             ">>> import tq_hb\n>>> tq_hb.Device(\"cpu\").empty((4, 2))[1:].offset\n8")
+      .def("numpy", &to_numpy,
+           "The same memory as a numpy array. Ops that are still running may be writing to it.\n\n"
+           ">>> import tq_hb\n>>> buf = tq_hb.Device(\"cpu\").empty(3)\n>>> buf.numpy()[1] = 5\n"
+           ">>> buf.numpy().tolist()\n[0.0, 5.0, 0.0]")
+      .def("__len__",
+           [](const Buffer& self) {
+             if (self.shape().empty()) throw py::type_error("a Buffer without axes has no len()");
+             return self.shape()[0];
+           })
+      .def("__getitem__", &get_item)
+      .def("__dlpack__", &to_dlpack, py::kw_only(), py::arg("stream") = py::none(), py::arg("max_version") = py::none(),
+           py::arg("dl_device") = py::none(), py::arg("copy") = py::none(),
+           "DLPack capsule of the memory as the host sees it; with ``dl_device=(8, 0)``, of the Metal buffer itself.")
+      .def(
+          "__dlpack_device__", [](const Buffer&) { return py::make_tuple(int{dlpack::kCpu}, 0); },
+          "(1, 0), the host, on every device: the memory is shared, and every library can read it there.")
+      .def("__repr__",
+           [](const Buffer& self) {
+             return "Buffer(shape=" + to_string(self.shape()) + ", dtype=" + name_of(self.dtype()) + ")";
+           })
+      .def_buffer(&to_buffer_info);
+
+  module.def(
+      "copy_beside",
+      [](const Buffer& buffer, const std::string& op, const std::string& field, const py::array& array) {
+        return copy_in(*buffer.device(), op, field, array);
+      },
+      py::arg("buffer"), py::arg("op"), py::arg("field"), py::arg("array"));
+}
+
+}  // namespace tq_hb

@@ -1,0 +1,106 @@
+// Lending a Buffer to another library through DLPack.
+
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "bind/bind.h"
+#include "bind/dlpack.h"
+
+namespace tq_hb {
+namespace {
+
+using namespace dlpack;
+
+DLDataType dl_dtype(DType dtype) {
+  const auto bits = static_cast<std::uint8_t>(8 * size_of(dtype));
+  switch (dtype) {
+    case DType::kFloat32:
+    case DType::kFloat16:
+      return {kFloat, bits, 1};
+    case DType::kInt32:
+      return {kInt, bits, 1};
+    case DType::kUint8:
+    case DType::kUint16:
+    case DType::kUint32:
+      break;
+  }
+  return {kUInt, bits, 1};
+}
+
+/// The exported tensor with what it points to; its deleter deletes it.
+template <class Managed>
+struct Export {
+  Buffer buffer;
+  std::vector<std::int64_t> shape, strides;
+  Managed managed{};
+};
+
+template <class Managed>
+py::capsule make_capsule(Buffer buffer, std::int32_t device_type, bool is_copied) {
+  auto owned = std::make_unique<Export<Managed>>();
+  owned->shape.assign(buffer.shape().begin(), buffer.shape().end());
+  owned->strides.resize(owned->shape.size());
+  std::int64_t stride = 1;
+  for (std::size_t i = owned->shape.size(); i-- > 0;) {
+    owned->strides[i] = stride;
+    stride *= owned->shape[i];
+  }
+
+  DLTensor& tensor = owned->managed.tensor;
+  const bool is_native = device_type == kMetal;
+  tensor.data = is_native ? buffer.storage()->native_handle() : buffer.host();
+  tensor.byte_offset = is_native ? buffer.offset() : 0;
+  tensor.device = {device_type, 0};
+  tensor.ndim = static_cast<std::int32_t>(owned->shape.size());
+  tensor.dtype = dl_dtype(buffer.dtype());
+  tensor.shape = owned->shape.data();
+  tensor.strides = owned->strides.data();
+  if constexpr (std::is_same_v<Managed, DLManagedTensorVersioned>) {
+    owned->managed.version = {kMajorVersion, 0};
+    owned->managed.flags = is_copied ? kIsCopied : 0;
+  }
+  owned->managed.deleter = [](Managed* managed) { delete static_cast<Export<Managed>*>(managed->manager); };
+  owned->buffer = std::move(buffer);
+  owned->managed.manager = owned.get();
+
+  // A capsule that was consumed has another name, and its consumer calls the deleter.
+  py::capsule capsule(&owned->managed, Managed::kName, [](PyObject* raw) {
+    if (PyCapsule_IsValid(raw, Managed::kName) == 0) return;
+    auto* managed = static_cast<Managed*>(PyCapsule_GetPointer(raw, Managed::kName));
+    managed->deleter(managed);
+  });
+  owned.release();
+  return capsule;
+}
+
+[[noreturn]] void refuse(const std::string& rule, const py::handle& value) {
+  // What the protocol asks for: consumers know it and try another way.
+  throw py::buffer_error("Buffer.__dlpack__: " + rule + ", got " + std::string(py::repr(value)));
+}
+
+std::int32_t requested_device(const Buffer& buffer, const py::object& dl_device) {
+  if (dl_device.is_none() || dl_device.equal(py::make_tuple(int{kCpu}, 0))) return kCpu;
+  if (buffer.device()->backend() == "metal" && dl_device.equal(py::make_tuple(int{kMetal}, 0))) return kMetal;
+  refuse("dl_device must be None, (1, 0) or, for a buffer of a metal device, (8, 0)", dl_device);
+}
+
+}  // namespace
+
+py::capsule to_dlpack(const Buffer& buffer, const py::object& stream, const py::object& max_version,
+                      const py::object& dl_device, const std::optional<bool>& copy) {
+  buffer.device()->check_usable("Buffer.__dlpack__");
+  if (!stream.is_none()) refuse("stream must be None", stream);
+  const std::int32_t device_type = requested_device(buffer, dl_device);
+  const bool is_copied = copy.value_or(false);
+  Buffer exported = buffer;
+  if (is_copied) {
+    exported = buffer.device()->empty(buffer.dtype(), buffer.shape());
+    if (buffer.nbytes() > 0) std::memcpy(exported.host(), buffer.host(), buffer.nbytes());
+  }
+  const bool is_versioned = !max_version.is_none() && py::tuple(max_version)[0].cast<unsigned>() >= kMajorVersion;
+  return is_versioned ? make_capsule<DLManagedTensorVersioned>(std::move(exported), device_type, is_copied)
+                      : make_capsule<DLManagedTensor>(std::move(exported), device_type, is_copied);
+}
+
+}  // namespace tq_hb
