@@ -52,7 +52,7 @@ inline void load_codes(StripeCodes side, VisibleKeys keys, uint first, uint coun
   transpose_quad(words, lane);
 }
 
-/// Partial dot products of a block's keys with the tile's queries over one stripe, as [key][head].
+/// Partial dot products of a block's keys with the tile's queries over one stripe, as [head][key].
 template <int D, int kTile>
 inline void score_stripe(thread const float4 (&q)[kTile], StripeCodes side, VisibleKeys keys, uint first, uint count,
                          threadgroup float* scores, ushort lane) {
@@ -70,7 +70,7 @@ inline void score_stripe(thread const float4 (&q)[kTile], StripeCodes side, Visi
         for (ushort h = 0; h < kTile; ++h) sums[i * kTile + h] = dot(q[h], key);
       }
       const float sum = simd_sum_scatter<kSums>(sums, lane);
-      if (lane < kSums) scores[(step + k) * kTile + lane] = sum;
+      if (lane < kSums) scores[lane % kTile * tq_hb::kScoresStride + step + k + lane / kTile] = sum;
     }
   }
 }
@@ -96,8 +96,8 @@ inline void add_stripe(thread float4 (&out)[kTile], thread TileState<kTile>& sta
   for (ushort h = 0; h < kTile; ++h) {
     float product = 0.0f;
     for (uint b = 0; b < kNormBlocks && has_key; ++b) {
-      threadgroup const float* halves = scores + (2 * b * 32 + lane) * kTile + h;
-      product += (halves[0] + halves[32 * kTile]) * (norms[b * 32 + lane] * to_value);
+      threadgroup const float* halves = scores + (2 * b * kTile + h) * tq_hb::kScoresStride + lane;
+      product += (halves[0] + halves[kTile * tq_hb::kScoresStride]) * (norms[b * 32 + lane] * to_value);
     }
     const ScoreScale scale = score_scale(args, int(exponents[h]));
     const float score = has_key ? scale.apply(product) : kNoScore;
@@ -210,8 +210,9 @@ kernel void flash_attn_vec_tq_hb_gqa(
       const uint buffer = block % 2;
       stage_norms<D>(k_norms, v_norms, first_row, keys, first, count, norms + buffer * tq_hb::group_norms_words(D),
                      stripe, lane);
-      score_stripe<D, kTile>(own, side, keys, first, count,
-                             scores + buffer * tq_hb::group_scores_words(D, kTile) + stripe * 32 * kTile, lane);
+      score_stripe<D, kTile>(
+          own, side, keys, first, count,
+          scores + buffer * tq_hb::group_scores_words(D, kTile) + stripe * kTile * tq_hb::kScoresStride, lane);
     } else if (!scores_keys && block > begin) {
       const uint first = uint(block - 1) * 32;
       const uint count = min(32u, keys.count - first);

@@ -12,6 +12,10 @@ constexpr TqU32 kStripe = 128;
 
 constexpr TqU32 kBlock = TQ_BLOCK;
 
+/// Words between the scores of one head and the next: odd, so that writing a key's scores of all heads and reading
+/// a head's scores of all keys both spread over the memory banks.
+constexpr TqU32 kScoresStride = kBlock + 1;
+
 /// Copies of a table in the group kernel: lanes that look up different levels at once then rarely meet in one
 /// memory bank. 8 KiB per table at most.
 constexpr TqU32 table_copies(TqU32 cbits) {
@@ -38,7 +42,7 @@ constexpr TqU32 per_head_threadgroup_bytes(TqU32 head_dim, TqU32 nsg, TqU32 k_cb
 }
 
 // --- flash_attn_vec_tq_hb_gqa*: an exponent per head, then the staged queries, which make way for tables,
-//     two buffers of partial scores [stripe][key][head], and two of norms [K | V][norm block][key] --------------
+//     two buffers of partial scores [stripe][head][key], and two of norms [K | V][norm block][key] --------------
 
 constexpr TqU32 group_simdgroups(TqU32 head_dim) {
   return 2 * head_dim / kStripe;
@@ -49,7 +53,7 @@ constexpr TqU32 group_tables_words(TqU32 k_cbits, TqU32 v_cbits) {
 }
 
 constexpr TqU32 group_scores_words(TqU32 head_dim, TqU32 tile) {
-  return head_dim / kStripe * kBlock * tile;
+  return head_dim / kStripe * tile * kScoresStride;
 }
 
 constexpr TqU32 group_norms_words(TqU32 head_dim) {
