@@ -320,6 +320,8 @@ def hadamard_quantize_kv_hb(
 ) -> None:
     """Encode one token or a run of tokens into a cache, in place.
 
+    A GPU copies a cache that is not its own buffer or made by :func:`tq_hb.empty`, whole, there and back.
+
     Parameters
     ----------
     src : array, shape (num_kv_heads, head_dim) or (tokens, num_kv_heads, head_dim)

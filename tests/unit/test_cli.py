@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tq_hb
-from tq_hb.cli import main
+from tq_hb.cli import bench, info, main
 from tq_hb.cli._cases import attention64
 from tq_hb.cli._sampling import Timing, buffers_to_stay_cold, sample
 
@@ -38,6 +38,35 @@ def test_info_prints_every_device(capsys):
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
     assert all(device.backend in printed for device in tq_hb.devices())
+
+
+def test_info_says_in_words_that_a_device_is_simulated(capsys):
+    report = info.collect()
+    for device in report["devices"]:
+        device["is_simulated"] = device["backend"] == "metal"
+    info._print_tables(report)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "metal is simulated: runs the Metal sources on this CPU; says nothing about speed"
+
+
+def test_bench_says_that_timings_of_a_simulated_device_mean_nothing(capsys):
+    device = {"backend": "metal", "name": "Simulated Metal", "is_simulated": True}
+    machine = {"processor": "some", "isa": "avx2", "threads": 1}
+    bench._print_tables({"machine": machine, "device": device, "results": []})
+    assert "timings mean nothing" in capsys.readouterr().out
+    device["is_simulated"] = False
+    bench._print_tables({"machine": machine, "device": device, "results": []})
+    assert "nothing" not in capsys.readouterr().out
+
+
+def test_bench_runs_on_every_device(device, capsys):
+    shape = ["--heads", "2", "--kv-heads", "1", "--kv-len", "33", "--samples", "30", "--no-peers"]
+    assert main(["bench", *shape, "--op", "attend", "--device", device.backend, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["device"] == {
+        "backend": device.backend, "name": device.name, "is_simulated": device.is_simulated,
+    }  # fmt: skip
+    assert report["results"][0]["plan"]["backend"] == device.backend
 
 
 def test_bench_reports_both_ops(capsys):

@@ -107,6 +107,92 @@ class TestLife:
         np.testing.assert_allclose(norms.numpy(), [[16.0]], rtol=1e-6)
 
 
+class TestNodes:
+    def test_every_launch_and_barrier_is_listed_in_order(self, device):
+        enc = device.encoder()
+        record(enc, device)
+        enc.memory_barrier()
+        record(enc, device)
+        assert [(node.kind, node.kernel) for node in enc.nodes] == [
+            ("other", "fwht_sign_premult_f32_d256"), ("barrier", ""), ("other", "fwht_sign_premult_f32_d256"),
+        ]  # fmt: skip
+        assert enc.kernels == ("fwht_sign_premult_f32_d256",) * 2
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            enc.nodes[0].kind = "sdpa"
+
+    def test_launches_have_sizes_where_there_are_any(self, device):
+        enc = device.encoder()
+        record(enc, device)
+        (node,) = enc.nodes
+        if device.backend == "cpu":
+            assert node == tq_hb.Node("other", "fwht_sign_premult_f32_d256", (0, 0, 0), (0, 0, 0), 0)
+        else:
+            assert (node.threadgroups, node.threads) == ((2, 1, 1), (32, 1, 1))
+
+    def test_the_kernels_of_attention_are_told_apart(self, device):
+        enc = device.encoder()
+        attend(enc, device)
+        kinds = [node.kind for node in enc.nodes]
+        assert kinds.count("sdpa") == len(enc.kernels) == 2
+        assert "other" not in kinds
+
+
+def attend(enc, device, **keywords):
+    p = tq_hb.FlashAttnVecTqHbParams(num_heads=2, num_kv_heads=1, head_dim=256, kv_seq_len=4, kv_capacity=4, scale=1.0)
+    codes, norms = tq_hb.quantize(np.ones((1, 4, 256), np.float32), 8)
+    out = device.empty((2, 256))
+    enc.flash_attn_vec_tq_hb(np.zeros((2, 256), np.float32), codes, norms, codes, norms, out, None, p, **keywords)
+    return out
+
+
+class TestAutoBarrier:
+    def test_off_by_default(self, device):
+        enc = device.encoder()
+        data = record(enc, device)
+        enc.fwht_sign_undo_f32(data)
+        assert [node.kind for node in enc.nodes] == ["other", "other"]
+
+    def test_a_barrier_is_placed_where_an_op_needs_one(self, device):
+        enc = device.encoder(auto_barrier=True)
+        data = record(enc, device)
+        record(enc, device)  # another buffer
+        enc.fwht_sign_undo_f32(data)
+        assert [node.kind for node in enc.nodes] == ["other", "other", "barrier", "other"]
+        enc.commit_and_wait()
+        np.testing.assert_allclose(data.numpy(), 1.0, rtol=1e-5)
+
+    @pytest.mark.parametrize(("value", "is_on"), [("1", True), ("0", False), ("yes", False)])
+    def test_the_variable_turns_it_on(self, device, environment, value, is_on):
+        environment(HF2Q_AUTO_BARRIER=value)
+        for auto_barrier, expected in ((None, is_on), (False, False), (True, True)):
+            enc = device.encoder(auto_barrier=auto_barrier)
+            enc.fwht_sign_undo_f32(record(enc, device))
+            assert ("barrier" in [node.kind for node in enc.nodes]) == expected
+
+    @pytest.mark.parametrize("value", [1, "on"])
+    def test_anything_else_is_refused(self, device, value):
+        with pytest.raises(tq_hb.InvalidArgument, match="auto_barrier must be.*got"):
+            device.encoder(auto_barrier=value)
+
+
+class TestStandaloneTransform:
+    @pytest.mark.parametrize("head_dim", [256, 512])
+    def test_it_is_the_transform_without_the_signs(self, device, head_dim):
+        x = np.random.default_rng(0).standard_normal((3, head_dim), np.float32)
+        data, enc = device.array(x), device.encoder()
+        enc.fwht_standalone_f32(data)
+        enc.commit_and_wait()
+        hadamard = np.array([[1.0]])
+        while len(hadamard) < head_dim:
+            hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
+        np.testing.assert_allclose(data.numpy(), x @ hadamard / np.sqrt(head_dim), atol=1e-5)
+        assert np.array_equal(data.numpy(), tq_hb.fwht_standalone_f32(x))
+
+    def test_it_undoes_itself(self):
+        x = np.random.default_rng(1).standard_normal((2, 256), np.float32)
+        np.testing.assert_allclose(tq_hb.fwht_standalone_f32(tq_hb.fwht_standalone_f32(x)), x, atol=1e-5)
+
+
 class TestDevice:
     def test_properties(self, device):
         assert device.backend in ("cpu", "metal", "cuda")
@@ -114,6 +200,8 @@ class TestDevice:
         assert isinstance(device.is_simulated, bool)
         assert device.limits.max_buffer_bytes > 2**20
         assert device.limits.num_threads >= 1
+        for limit in (device.limits.max_threadgroup_bytes, device.limits.max_threads_per_threadgroup):
+            assert (limit > 0) == (device.backend != "cpu")
         with pytest.raises(dataclasses.FrozenInstanceError):
             device.limits.num_threads = 1
 
@@ -240,3 +328,18 @@ def test_empty_is_aligned_and_writable():
 def test_warmup_leaves_everything_usable(device):
     tq_hb.warmup(device=device)
     assert tq_hb.quantize(np.ones((1, 256), np.float32), 8, device=device)[0].shape == (1, 256)
+
+
+@pytest.mark.parametrize("bits", [8, (5, 6), [np.int64(8)], ()], ids=str)
+def test_warmup_takes_the_widths_that_will_be_used(device, bits):
+    tq_hb.warmup(device, bits=bits)
+
+
+@pytest.mark.parametrize("bits", [7, (8, 4), "8", 8.0], ids=repr)
+def test_warmup_refuses_other_widths(device, bits):
+    with pytest.raises(tq_hb.InvalidArgument, match="^warmup: bits must.*got"):
+        tq_hb.warmup(device, bits=bits)
+
+
+def test_auto_is_never_a_simulated_device():
+    assert not tq_hb.Device("auto").is_simulated

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import tq_hb
+from tq_hb import policy
 
 
 @pytest.mark.parametrize(
@@ -153,3 +154,108 @@ def test_set_num_threads_is_seen_by_the_device_limits():
         assert tq_hb.num_threads() == tq_hb.Device("cpu").limits.num_threads == 3
     finally:
         tq_hb.set_num_threads(before)
+
+
+def params(group=4, kv_heads=4, kv_len=4096, head_dim=256, window=0):
+    return tq_hb.FlashAttnVecTqHbParams(
+        num_heads=group * kv_heads, num_kv_heads=kv_heads, head_dim=head_dim, kv_seq_len=kv_len, kv_capacity=kv_len,
+        scale=1.0, mask_type=2 if window else 0, sliding_window=window,
+    )  # fmt: skip
+
+
+def plan(*, offers_group=True, nwg=None, tmp_bytes=None, **shape):
+    dispatch = policy.plan_attention("op", params(**shape), offers_group=offers_group, nwg=nwg, tmp_bytes=tmp_bytes)
+    is_group = dispatch.kernel is policy.AttendKernel.GROUP
+    return (dispatch.head_tile if is_group else "per head", dispatch.nwg)
+
+
+class TestPlan:
+    """Which attention kernel serves a call, and over how many splits."""
+
+    @pytest.mark.parametrize(
+        ("group", "tile"), [(2, 2), (3, 4), (4, 4), (5, 8), (6, 8), (7, 8), (8, 8), (9, 8), (16, 8)]
+    )
+    def test_the_tile_is_the_smallest_that_covers_the_group(self, group, tile):
+        assert plan(group=group)[0] == tile
+
+    @pytest.mark.parametrize(
+        ("shape", "splits"),
+        [
+            ({"group": 2, "kv_heads": 8}, 32),  # 256 threadgroups over 8
+            ({"group": 4, "kv_heads": 1}, 64),  # no more than 4096 / 64
+            ({"group": 4, "kv_heads": 1, "kv_len": 100_000}, 256),
+            ({"group": 4, "kv_heads": 3}, 64),
+            ({"group": 4, "kv_heads": 5}, 52),  # rounded up
+            ({"group": 16, "kv_heads": 8}, 16),  # two tiles per KV head
+            ({"group": 9, "kv_heads": 8}, 16),  # the second tile is mostly padding
+            ({"group": 2, "kv_heads": 300}, 1),
+            ({"group": 4, "kv_heads": 1, "kv_len": 512}, 8),
+            ({"group": 4, "kv_heads": 1, "kv_len": 513}, 9),
+            ({"group": 4, "kv_heads": 1, "kv_len": 10_000, "window": 600}, 10),
+        ],
+        ids=str,
+    )
+    def test_splits(self, shape, splits):
+        assert plan(**shape)[1] == splits
+
+    @pytest.mark.parametrize(
+        ("shape", "expected"),
+        [
+            ({"group": 1}, ("per head", 32)),
+            ({"kv_len": 511}, ("per head", 16)),
+            ({"kv_len": 4096, "window": 511}, ("per head", 32)),
+            ({"kv_len": 4096, "window": 512}, (4, 8)),
+            ({"offers_group": False}, ("per head", 32)),
+            ({"nwg": 7}, ("per head", 7)),
+        ],
+        ids=str,
+    )
+    def test_when_the_per_head_kernel_serves(self, shape, expected):
+        assert plan(**shape) == expected
+
+    @pytest.mark.parametrize(
+        ("variables", "expected"),
+        [({"HF2Q_TQ_NWG": "9"}, ("per head", 9)), ({"HF2Q_TQ_NSG": "2"}, ("per head", 32)),
+         ({"HF2Q_TQ_NWG": "33"}, (4, 64)), ({"TQ_HB_GQA": "off"}, ("per head", 32)), ({"TQ_HB_GQA": "auto"}, (4, 64))],
+        ids=str,
+    )  # fmt: skip
+    def test_overrides_are_of_the_per_head_kernel(self, environment, variables, expected):
+        environment(**variables)
+        assert plan() == expected
+
+    def test_on_serves_short_caches_too(self, environment):
+        environment(TQ_HB_GQA="on")
+        assert plan(kv_len=1) == (4, 1)
+        assert plan(kv_len=65) == (4, 2)
+        assert plan(kv_len=65, group=1) == ("per head", 16)
+        assert plan(kv_len=65, nwg=3) == ("per head", 3)
+        assert plan(kv_len=65, offers_group=False) == ("per head", 16)
+
+    @pytest.mark.parametrize("splits", [32, 33, 64, 500])
+    def test_the_callers_storage_limits_the_splits(self, splits):
+        held = tq_hb.tmp_buffer_bytes(16, 256, splits=splits)
+        assert plan(tmp_bytes=held) == (4, min(splits, 64))
+        assert plan(tmp_bytes=held + 1000) == (4, min(splits, 64))
+        assert plan(tmp_bytes=held - 4) == (4, min(splits - 1, 64))
+
+    @pytest.mark.parametrize("value", ["yes", "ON", "1", "auto "])
+    def test_a_bad_value_of_the_variable_is_an_error(self, environment, device, value):
+        environment(TQ_HB_GQA=value)
+        cache = tq_hb.KVCache(1, 256, device=device)
+        cache.append(np.ones((1, 256), np.float32), np.ones((1, 256), np.float32))
+        with pytest.raises(tq_hb.InvalidArgument, match=f"^KVCache.attend: TQ_HB_GQA must.*got '{value}'"):
+            cache.attend(np.ones((2, 256), np.float32))
+
+    def test_the_plan_of_a_cache_says_what_ran(self, device):
+        cache = tq_hb.KVCache(1, 256, device=device)
+        cache.append(*np.ones((2, 600, 1, 256), np.float32))
+        cache.attend(np.ones((4, 256), np.float32))
+        ran = cache.last_plan
+        if device._core.offers(policy.AttendKernel.GROUP):
+            assert ran.kernels == ("flash_attn_vec_tq_hb_gqa4_dk256", "flash_attn_vec_merge_tq_hb_undo_dk256")
+            assert (ran.nsg, ran.nwg) == (4, 10)
+        else:
+            assert ran.kernels == ("flash_attn_vec_tq_hb_dk256", "flash_attn_vec_reduce_tq_hb_undo_dk256")
+            assert (ran.nsg, ran.nwg) == (1, 32)
+        assert (ran.threadgroup_bytes > 0) == (device.backend != "cpu")
+        assert (ran.backend, ran.precision) == (device.backend, "strict")

@@ -151,6 +151,64 @@ def test_the_cpu_works_after_a_fork():
     assert run.returncode == 0, run.stderr
 
 
+FORK_WITH_A_GPU = """
+import os, sys
+import numpy as np, tq_hb
+
+device = tq_hb.Device(sys.argv[1])
+cache = tq_hb.KVCache(1, 256, device=device)
+rows = np.ones((1, 256), np.float32)
+cache.append(rows, rows)
+before = cache.attend(rows)
+buf, enc = device.array(rows), device.encoder()
+enc.fwht_sign_premult_f32(buf)
+uses = {
+    "append": lambda: cache.append(rows, rows),
+    "attend": lambda: cache.attend(rows),
+    "reserve": lambda: cache.reserve(1000),
+    "copy": lambda: cache.copy(),
+    "dequantize": lambda: cache.dequantize(),
+    "a new cache": lambda: tq_hb.KVCache(1, 256, 8, device=device),
+    "a named device": lambda: tq_hb.quantize(rows, 8, device=sys.argv[1]),
+    "empty": lambda: device.empty(3),
+    "array": lambda: device.array(rows),
+    "sharing": lambda: device.array(tq_hb.empty(3), copy=False),
+    "encoder": lambda: device.encoder(),
+    "recording": lambda: enc.fwht_sign_undo_f32(buf),
+    "commit": lambda: enc.commit(),
+    "warmup": lambda: tq_hb.warmup(device),
+    "numpy": lambda: buf.numpy(),
+    "memoryview": lambda: memoryview(buf),
+    "dlpack": lambda: buf.__dlpack__(),
+}
+pid = os.fork()
+if pid == 0:
+    for name, use in uses.items():
+        try:
+            use()
+        except (tq_hb.DeviceError, BufferError):
+            continue
+        print(name, "was possible", file=sys.stderr, flush=True)
+        os._exit(3)
+    os._exit(0 if len(cache) == 1 else 4)
+status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+enc.commit_and_wait()
+assert np.array_equal(cache.attend(rows), before)
+sys.exit(status)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_gpu_refuses_to_work_after_a_fork(device):
+    if device.backend == "cpu":
+        pytest.skip("the cpu works after a fork")
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK_WITH_A_GPU, device.backend],
+        timeout=60, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+
+
 EXIT_WHILE_DAEMONS_WORK = """
 import threading, time
 import numpy as np, tq_hb

@@ -42,7 +42,7 @@ def measure_attend(
     shape: Shape,
     *,
     samples: int,
-    device: str | None = None,
+    device: str | tq_hb.Device | None = None,
     peers: bool = True,
     track: Track = iter,
 ) -> dict[str, Any]:
@@ -88,7 +88,9 @@ def measure_attend(
     }
 
 
-def measure_append(shape: Shape, *, samples: int, device: str | None = None, track: Track = iter) -> dict[str, Any]:
+def measure_append(
+    shape: Shape, *, samples: int, device: str | tq_hb.Device | None = None, track: Track = iter
+) -> dict[str, Any]:
     """Time the encoding of one token and of a run of tokens into a ring of ``kv_len`` slots.
 
     Returns
@@ -145,7 +147,7 @@ def relative_l2(got: npt.NDArray[Any], want: npt.NDArray[Any]) -> float:
     return float(np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want))
 
 
-def _new_cache(shape: Shape, device: str | None, sliding_window: int | None = None) -> tq_hb.KVCache:
+def _new_cache(shape: Shape, device: str | tq_hb.Device | None, sliding_window: int | None = None) -> tq_hb.KVCache:
     return tq_hb.KVCache(
         shape.kv_heads,
         shape.head_dim,

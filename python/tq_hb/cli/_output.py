@@ -6,6 +6,9 @@ import json
 import sys
 from typing import Any
 
+SIMULATED = "simulated: runs the Metal sources on this CPU; says nothing about speed"
+"""What is said of a simulated device."""
+
 
 def print_json(report: object) -> None:
     """Print a report as JSON, alone on standard output."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tq_hb import Device
     from tq_hb.cli._cases import Shape
 
 _FEWEST_SAMPLES = 30
@@ -59,7 +60,12 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         tq_hb.set_num_threads(args.threads)
     shape = Shape(args.heads, args.kv_heads, args.head_dim, args.kv_len, args.k_bits, args.v_bits)
-    report = {"machine": _machine.describe(), "results": _measure(shape, args)}
+    device = tq_hb.Device(args.device or "auto")
+    report = {
+        "machine": _machine.describe(),
+        "device": {"backend": device.backend, "name": device.name, "is_simulated": device.is_simulated},
+        "results": _measure(shape, device, args),
+    }
     if args.json:
         print_json(report)
     else:
@@ -67,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(shape: Shape, args: argparse.Namespace) -> list[dict[str, Any]]:
+def _measure(shape: Shape, device: Device, args: argparse.Namespace) -> list[dict[str, Any]]:
     from rich.console import Console
     from rich.progress import track
 
@@ -81,20 +87,22 @@ def _measure(shape: Shape, args: argparse.Namespace) -> list[dict[str, Any]]:
     results = []
     if args.op != "append":
         peers = not args.no_peers
-        results.append(measure_attend(shape, samples=args.samples, device=args.device, peers=peers, track=progress))
+        results.append(measure_attend(shape, samples=args.samples, device=device, peers=peers, track=progress))
     if args.op != "attend":
-        results.append(measure_append(shape, samples=args.samples, device=args.device, track=progress))
+        results.append(measure_append(shape, samples=args.samples, device=device, track=progress))
     return results
 
 
 def _print_tables(report: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from tq_hb.cli._output import table
+    from tq_hb.cli._output import SIMULATED, table
 
     console = Console(markup=False)
-    machine = report["machine"]
-    console.print(f"{machine['processor']}, {machine['isa']}, {machine['threads']} threads")
+    machine, device = report["machine"], report["device"]
+    console.print(f"{machine['processor']}, {machine['isa']}, {machine['threads']} threads; device: {device['name']}")
+    if device["is_simulated"]:
+        console.print(f"{device['backend']} is {SIMULATED}; these timings mean nothing", soft_wrap=True)
     for result in report["results"]:
         title = f"{result['op']}: " + ", ".join(f"{field} {value}" for field, value in result["shape"].items())
         rows = table(title, "", "median", "quartiles", "read", "GB/s", "of floor")

@@ -7,7 +7,14 @@ import dataclasses
 import os
 from typing import Any
 
-VARIABLES = ("TQ_HB_DEVICE", "TQ_HB_NUM_THREADS", "HF2Q_TQ_NSG", "HF2Q_TQ_NWG")
+VARIABLES = (
+    "TQ_HB_DEVICE",
+    "TQ_HB_NUM_THREADS",
+    "TQ_HB_GQA",
+    "HF2Q_TQ_NSG",
+    "HF2Q_TQ_NWG",
+    "HF2Q_AUTO_BARRIER",
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -70,7 +77,7 @@ def _print_tables(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from tq_hb.cli._output import table
+    from tq_hb.cli._output import SIMULATED, table
 
     facts = Table.grid(padding=(0, 2))
     facts.add_row("tq_hb", report["tq_hb"])
@@ -85,11 +92,14 @@ def _print_tables(report: dict[str, Any]) -> None:
 
     devices = table("devices", "backend", "usable", "name", numeric_from=3)
     for device in report["devices"]:
-        name = device["name"] + (" (simulated)" if device["is_simulated"] else "")
         usable = "default" if device["backend"] == report["default_device"] else "yes"
-        devices.add_row(device["backend"], *((usable, name) if device["available"] else ("no", device["reason"])))
+        seen = (usable, device["name"]) if device["available"] else ("no", device["reason"])
+        devices.add_row(device["backend"], *seen)
 
     console = Console()
     console.print(facts)
     console.print()
     console.print(devices)
+    for device in report["devices"]:
+        if device["is_simulated"]:
+            console.print(f"{device['backend']} is {SIMULATED}", soft_wrap=True)

@@ -1,0 +1,224 @@
+"""Host arrays on devices that cannot use all host memory in place: copied in, and back after success only."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import tq_hb
+from tq_hb.staging import Staging
+
+
+class CopyingCore:
+    """The cpu as a device that uses no host memory but that of its own buffers."""
+
+    def __init__(self):
+        self._core = tq_hb.Device("cpu")._core
+        self.copies: list[str] = []
+
+    def __getattr__(self, name):
+        return getattr(self._core, name)
+
+    def wrap(self, op, field, array):
+        base = array
+        while isinstance(base, np.ndarray):
+            base = base.base
+        return self._core.wrap(op, field, array) if isinstance(base, tq_hb.Buffer) else None
+
+    def copy_in(self, op, field, array):
+        self.copies.append(field)
+        return self._core.copy_in(op, field, array)
+
+
+@pytest.fixture
+def copying() -> tq_hb.Device:
+    device = tq_hb.Device("cpu")
+    device._core = CopyingCore()
+    return device
+
+
+@pytest.fixture(params=["in place", "copied"])
+def core(request, copying):
+    return tq_hb.Device("cpu")._core if request.param == "in place" else copying._core
+
+
+class TestStaging:
+    def test_what_is_read_has_the_contents(self, core):
+        x = np.arange(6, dtype=np.float32).reshape(2, 3)
+        assert np.array_equal(Staging("op", core).read("x", x).numpy(), x)
+
+    def test_what_is_updated_keeps_what_was_not_written(self, core):
+        x = np.arange(512, dtype=np.float32).reshape(2, 256)
+        staging, encoder = Staging("op", core), core.make_encoder()
+        encoder.fwht("op", tq_hb._core.Fwht.PLAIN, staging.update("x", x)[1:])
+        staging.run(encoder)
+        assert np.array_equal(x[0], np.arange(256))
+        assert not np.array_equal(x[1], np.arange(256, 512))
+
+    def test_what_is_filled_comes_back(self, core):
+        out = np.full((2, 1, 256), 7.0, np.float32)
+        codes, norms = np.zeros((1, 2, 256), np.uint8), np.ones((1, 2), np.float32)
+        hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=1, write_pos=0, cache_capacity=2)
+        staging, encoder = Staging("op", core), core.make_encoder()
+        arguments = staging.read("codes", codes), staging.read("norms", norms), staging.fill("out", out)
+        encoder.dequantize("op", hp, 0, *arguments, "lloyd_max")
+        staging.run(encoder)
+        np.testing.assert_allclose(out, tq_hb.codebook(8)[0] / 16, rtol=1e-6)
+
+    def test_copies_go_back_only_after_success(self, copying):
+        x = np.full((1, 256), np.nan, np.float32)
+        packed, norms = np.full((1, 1, 256), 9, np.uint8), np.full((1, 1), 9.0, np.float32)
+        hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=1, write_pos=0, cache_capacity=1)
+        staging, encoder = Staging("op", copying._core), copying._core.make_encoder()
+        target = "", staging.read("x", x), staging.fill("packed", packed), staging.fill("norms", norms), 8
+        encoder.hadamard_quantize("op", hp, [target], "lloyd_max")
+        with pytest.raises(tq_hb.InvalidArgument, match="finite"):
+            staging.run(encoder)
+        assert (packed == 9).all()
+        assert (norms == 9.0).all()
+
+
+class TestOps:
+    """Every op gives on copies what it gives in place."""
+
+    def test_quantize(self, copying):
+        x = np.random.default_rng(0).standard_normal((5, 256), np.float32)
+        for got, want in zip(tq_hb.quantize(x, 6, device=copying), tq_hb.quantize(x, 6, device="cpu"), strict=True):
+            assert np.array_equal(got, want)
+        assert copying._core.copies == ["x"]
+
+    @pytest.mark.parametrize("op", [tq_hb.flash_attn_vec_tq_hb, tq_hb.flash_attn_vec_tq_hb_with_fused_undo])
+    def test_encode_attend_and_decode(self, copying, op):
+        rng = np.random.default_rng(1)
+        k, v = rng.standard_normal((2, 6, 2, 256), np.float32)
+        q = rng.standard_normal((4, 256), np.float32)
+        hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=2, write_pos=2, cache_capacity=8)
+        p = tq_hb.FlashAttnVecTqHbParams(
+            num_heads=4, num_kv_heads=2, head_dim=256, kv_seq_len=8, kv_capacity=8, scale=0.0625
+        )
+        results = []
+        for device in ("cpu", copying):
+            k_packed, v_packed = np.full((2, 2, 8, 256), 3, np.uint8)
+            k_norms, v_norms = np.full((2, 2, 8), 0.5, np.float32)
+            tq_hb.hadamard_quantize_kv_hb_dual(k, v, k_packed, v_packed, k_norms, v_norms, hp, device=device)
+            out = np.zeros((4, 256), np.float32)
+            assert op(q, k_packed, k_norms, v_packed, v_norms, p, out=out, device=device) is out
+            decoded = tq_hb.tq_dequantize_hb_kv(k_packed, k_norms, hp, pos=7, device=device)
+            results.append([k_packed, v_packed, k_norms, v_norms, out, decoded])
+        for in_place, copied in zip(*results, strict=True):
+            assert np.array_equal(in_place, copied)
+
+    def test_overlaps_are_seen_although_copies_have_none(self, copying):
+        storage = np.zeros(12 * 256 + 12 * 4, np.uint8)
+        packed, norms = storage[: 12 * 256].reshape(1, 12, 256), storage[12 * 256 - 8 : -8].view(np.float32)[None]
+        hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=1, write_pos=0, cache_capacity=12)
+        with pytest.raises(tq_hb.InvalidArgument, match="norms must not overlap packed"):
+            tq_hb.hadamard_quantize_kv_hb(np.ones((1, 256), np.float32), packed, norms, hp, device=copying)
+        assert not storage.any()
+
+    def test_buffers_of_the_device_are_used_in_place(self, copying):
+        src = copying.array(np.ones((1, 256), np.float32))
+        packed, norms = copying.empty((1, 4, 256), np.uint8), copying.empty((1, 4))
+        copying._core.copies.clear()
+        hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=1, write_pos=1, cache_capacity=4)
+        tq_hb.hadamard_quantize_kv_hb(src, packed, norms, hp, device=copying)
+        assert norms.numpy().tolist() == [[0.0, 16.0, 0.0, 0.0]]
+        assert copying._core.copies == []
+
+
+class TestKVCache:
+    def test_a_cache_works_on_copies(self, copying):
+        rng = np.random.default_rng(2)
+        caches = [tq_hb.KVCache(2, 256, sliding_window=16, v_bits=5, device=device) for device in ("cpu", copying)]
+        for _ in range(3):
+            k, v = rng.standard_normal((2, 9, 2, 256), np.float32)
+            q = rng.standard_normal((4, 256), np.float32)
+            for cache in caches:
+                cache.append(k, v)
+            want, got = (cache.attend(q) for cache in caches)
+            assert np.array_equal(got, want)
+        for want, got in zip(*(cache.dequantize() for cache in caches), strict=True):
+            assert np.array_equal(got, want)
+
+    def test_only_what_is_new_is_copied(self, copying):
+        cache = tq_hb.KVCache(1, 256, 64, device=copying)
+        cache.append(np.ones((2, 1, 256), np.float32), np.ones((2, 1, 256), np.float32))
+        cache.attend(np.ones((1, 256), np.float32))
+        assert copying._core.copies == ["k", "v", "q"]
+
+
+class TestSharing:
+    """``Device.array(x, copy=...)``."""
+
+    @pytest.mark.parametrize("copy", [None, False], ids=str)
+    @pytest.mark.parametrize("dtype", [np.float32, np.uint8, np.uint32])
+    def test_page_aligned_arrays_are_shared_by_every_device(self, device, copy, dtype):
+        x = tq_hb.empty((3, 256), dtype)
+        buf = device.array(x, copy=copy)
+        x[1] = 5
+        assert (buf.numpy()[1] == 5).all()
+        buf.numpy()[2] = 6
+        assert (x[2] == 6).all()
+
+    def test_the_cpu_shares_any_memory(self):
+        x = np.zeros(7, np.uint8)[1:]
+        tq_hb.Device("cpu").array(x, copy=False).numpy()[0] = 1
+        assert x[0] == 1
+
+    def test_a_shared_array_outlives_its_name(self, device):
+        buf = device.array(tq_hb.empty(3), copy=False)
+        assert buf.numpy().tolist() == [0.0, 0.0, 0.0]
+
+    def test_an_op_works_in_the_arrays_memory(self, device):
+        x = tq_hb.empty((2, 256))
+        x[:] = 1.0
+        encoder = device.encoder()
+        encoder.fwht_sign_premult_f32(device.array(x, copy=False))
+        encoder.commit_and_wait()
+        assert np.array_equal(x, tq_hb.rotate(np.ones((2, 256), np.float32)))
+
+    def test_a_view_of_a_buffer_is_shared(self, device):
+        buf = device.empty((4, 256))
+        device.array(buf.numpy()[1:3], copy=False).numpy()[0] = 1.0
+        assert buf.numpy().sum(axis=1).tolist() == [0.0, 256.0, 0.0, 0.0]
+
+    def test_what_cannot_be_shared_is_copied_only_if_that_is_allowed(self, copying):
+        x = np.ones(300, np.float32)
+        buf = copying.array(x, copy=None)
+        x[:] = 0
+        assert (buf.numpy() == 1).all()
+        with pytest.raises(tq_hb.InvalidArgument, match=r"^Device.array: x must be page-aligned.*tq_hb\.empty.*got"):
+            copying.array(x, copy=False)
+
+    UNSHAREABLE = {  # noqa: RUF012
+        "read-only": lambda: np.frombuffer(b"\0" * 1024, np.float32),
+        "strided": lambda: tq_hb.empty((4, 512))[:, ::2],
+        "float64": lambda: tq_hb.empty((4, 256), np.float64),
+        "byte-swapped": lambda: tq_hb.empty(256, np.dtype(np.float32).newbyteorder()),
+    }
+
+    @pytest.mark.parametrize("kind", UNSHAREABLE)
+    def test_what_a_device_may_not_write_is_never_shared(self, device, kind):
+        x = self.UNSHAREABLE[kind]()
+        with pytest.raises(tq_hb.InvalidArgument, match=r"^Device.array: x must.*got"):
+            device.array(x, copy=False)
+        buf = device.array(x, copy=None)
+        assert buf.dtype == np.float32
+        assert buf.dtype.isnative
+        assert np.array_equal(buf.numpy(), x)
+        assert not np.may_share_memory(buf.numpy(), x)
+
+    @pytest.mark.parametrize("copy", ["yes", 1, 0.0], ids=repr)
+    def test_copy_is_one_of_three(self, device, copy):
+        with pytest.raises(tq_hb.InvalidArgument, match=r"^Device.array: copy must be.*got"):
+            device.array(np.ones(3, np.float32), copy=copy)
+
+    def test_nothing_is_shared_without_being_asked(self, device):
+        x = tq_hb.empty(8)
+        assert not np.may_share_memory(device.array(x).numpy(), x)
+
+    def test_mlx_arrays_are_read_only(self, device):
+        mx = pytest.importorskip("mlx.core")
+        with pytest.raises(tq_hb.InvalidArgument, match="mlx"):
+            device.array(mx.zeros(3), copy=False)
+        assert device.array(mx.ones(3), copy=None).numpy().tolist() == [1.0, 1.0, 1.0]
