@@ -48,6 +48,16 @@ void check_device(const std::string& op, const std::string& field, std::int32_t 
   }
 }
 
+std::shared_ptr<Storage> borrow_native(const std::string& op, const std::string& field, const Device& device,
+                                       void* handle, py::object owner) {
+  try {
+    return device.wrap_native(handle, hold(std::move(owner)));
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::kInvalidArgument) throw;
+    throw invalid(op, field, "must be a Metal buffer that the host can see; move it to the cpu first", error.what());
+  }
+}
+
 struct HostMemory {
   std::byte* data;
   py::object owner;
@@ -61,10 +71,8 @@ HostMemory host_memory(const std::string& op, const std::string& field, const DL
     return {static_cast<std::byte*>(tensor.data) + tensor.byte_offset, std::move(owner)};
   for (const BackendStatus& status : backend_statuses()) {
     if (status.backend != "metal" || status.device == nullptr) continue;
-    auto storage = status.device->wrap_native(tensor.data, hold(std::move(owner)));
-    const std::uint64_t size = storage->size();
-    std::byte* data = storage->host() + tensor.byte_offset;
-    return {data, py::cast(Buffer(std::move(storage), DType::kUint8, {size}))};
+    const std::shared_ptr<Storage> storage = borrow_native(op, field, *status.device, tensor.data, std::move(owner));
+    return {storage->host() + tensor.byte_offset, py::cast(Buffer(storage, DType::kUint8, {storage->size()}))};
   }
   throw invalid(op, field, "must be in host memory where there is no metal device; move it to the cpu first",
                 "a Metal buffer");

@@ -41,7 +41,7 @@ class DeviceInfo:
 class DeviceLimits:
     """What a device can hold and how wide it works.
 
-    The limits of threadgroups are 0 where there are none.
+    ``num_threads`` is 0 on a GPU, and the limits of threadgroups are 0 on the cpu.
 
     >>> import tq_hb
     >>> limits = tq_hb.Device("cpu").limits

@@ -14,6 +14,7 @@ import tq_hb
 HEAD_DIMS = st.sampled_from([256, 512])
 WIDTHS = st.sampled_from([5, 6, 8])
 SEEDS = st.integers(0, 2**32 - 1)
+BACKENDS = st.sampled_from([d.backend for d in tq_hb.devices() if d.available])
 
 
 def tokens(seed: int, count: int, heads: int, head_dim: int) -> np.ndarray:
@@ -23,11 +24,12 @@ def tokens(seed: int, count: int, heads: int, head_dim: int) -> np.ndarray:
 class RingAgainstList(RuleBasedStateMachine):
     """A cache against a Python list of what it must still hold."""
 
-    @initialize(window=st.none() | st.integers(1, 12), spare=st.integers(0, 6), fixed=st.booleans())
-    def create(self, window: int | None, spare: int, fixed: bool) -> None:
+    @initialize(window=st.none() | st.integers(1, 12), spare=st.integers(0, 6), fixed=st.booleans(), backend=BACKENDS)
+    def create(self, window: int | None, spare: int, fixed: bool, backend: str) -> None:
         self.window = window
         linear_capacity = 40 if fixed else None
-        self.cache = tq_hb.KVCache(1, 256, window + spare if window else linear_capacity, sliding_window=window)
+        capacity = window + spare if window else linear_capacity
+        self.cache = tq_hb.KVCache(1, 256, capacity, sliding_window=window, device=backend)
         self.limit = self.cache.capacity if window else linear_capacity
         self.held: list[int] = []  # numbers of the tokens
         self.offset = 0
@@ -99,7 +101,7 @@ class RingAgainstList(RuleBasedStateMachine):
     def attends_to_its_window(self) -> None:
         q = tokens(0, 1, 1, 256)[0]
         seen = self.vectors(self.held[-self.window :] if self.window else self.held)
-        fresh = tq_hb.KVCache(1, 256)
+        fresh = tq_hb.KVCache(1, 256, device=self.cache.device)
         fresh.append(seen, -seen)
         assert np.array_equal(self.cache.attend(q), fresh.attend(q))
 
@@ -143,10 +145,11 @@ def test_codes_do_not_depend_on_the_length_of_a_vector(seed, head_dim, cbits, ex
     head_dim=HEAD_DIMS,
     runs=st.lists(st.integers(0, 40), min_size=1, max_size=8),
     window=st.none() | st.integers(1, 50),
+    backend=BACKENDS,
 )
-def test_appending_in_runs_equals_appending_at_once(seed, head_dim, runs, window):
+def test_appending_in_runs_equals_appending_at_once(seed, head_dim, runs, window, backend):
     x = tokens(seed, sum(runs), 2, head_dim)
-    in_runs, at_once = (tq_hb.KVCache(2, head_dim, sliding_window=window) for _ in range(2))
+    in_runs, at_once = (tq_hb.KVCache(2, head_dim, sliding_window=window, device=backend) for _ in range(2))
     start = 0
     for n in runs:
         in_runs.append(x[start : start + n], -x[start : start + n])

@@ -44,20 +44,42 @@ def attend_cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=60, deadline=None)
-@given(case=attend_cases(), fused_undo=st.booleans())
-def test_attention_on_any_valid_call(case, fused_undo):
+def attend(device, case, fused_undo, **changed):
     op = tq_hb.flash_attn_vec_tq_hb_with_fused_undo if fused_undo else tq_hb.flash_attn_vec_tq_hb
     problem = make_problem(case)
+    return problem, op(*problem.buffers(), case.params(), device=device, **{**case.keywords(), **changed})
 
-    got = op(*problem.buffers(), case.params(), **case.keywords())
+
+@settings(max_examples=60, deadline=None)
+@given(case=attend_cases(), fused_undo=st.booleans())
+def test_attention_on_any_valid_call(device, case, fused_undo):
+    problem, got = attend(device, case, fused_undo)
+
+    assert tolerance.nmse(got, expected(case, problem, unrotated=fused_undo)) <= tolerance.ATTEND_NMSE
+
+
+@pytest.fixture(scope="module")
+def _groups_always():
+    """Lets the kernel that serves a group of query heads take every call that it can."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TQ_HB_GQA", "on")
+        tq_hb.policy.reload()
+        yield
+    tq_hb.policy.reload()
+
+
+@pytest.mark.usefixtures("_groups_always")
+@settings(max_examples=60, deadline=None)
+@given(case=attend_cases(), fused_undo=st.booleans())
+def test_attention_of_groups_on_any_valid_call(device, case, fused_undo):
+    problem, got = attend(device, case, fused_undo, nwg=None)
 
     assert tolerance.nmse(got, expected(case, problem, unrotated=fused_undo)) <= tolerance.ATTEND_NMSE
 
 
 @settings(max_examples=30, deadline=None)
-@given(case=attend_cases())
-def test_slots_that_a_query_does_not_see_never_matter(case):
+@given(case=attend_cases(), nwg_is_given=st.booleans())
+def test_slots_that_a_query_does_not_see_never_matter(device, case, nwg_is_given):
     problem = make_problem(case)
     unseen = np.ones(case.kv_capacity, bool)
     unseen[case.visible.slots()] = False
@@ -67,8 +89,9 @@ def test_slots_that_a_query_does_not_see_never_matter(case):
     for name in ("k_norms", "v_norms"):
         other[name][:, unseen] = np.inf
 
+    keywords = case.keywords() if nwg_is_given else {**case.keywords(), "nwg": None}
     got, again = (
-        tq_hb.flash_attn_vec_tq_hb(*buffers, case.params(), **case.keywords())
+        tq_hb.flash_attn_vec_tq_hb(*buffers, case.params(), device=device, **keywords)
         for buffers in (problem.buffers(), other.values())
     )
 
@@ -81,15 +104,15 @@ ROWS = st.one_of(*(arrays.arrays(np.float32, (2, d), elements=FLOATS, fill=FLOAT
 
 @settings(max_examples=150, deadline=None)
 @given(x=ROWS, cbits=WIDTHS, codebook=st.sampled_from(["lloyd_max", "mlx_native"]))
-def test_encoding_of_any_finite_rows(x, cbits, codebook):
+def test_encoding_of_any_finite_rows(device, x, cbits, codebook):
     with np.errstate(all="ignore"):
         want_codes, want_norms = reference.encode_float32(x, cbits, codebook)
     if not np.isfinite(want_norms).all():
         with pytest.raises(tq_hb.InvalidArgument, match="quantize: x"):
-            tq_hb.quantize(x, cbits, codebook=codebook)
+            tq_hb.quantize(x, cbits, codebook=codebook, device=device)
         return
 
-    codes, norms = tq_hb.quantize(x, cbits, codebook=codebook)
+    codes, norms = tq_hb.quantize(x, cbits, codebook=codebook, device=device)
 
     assert norms.tobytes() == want_norms.tobytes()
     assert codes.tobytes() == want_codes.tobytes()

@@ -199,8 +199,9 @@ class TestDevice:
         assert device.name
         assert isinstance(device.is_simulated, bool)
         assert device.limits.max_buffer_bytes > 2**20
-        assert device.limits.num_threads >= 1
-        for limit in (device.limits.max_threadgroup_bytes, device.limits.max_threads_per_threadgroup):
+        limits = device.limits
+        assert (limits.num_threads > 0) == (device.backend == "cpu")
+        for limit in (limits.max_threadgroup_bytes, limits.max_threads_per_threadgroup):
             assert (limit > 0) == (device.backend != "cpu")
         with pytest.raises(dataclasses.FrozenInstanceError):
             device.limits.num_threads = 1
