@@ -1,0 +1,38 @@
+#include "options.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace metal_sim {
+namespace {
+
+std::string variable(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
+
+}  // namespace
+
+Options read_options() {
+  Options options;
+  if (const std::string seed = variable("METAL_SIM_SEED"); !seed.empty()) {
+    if (seed.find_first_not_of("0123456789") != std::string::npos || seed.size() > 18) {
+      throw std::invalid_argument("METAL_SIM_SEED must be a non-negative integer, got " + seed);
+    }
+    options.seed = std::stoull(seed);
+  }
+  const std::string check = variable("METAL_SIM_CHECK");
+  if (check != "" && check != "0" && check != "1") {
+    throw std::invalid_argument("METAL_SIM_CHECK must be 0 or 1, got " + check);
+  }
+  options.check = check == "1";
+  const std::string lane = variable("METAL_SIM_LANE");
+  if (lane != "" && lane != "ftz-contract") {
+    throw std::invalid_argument("METAL_SIM_LANE must be ftz-contract or unset, got " + lane);
+  }
+  options.ftz_contract = lane == "ftz-contract";
+  return options;
+}
+
+}  // namespace metal_sim

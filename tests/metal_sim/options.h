@@ -1,0 +1,18 @@
+// What the environment asks of a run.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+namespace metal_sim {
+
+struct Options {
+  std::optional<std::uint64_t> seed;  ///< METAL_SIM_SEED: a random schedule instead of the fixed one
+  bool check = false;                 ///< METAL_SIM_CHECK=1: every access is looked up
+  bool ftz_contract = false;          ///< METAL_SIM_LANE=ftz-contract: flush denormals, contract a*b+c
+};
+
+/// Throws std::invalid_argument on a value that is not understood.
+Options read_options();
+
+}  // namespace metal_sim

@@ -1,0 +1,1 @@
+"""Turns Metal shading language into C++ that the simulator compiles."""
