@@ -167,7 +167,4 @@ const char* name_of(ConstantType type) {
 - (NSUInteger)threadExecutionWidth {
   return metal_sim::kSimdWidth;
 }
-- (NSUInteger)staticThreadgroupMemoryLength {
-  return 0;
-}
 @end

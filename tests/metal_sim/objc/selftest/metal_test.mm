@@ -177,7 +177,6 @@ TEST_F(Metal, PipelinesTellTheirLimits) {
   EXPECT_EQ(text(pipeline.label), "scale pipeline");
   EXPECT_EQ(pipeline.threadExecutionWidth, 32u);
   EXPECT_EQ(pipeline.maxTotalThreadsPerThreadgroup, 1024u);
-  EXPECT_EQ(pipeline.staticThreadgroupMemoryLength, 0u);
 }
 
 TEST_F(Metal, LabelsAreKept) {
