@@ -1,4 +1,5 @@
 // The simulated Metal at its proper use.
+#include <algorithm>
 #include <cstdlib>
 #include <thread>
 #include <vector>
@@ -7,11 +8,23 @@
 
 #include "metal_fixture.h"
 
+extern "C" void metal_sim_reset_statistics(void);
+extern "C" std::size_t metal_sim_statistics(char* json, std::size_t size);
+
 namespace metal_sim {
 namespace {
 
 class Metal : public MetalTest {
  protected:
+  /// As JSON without blanks.
+  static std::string statistics() {
+    std::string json(metal_sim_statistics(nullptr, 0) + 1, '\0');
+    metal_sim_statistics(json.data(), json.size());
+    json.resize(json.find('\0'));
+    json.erase(std::remove(json.begin(), json.end(), ' '), json.end());
+    return json;
+  }
+
   id<MTLCommandBuffer> scale_once(id<MTLBuffer> x, id<MTLBuffer> y, NSUInteger groups) {
     id<MTLCommandBuffer> commands = [queue commandBuffer];
     id<MTLComputeCommandEncoder> encoder = [commands computeCommandEncoderWithDispatchType:MTLDispatchTypeConcurrent];
@@ -126,6 +139,46 @@ TEST_F(Metal, CommandBuffersRetainWhatTheyUse) {
   [commands commit];
   [commands waitUntilCompleted];
   EXPECT_EQ(static_cast<float*>(y.contents)[0], 8.0f);
+}
+
+TEST_F(Metal, BarriersSeparateBatches) {
+  id<MTLBuffer> x = make_floats(32, 1), y = make_floats(32, 0), z = make_floats(32, 0);
+  metal_sim_reset_statistics();
+  id<MTLCommandBuffer> commands = [queue commandBuffer];
+  id<MTLComputeCommandEncoder> encoder = [commands computeCommandEncoderWithDispatchType:MTLDispatchTypeConcurrent];
+  bind(encoder, x, y);
+  dispatch(encoder);
+  bind(encoder, x, z);
+  dispatch(encoder);
+  [encoder memoryBarrierWithScope:MTLBarrierScopeBuffers];
+  [encoder memoryBarrierWithScope:MTLBarrierScopeBuffers];
+  dispatch(encoder);
+  [encoder endEncoding];
+  [commands commit];
+  EXPECT_NE(statistics().find("\"dispatches\":3"), std::string::npos) << statistics();
+  EXPECT_NE(statistics().find("\"batches\":2"), std::string::npos) << statistics();
+}
+
+TEST_F(Metal, MissingBarriersAndLabelsShowUnderCheck) {
+  setenv("METAL_SIM_CHECK", "1", 1);
+  library = make_library(kScaleSource, nullptr);
+  pipeline = make_pipeline(device, library);
+  id<MTLBuffer> x = make_floats(32, 1), y = make_floats(32, 0), z = make_floats(32, 0);
+  x.label = @"source";
+  metal_sim_reset_statistics();
+  EXPECT_EQ(scale_once(x, y, 1).status, MTLCommandBufferStatusCompleted);
+  EXPECT_NE(statistics().find("\"source\":{\"read\":128,\"written\":0}"), std::string::npos) << statistics();
+
+  id<MTLCommandBuffer> commands = [queue commandBuffer];
+  id<MTLComputeCommandEncoder> encoder = [commands computeCommandEncoderWithDispatchType:MTLDispatchTypeConcurrent];
+  bind(encoder, x, y);
+  dispatch(encoder);
+  bind(encoder, y, z);
+  dispatch(encoder);
+  [encoder endEncoding];
+  [commands commit];
+  EXPECT_EQ(commands.status, MTLCommandBufferStatusError);
+  unsetenv("METAL_SIM_CHECK");
 }
 
 TEST_F(Metal, OutOfBoundsBecomesAnError) {
