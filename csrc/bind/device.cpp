@@ -30,6 +30,7 @@ void bind_device(py::module_& module) {
       .def("warm_up", &Device::warm_up, py::arg("bits"), py::call_guard<ReleasedGil>());
 
   module.def("open_device", &open_device);
+  module.def("backend_names", [] { return py::tuple(py::cast(backend_names())); });
   module.def("backend_statuses", [] {
     std::vector<std::tuple<std::string, std::shared_ptr<Device>, std::string>> rows;
     for (BackendStatus& status : backend_statuses()) rows.emplace_back(status.backend, status.device, status.reason);

@@ -48,13 +48,12 @@ void check_device(const std::string& op, const std::string& field, std::int32_t 
   }
 }
 
-std::shared_ptr<Storage> borrow_native(const std::string& op, const std::string& field, const Device& device,
-                                       void* handle, py::object owner) {
+/// The memory of an id<MTLBuffer>.
+std::shared_ptr<Storage> borrow_metal(const std::string& op, const std::string& field, void* handle, py::object owner) {
   try {
-    return device.wrap_native(handle, hold(std::move(owner)));
+    return open_device("metal")->wrap_native(handle, hold(std::move(owner)));
   } catch (const Error& error) {
-    if (error.code() != ErrorCode::kInvalidArgument) throw;
-    throw invalid(op, field, "must be a Metal buffer that the host can see; move it to the cpu first", error.what());
+    throw invalid(op, field, "must be a Metal buffer that can be used here; move it to the cpu first", error.what());
   }
 }
 
@@ -69,13 +68,8 @@ struct HostMemory {
 HostMemory host_memory(const std::string& op, const std::string& field, const DLTensor& tensor, py::object owner) {
   if (tensor.device.type != kMetal)
     return {static_cast<std::byte*>(tensor.data) + tensor.byte_offset, std::move(owner)};
-  for (const BackendStatus& status : backend_statuses()) {
-    if (status.backend != "metal" || status.device == nullptr) continue;
-    const std::shared_ptr<Storage> storage = borrow_native(op, field, *status.device, tensor.data, std::move(owner));
-    return {storage->host() + tensor.byte_offset, py::cast(Buffer(storage, DType::kUint8, {storage->size()}))};
-  }
-  throw invalid(op, field, "must be in host memory where there is no metal device; move it to the cpu first",
-                "a Metal buffer");
+  const std::shared_ptr<Storage> storage = borrow_metal(op, field, tensor.data, std::move(owner));
+  return {storage->host() + tensor.byte_offset, py::cast(Buffer(storage, DType::kUint8, {storage->size()}))};
 }
 
 py::tuple view(const std::string& op, const std::string& field, const DLTensor& tensor, bool read_only,

@@ -19,6 +19,7 @@ from tq_hb.options import check_bits, invalid
 
 # Apple's pages are the largest of the supported systems; a multiple suits all.
 _ALIGNMENT = max(mmap.PAGESIZE, 16384)
+BACKENDS = _core.backend_names()
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,6 @@ def devices() -> list[DeviceInfo]:
         )
         for backend, device, why in _core.backend_statuses()
     ]
-
-
-@cache
-def _backends() -> tuple[str, ...]:
-    return tuple(info.backend for info in devices())
 
 
 @cache
@@ -254,8 +250,8 @@ def _auto_backend() -> str:
     """``TQ_HB_DEVICE`` if set, else the best device that is not simulated."""
     chosen = policy.environment().device
     if chosen is not None and chosen != "auto":
-        if chosen not in _backends():
-            raise invalid("Device", "TQ_HB_DEVICE", f"must be one of auto, {', '.join(_backends())}", repr(chosen))
+        if chosen not in BACKENDS:
+            raise invalid("Device", "TQ_HB_DEVICE", f"must be one of auto, {', '.join(BACKENDS)}", repr(chosen))
         return chosen
     return next(info.backend for info in devices() if info.available and not info.is_simulated)
 
@@ -264,7 +260,7 @@ def resolve_device(op: str, device: str | Device | None) -> Device:
     """Return the device a call runs on: ``None`` and ``"auto"`` choose one."""
     if isinstance(device, Device):
         return device
-    names = ("auto", *_backends())
+    names = ("auto", *BACKENDS)
     if device is not None and not (isinstance(device, str) and device in names):
         raise invalid(op, "device", f"must be None, a Device or one of {', '.join(names)}", repr(device))
     return _device("auto" if device is None else device, policy.environment())
