@@ -8,7 +8,7 @@ std::string describe_outside(const std::vector<Region>& regions, const void* add
   constexpr std::uintptr_t kNear = std::uintptr_t{1} << 20;
   const auto at = reinterpret_cast<std::uintptr_t>(address);
   std::uintptr_t nearest = kNear;
-  std::string text = "an address that belongs to no buffer";
+  std::string text = "at an address that belongs to no buffer";
   for (const Region& region : regions) {
     const auto begin = reinterpret_cast<std::uintptr_t>(region.begin), end = begin + region.size;
     if (at >= end && at - end < nearest) {

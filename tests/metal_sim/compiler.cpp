@@ -53,7 +53,8 @@ std::vector<std::string> compiler_flags(const Options& options) {
   if (options.check) {
     // One call for every access that the source makes: nothing merged into wide vectors or library calls.
     add({"-DMETAL_SIM_TRACE", "-fno-vectorize", "-fno-slp-vectorize", "-fno-builtin", "-mllvm",
-         "-disable-loop-idiom-all", "-fsanitize-coverage=edge,trace-loads,trace-stores"});
+         "-disable-loop-idiom-all", "-fsanitize-coverage=edge,trace-loads,trace-stores",
+         "-fsanitize=alignment,array-bounds,integer-divide-by-zero"});
   }
   if (kThreadSanitizer || kAddressSanitizer) add({"-fsanitize=" METAL_SIM_SANITIZER});
   return flags;

@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "binding.h"
+#include "checker.h"
 #include "denormals.h"
 #include "library.h"
 #include "machine.h"
@@ -47,11 +48,13 @@ std::string text(const std::uint32_t (&position)[3]) {
 
 class Execution {
  public:
-  Execution(const Dispatch& dispatch, const Options& options, Random& random)
+  /// The checker may be null.
+  Execution(const Dispatch& dispatch, const Options& options, Random& random, Checker* checker)
       : dispatch_(dispatch),
         library_(static_cast<const LoadedLibrary&>(*dispatch.library)),
         options_(options),
-        random_(random) {}
+        random_(random),
+        checker_(checker) {}
 
   void run();
 
@@ -67,6 +70,7 @@ class Execution {
   const LoadedLibrary& library_;
   const Options& options_;
   Random& random_;
+  Checker* checker_;
   abi::GroupArguments arguments_{};
   std::vector<Region> regions_;
 };
@@ -94,6 +98,7 @@ void Execution::run() {
   if (counts.threadgroup_bytes > kMaxThreadgroupBytes) {
     fault(std::to_string(counts.threadgroup_bytes) + " bytes of threadgroup memory");
   }
+  if (checker_ != nullptr) counts.buffers = checker_->traffic();
   count_dispatch(dispatch_.kernel->name, counts);
 }
 
@@ -161,7 +166,8 @@ void Execution::run_groups() {
                  {threads[0], threads[1], threads[2]},
                  options_.ftz_contract,
                  options_.seed ? &random_ : nullptr,
-                 nullptr});
+                 checker_});
+  if (checker_ != nullptr) checker_->begin_dispatch(library_, dispatch_.kernel->name, regions_);
   for (const std::uint32_t group : random_.order(std::size_t{groups[0]} * groups[1] * groups[2])) {
     arguments_.position[0] = group % groups[0];
     arguments_.position[1] = group / groups[0] % groups[1];
@@ -169,6 +175,7 @@ void Execution::run_groups() {
     for (const Region& region : regions_) {
       if (region.is_threadgroup) std::memset(const_cast<std::byte*>(region.begin), Machine::kPoison, region.size);
     }
+    if (checker_ != nullptr) checker_->begin_group();
     const Machine::Failure failure = machine.run(arguments_);
     if (!failure.message.empty()) fault(failure);
   }
@@ -199,8 +206,12 @@ double execute(const std::vector<Batch>& batches) {
   const MemoryFaultGuard memory_faults;
   const DenormalsGuard denormals;
   const auto start = std::chrono::steady_clock::now();
+  Checker checker;
   for (const Batch& batch : batches) {
-    for (const std::uint32_t index : random.order(batch.size())) Execution(batch[index], options, random).run();
+    checker.begin_batch();
+    for (const std::uint32_t index : random.order(batch.size())) {
+      Execution(batch[index], options, random, options.check ? &checker : nullptr).run();
+    }
     count_batch();
   }
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -217,11 +228,11 @@ const abi::Engine& engine_functions() {
       [](abi::Site site, abi::Scope scope, unsigned flags) { Machine::instance().barrier(site, scope, flags); },
       [] { return Machine::instance().lane(); },
       [](void* memory, unsigned long size, const char* name) { Machine::instance().declare(memory, size, name); },
-      [](const void* address, unsigned size, bool is_write, const void* caller) {
-        Machine::instance().access(address, size, is_write, caller);
+      [](const void* address, unsigned size, bool is_write, const void* instruction) {
+        Machine::instance().access(address, size, is_write, instruction);
       },
-      [](const void* address, unsigned size, bool is_write, const void* caller) {
-        Machine::instance().begin_atomic(address, size, is_write, caller);
+      [](const void* address, unsigned size, bool is_write) {
+        Machine::instance().begin_atomic(address, size, is_write, __builtin_return_address(0));
       },
       [] { Machine::instance().end_atomic(); },
       [](abi::Site site, const char* message) {

@@ -110,7 +110,8 @@ std::string LoadedLibrary::describe(const void* instruction) const {
     std::string place = result.output.substr(middle + 1, end - middle - 1);
     if (const std::size_t note = place.find(" (discriminator"); note != std::string::npos) place.resize(note);
     if (place.find(METAL_SIM_FOLDER "/include/") == std::string::npos) {
-      return place.compare(0, 2, "./") == 0 ? place.substr(2) : place;
+      while (place.compare(0, 2, "./") == 0) place.erase(0, 2);
+      return place;
     }
     start = end + 1;
   }

@@ -24,7 +24,11 @@ class LoadedLibrary : public Library {
   const abi::KernelEntry& entry(const Kernel& kernel) const;
   /// Whether the library's own code or static data is at the address.
   bool contains(const void* address) const { return address >= begin_ && address < end_; }
-  /// The function and the place in the Metal source of an instruction.
+  std::uint32_t offset(const void* instruction) const {
+    return static_cast<std::uint32_t>(static_cast<const std::byte*>(instruction) - begin_);
+  }
+  const void* instruction(std::uint32_t offset) const { return begin_ + offset; }
+  /// The place in the Metal source of the instruction before this one.
   std::string describe(const void* instruction) const;
 
  private:

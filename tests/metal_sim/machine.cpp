@@ -265,19 +265,20 @@ std::size_t Machine::declared_bytes() const {
   return bytes;
 }
 
-void Machine::access(const void* address, unsigned size, bool is_write, const void* caller) {
+void Machine::access(const void* address, unsigned size, bool is_write, const void* instruction) {
   Thread& self = *current_;
   if (setup_.observer == nullptr || self.in_atomic || self.fiber.owns(address)) return;
-  const std::string message = setup_.observer->access(self.arguments.index, address, size, is_write, false, caller);
-  if (!message.empty()) fail(message, caller);
+  const std::string wrong =
+      setup_.observer->access({address, size, is_write, false, self.arguments.index, instruction});
+  if (!wrong.empty()) fail(wrong, instruction);
 }
 
-void Machine::begin_atomic(const void* address, unsigned size, bool is_write, const void* caller) {
+void Machine::begin_atomic(const void* address, unsigned size, bool is_write, const void* instruction) {
   Thread& self = *current_;
   self.in_atomic = true;
   if (setup_.observer == nullptr) return;
-  const std::string message = setup_.observer->access(self.arguments.index, address, size, is_write, true, caller);
-  if (!message.empty()) fail(message, caller);
+  const std::string wrong = setup_.observer->access({address, size, is_write, true, self.arguments.index, instruction});
+  if (!wrong.empty()) fail(wrong, instruction);
 }
 
 void Machine::end_atomic() {

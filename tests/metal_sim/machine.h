@@ -19,15 +19,23 @@ struct MachineCounts {
   std::uint64_t simd_operations = 0, simdgroup_barriers = 0, threadgroup_barriers = 0;
 };
 
+/// One load or store of a kernel.
+struct Access {
+  const void* address;
+  unsigned size;
+  bool is_write, is_atomic;
+  unsigned thread;          ///< index in the threadgroup
+  const void* instruction;  ///< the one after it
+};
+
 /// Told of the order that barriers create and of every access; see Checker.
 class MachineObserver {
  public:
   virtual ~MachineObserver() = default;
   virtual void barrier_passed(abi::Scope scope, unsigned simdgroup, unsigned memory_flags) = 0;
   virtual void declared(void* memory, std::size_t size, const char* name) = 0;
-  /// A message ends the dispatch.
-  virtual std::string access(unsigned thread, const void* address, unsigned size, bool is_write, bool is_atomic,
-                             const void* caller) = 0;
+  /// Says what is wrong with the access; nothing if it is right.
+  virtual std::string access(const Access& access) = 0;
 };
 
 class Machine {
@@ -68,8 +76,8 @@ class Machine {
   void barrier(abi::Site site, abi::Scope scope, unsigned memory_flags);
   unsigned lane() const;
   void declare(void* memory, std::size_t size, const char* name);
-  void access(const void* address, unsigned size, bool is_write, const void* caller);
-  void begin_atomic(const void* address, unsigned size, bool is_write, const void* caller);
+  void access(const void* address, unsigned size, bool is_write, const void* instruction);
+  void begin_atomic(const void* address, unsigned size, bool is_write, const void* instruction);
   void end_atomic();
   [[noreturn]] void fail(const std::string& message, const void* instruction = nullptr, const void* address = nullptr);
 

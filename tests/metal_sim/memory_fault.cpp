@@ -21,15 +21,14 @@ thread_local bool is_guarded = false;
 alignas(16) char handler_stack[64 * 1024];
 
 struct {
-  const void* address;
+  const char* what;
+  const void* address;  ///< null where it says nothing
   const void* instruction;
-  bool is_stack_overflow;
 } last_fault;
 
 /// Where a faulting thread continues, at the top of its stack.
 void land() {
-  Machine::instance().fail(last_fault.is_stack_overflow ? "the stack of a thread overflows" : "a memory fault",
-                           last_fault.instruction, last_fault.is_stack_overflow ? nullptr : last_fault.address);
+  Machine::instance().fail(last_fault.what, last_fault.instruction, last_fault.address);
 }
 
 void handle(int signal, siginfo_t* info, void* context) {
@@ -52,8 +51,15 @@ void handle(int signal, siginfo_t* info, void* context) {
 #endif
   // The instruction is not a return address: the line is looked up one byte before.
   last_fault.instruction = static_cast<const std::byte*>(last_fault.instruction) + 1;
-  last_fault.address = info->si_addr;
-  last_fault.is_stack_overflow = machine.on_stack_of_running_thread(info->si_addr);
+  last_fault.address = nullptr;
+  if (machine.on_stack_of_running_thread(info->si_addr)) {
+    last_fault.what = "the stack of a thread overflows";
+  } else if (info->si_code == SI_KERNEL) {
+    last_fault.what = "an access that is not aligned for its type";
+  } else {
+    last_fault.what = "an access outside every buffer";
+    last_fault.address = info->si_addr;
+  }
 }
 
 }  // namespace

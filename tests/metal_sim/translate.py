@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from translator.encoders import contracted_sums
 from translator.lint import lint
 from translator.rewrite import rewrite
 from translator.structure import parse
@@ -56,6 +57,15 @@ def type_check(translated: str, compiler: str) -> None:
     _compiler_output([compiler, *TYPE_CHECK_FLAGS, "-x", "c++", "-"], translated)
 
 
+def check_contraction(translated: str, compiler: str) -> None:
+    command = [compiler, "-std=c++17", "-O0", "-gline-tables-only", "-w", "-nostdinc", "-nostdinc++"]
+    command += ["-isystem", str(HERE / "include"), "-ffp-contract=fast-honor-pragmas"]
+    command += ["-S", "-emit-llvm", "-x", "c++", "-", "-o", "-"]
+    if places := contracted_sums(_compiler_output(command, translated)):
+        rule = "error: part of an encoder: a sum that no pragma keeps from fusing with a product"
+        raise TranslationError("\n".join(f"{place}: {rule}" for place in places))
+
+
 def _compiler_output(command: list[str], text: str | None) -> str:
     result = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if result.returncode != 0:
@@ -82,6 +92,8 @@ def main() -> int:
             type_check(translated, options.compiler)
             if options.command == "run":
                 options.output.write_text(translated)
+            else:
+                check_contraction(translated, options.compiler)
         except TranslationError as error:
             print(error, file=sys.stderr)
             failed = True

@@ -36,9 +36,9 @@ struct Engine {
   /// Called by every thread that passes the declaration of a variable in threadgroup memory.
   void (*declare)(void* memory, unsigned long size, const char* name);
   /// A load or store, where the library was compiled to report them.
-  void (*access)(const void* address, unsigned size, bool is_write, const void* caller);
+  void (*access)(const void* address, unsigned size, bool is_write, const void* instruction);
   /// An atomic operation announces itself; the accesses it is made of are then no plain ones.
-  void (*begin_atomic)(const void* address, unsigned size, bool is_write, const void* caller);
+  void (*begin_atomic)(const void* address, unsigned size, bool is_write);
   void (*end_atomic)();
   /// Ends the dispatch with a fault. Does not return.
   void (*fail)(Site, const char* message);

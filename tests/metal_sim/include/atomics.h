@@ -26,9 +26,9 @@ class Atomic {
  public:
   template <class P>
   METAL_SIM_INLINE Atomic(P address, bool is_write) {
-    engine->begin_atomic((const void*)(address), sizeof(*address), is_write, __builtin_return_address(0));
+    engine.begin_atomic((const void*)(address), sizeof(*address), is_write);
   }
-  METAL_SIM_INLINE ~Atomic() { engine->end_atomic(); }
+  METAL_SIM_INLINE ~Atomic() { engine.end_atomic(); }
 };
 
 template <class P>

@@ -13,7 +13,8 @@
 #define threadgroup
 #endif
 #define thread
-#define kernel
+// Not inlined: the caller is not traced or sanitized, and would take the kernel with it.
+#define kernel __attribute__((noinline))
 
 // What the translator writes for function constants, for constants computed from them, and for variables in
 // threadgroup memory. At run time these are plain variables that the engine fills.
@@ -26,13 +27,13 @@
 #else
 #define METAL_SIM_CONSTANT static
 #define METAL_SIM_DERIVED static
-#define METAL_SIM_ASSIGN(name)            \
-  ;                                       \
-  static void metal_sim_update_##name() { \
+#define METAL_SIM_ASSIGN(name)                               \
+  ;                                                          \
+  METAL_SIM_UNTRACED static void metal_sim_update_##name() { \
     name =
 #define METAL_SIM_END \
   ;                   \
   }
-#define METAL_SIM_DECLARE(name) ::metal_sim::engine->declare(&name, sizeof(name), #name)
+#define METAL_SIM_DECLARE(name) ::metal_sim::engine.declare(&name, sizeof(name), #name)
 #endif
 #define is_function_constant_defined(name) (metal_sim_is_defined_##name)

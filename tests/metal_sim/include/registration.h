@@ -104,20 +104,33 @@ struct Call<function, parameters> {
 }  // namespace metal_sim
 
 #if defined(METAL_SIM_TRACE)
-// What -fsanitize-coverage=trace-loads,trace-stores calls.
-#define METAL_SIM_ACCESS(size)                                                    \
-  METAL_SIM_UNTRACED void __sanitizer_cov_load##size(const void* address) {       \
-    metal_sim::engine->access(address, size, false, __builtin_return_address(0)); \
-  }                                                                               \
-  METAL_SIM_UNTRACED void __sanitizer_cov_store##size(const void* address) {      \
-    metal_sim::engine->access(address, size, true, __builtin_return_address(0));  \
-  }
 extern "C" {
+
+// What -fsanitize-coverage=trace-loads,trace-stores calls.
+#define METAL_SIM_ACCESS(size)                                                   \
+  METAL_SIM_UNTRACED void __sanitizer_cov_load##size(const void* address) {      \
+    metal_sim::engine.access(address, size, false, __builtin_return_address(0)); \
+  }                                                                              \
+  METAL_SIM_UNTRACED void __sanitizer_cov_store##size(const void* address) {     \
+    metal_sim::engine.access(address, size, true, __builtin_return_address(0));  \
+  }
 METAL_SIM_ACCESS(1)
 METAL_SIM_ACCESS(2)
 METAL_SIM_ACCESS(4)
 METAL_SIM_ACCESS(8)
 METAL_SIM_ACCESS(16)
-}
 #undef METAL_SIM_ACCESS
+
+// What -fsanitize=alignment,array-bounds,integer-divide-by-zero calls; the place comes first in its data.
+METAL_SIM_UNTRACED void __ubsan_handle_type_mismatch_v1(const metal_sim::abi::Site* site, unsigned long) {
+  metal_sim::engine.fail(*site, "a pointer that is not aligned for its type");
+}
+METAL_SIM_UNTRACED void __ubsan_handle_out_of_bounds(const metal_sim::abi::Site* site, unsigned long) {
+  metal_sim::engine.fail(*site, "an index outside its array");
+}
+METAL_SIM_UNTRACED void __ubsan_handle_divrem_overflow(const metal_sim::abi::Site* site, unsigned long, unsigned long) {
+  metal_sim::engine.fail(*site, "an integer division by zero");
+}
+
+}  // extern "C"
 #endif

@@ -8,7 +8,8 @@
 
 namespace metal_sim {
 
-__attribute__((visibility("hidden"))) inline const abi::Engine* engine = nullptr;
+/// A copy, so that calling one of its functions reads nothing outside the library.
+__attribute__((visibility("hidden"))) inline abi::Engine engine;
 
 #if defined(METAL_SIM_TRACE)
 #define METAL_SIM_UNTRACED __attribute__((no_sanitize("coverage"), disable_sanitizer_instrumentation))
@@ -24,14 +25,14 @@ __attribute__((visibility("hidden"))) inline const abi::Engine* engine = nullptr
 template <class T>
 METAL_SIM_INLINE T shuffle(T value, abi::Shuffle how, unsigned operand, abi::Site site) {
   static_assert(sizeof(T) <= sizeof(abi::Slot), "too wide for a simdgroup operation");
-  engine->shuffle(site, &value, sizeof(T), how, operand);
+  engine.shuffle(site, &value, sizeof(T), how, operand);
   return value;
 }
 
 template <class T>
 METAL_SIM_INLINE T reduce(T value, abi::Combine* combine, abi::Site site) {
   static_assert(sizeof(T) <= sizeof(abi::Slot), "too wide for a simdgroup operation");
-  engine->reduce(site, &value, sizeof(T), combine);
+  engine.reduce(site, &value, sizeof(T), combine);
   return value;
 }
 
@@ -105,10 +106,10 @@ constexpr mem_flags operator|(mem_flags a, mem_flags b) {
 }
 
 METAL_SIM_INLINE void threadgroup_barrier(mem_flags flags, METAL_SIM_SITE) {
-  metal_sim::engine->barrier(site, metal_sim::abi::Scope::kGroup, uint(flags));
+  metal_sim::engine.barrier(site, metal_sim::abi::Scope::kGroup, uint(flags));
 }
 METAL_SIM_INLINE void simdgroup_barrier(mem_flags flags, METAL_SIM_SITE) {
-  metal_sim::engine->barrier(site, metal_sim::abi::Scope::kSimdgroup, uint(flags));
+  metal_sim::engine.barrier(site, metal_sim::abi::Scope::kSimdgroup, uint(flags));
 }
 
 #define METAL_SIM_REDUCTION(name, Operation)                                                 \
@@ -154,7 +155,7 @@ METAL_SIM_INLINE T simd_broadcast_first(T value, METAL_SIM_SITE) {
 }
 
 METAL_SIM_INLINE bool simd_is_first() {
-  return metal_sim::engine->lane() == 0;
+  return metal_sim::engine.lane() == 0;
 }
 METAL_SIM_INLINE bool simd_any(bool condition, METAL_SIM_SITE) {
   return simd_or(uint(condition), site) != 0;
@@ -176,7 +177,7 @@ class simd_vote {
   vote_t votes_;
 };
 METAL_SIM_INLINE simd_vote simd_ballot(bool condition, METAL_SIM_SITE) {
-  return simd_vote(simd_or(ulong(condition) << metal_sim::engine->lane(), site));
+  return simd_vote(simd_or(ulong(condition) << metal_sim::engine.lane(), site));
 }
 
 }  // namespace metal

@@ -171,6 +171,47 @@ METAL_SIM_INLINE V make(A first, B second, Rest... rest) {
   return vector;
 }
 
+// Stands in a division that only integers may make: dividend / integers / divisor, value /= integers / divisor.
+struct Integers {};
+constexpr Integers integers{};
+
+template <class T>
+constexpr bool is_integer_v = T(1) / T(2) == T(0);
+template <class T>
+constexpr bool is_integer_v<metal::vec<T, 2>> = is_integer_v<T>;
+template <class T>
+constexpr bool is_integer_v<metal::vec<T, 3>> = is_integer_v<T>;
+template <class T>
+constexpr bool is_integer_v<metal::vec<T, 4>> = is_integer_v<T>;
+
+template <class T>
+struct Dividend {
+  T value;
+};
+template <class T>
+METAL_SIM_INLINE constexpr Dividend<T> operator/(T value, Integers) {
+  return {value};
+}
+template <class T, class U>
+METAL_SIM_INLINE constexpr auto operator/(Dividend<T> dividend, U divisor) {
+  static_assert(is_integer_v<T> && is_integer_v<U>, "an encoder divides floats by precise::divide");
+  return dividend.value / divisor;
+}
+
+template <class T>
+struct Divisor {
+  T value;
+};
+template <class T>
+METAL_SIM_INLINE constexpr Divisor<T> operator/(Integers, T value) {
+  return {value};
+}
+template <class T, class U>
+METAL_SIM_INLINE constexpr T& operator/=(T& value, Divisor<U> divisor) {
+  static_assert(is_integer_v<T> && is_integer_v<U>, "an encoder divides floats by precise::divide");
+  return value /= divisor.value;
+}
+
 }  // namespace metal_sim
 
 namespace metal {

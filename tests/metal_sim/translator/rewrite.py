@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from translator.encoders import guard_divisions
 from translator.graph import constants_read
 from translator.structure import Program, kernel_parameters
 from translator.tokens import Source
@@ -17,6 +18,7 @@ def rewrite(program: Program) -> str:
     _rewrite_pragmas(source)
     _rewrite_constructors(source)
     _rewrite_constants(program)
+    guard_divisions(program)
     for function in program.functions:
         _rewrite_threadgroup_variables(source, function.body, function.is_kernel)
     return '#include "metal_sim.h"\n' + source.output() + _registration(program)
@@ -161,9 +163,9 @@ def _registration(program: Program) -> str:
         "constexpr metal_sim::abi::Module metal_sim_module = {",
         f"    metal_sim_kernels, {len(entries)}, metal_sim_constants, {len(constants)}, &metal_sim_update_constants}};",
         "}",
-        'extern "C" __attribute__((visibility("default")))',
+        'extern "C" __attribute__((visibility("default"))) METAL_SIM_UNTRACED',
         "const metal_sim::abi::Module* metal_sim_load(const metal_sim::abi::Engine* engine) {",
-        "  metal_sim::engine = engine;",
+        "  metal_sim::engine = *engine;",
         "  return &metal_sim_module;",
         "}",
         "#endif",

@@ -21,7 +21,6 @@ ATTRIBUTES = {
     "threads_per_simdgroup": "kThreadsPerSimdgroup",
 }
 _SLOT = re.compile(r"(buffer|threadgroup)\((\d+)\)")
-_TYPE_WORDS = ("struct", "class", "union", "enum")
 _NOT_A_NAME = ("decltype", "alignas", "__attribute__", "noexcept")
 
 
@@ -29,11 +28,14 @@ _NOT_A_NAME = ("decltype", "alignas", "__attribute__", "noexcept")
 class Function:
     name: str
     token: Token
-    is_template: bool
     is_kernel: bool
+    host_name: str | None
     parameters: list[tuple[int, int]]
     body: tuple[int, int]
     """Indices of the braces."""
+    scope: str = ""
+    is_template: bool = False
+    is_specialisation: bool = False
 
 
 @dataclass
@@ -76,11 +78,11 @@ class Program:
 
 def parse(source: Source) -> Program:
     program = Program(source)
-    _parse_scope(program, 0, len(source.code))
+    _parse_scope(program, 0, len(source.code), "")
     return program
 
 
-def _parse_scope(program: Program, index: int, end: int) -> None:
+def _parse_scope(program: Program, index: int, end: int, scope: str) -> None:
     source = program.source
     while index < end:
         text = source.text(index)
@@ -93,13 +95,14 @@ def _parse_scope(program: Program, index: int, end: int) -> None:
         elif text == "template" and source.text(index + 1) != "<":
             index = _parse_instantiation(program, index)
         else:
-            index = _parse_declaration(program, index)
+            index = _parse_declaration(program, index, scope)
 
 
-def _parse_declaration(program: Program, start: int) -> int:
+def _parse_declaration(program: Program, start: int, scope: str) -> int:
     source = program.source
-    index, is_template = start, False
+    index, is_template, is_specialisation = start, False, False
     while source.text(index) == "template":
+        is_specialisation = source.text(index + 2) == ">"
         index, is_template = source.closing(index + 1) + 1, True
     first, call, is_initialised = index, None, False
     while index < len(source.code):
@@ -118,16 +121,19 @@ def _parse_declaration(program: Program, start: int) -> int:
         elif text == "{":
             close = source.closing(index)
             if call is not None and not is_initialised:
-                _note_function(program, first, call, (index, close), is_template)
+                function = _note_function(program, first, call, (index, close))
+                function.scope, function.is_template, function.is_specialisation = scope, is_template, is_specialisation
+                if function.is_kernel and not is_template:
+                    program.instances.append(Instance(function.host_name or function.name, function, function.name))
                 return close + 1
-            if source.text(first) in _TYPE_WORDS and source.text(first) != "enum":
-                _parse_scope(program, index + 1, close)
+            if source.text(first) in ("struct", "class", "union"):
+                _parse_scope(program, index + 1, close, source.text(first + 1))
             index = close
         index += 1
     raise source.code[start].error("a declaration without an end")
 
 
-def _note_function(program: Program, first: int, call: int, body: tuple[int, int], is_template: bool) -> None:
+def _note_function(program: Program, first: int, call: int, body: tuple[int, int]) -> Function:
     source = program.source
     name = call - 1
     if source.text(name) == ">":
@@ -143,12 +149,10 @@ def _note_function(program: Program, first: int, call: int, body: tuple[int, int
         text = "operator" + text
     attributes = [attribute for index in before for attribute in source.code[index].attributes]
     is_kernel = any(source.text(index) == "kernel" for index in before) or "kernel" in attributes
-    function = Function(
-        text, source.code[name], is_template, is_kernel, source.split(call + 1, source.closing(call)), body
-    )
+    parameters = source.split(call + 1, source.closing(call))
+    function = Function(text, source.code[name], is_kernel, _host_name(attributes), parameters, body)
     program.functions.append(function)
-    if is_kernel and not is_template:
-        program.instances.append(Instance(_host_name(attributes) or text, function, text))
+    return function
 
 
 def _parse_instantiation(program: Program, start: int) -> int:

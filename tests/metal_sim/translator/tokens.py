@@ -105,9 +105,10 @@ def read(text: str) -> Source:
             token.attributes, pending = pending, []
             code.append(token)
         elif token.text == "]]":
-            pending += _split_attribute("".join(attributes))
+            names = _split_attribute("".join(attributes))
+            pending += names
             attributes = None
-            token.output = ""
+            token.output = "kernel" if "kernel" in names else ""
         else:
             attributes.append(token.text)
             token.output = ""
