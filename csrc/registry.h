@@ -16,6 +16,9 @@ struct BackendStatus {
 };
 
 /// Every backend the project has, best first.
+std::vector<std::string> backend_names();
+
+/// Opens them all.
 std::vector<BackendStatus> backend_statuses();
 
 /// The backend's device, or an Error that says why there is none.

@@ -60,6 +60,7 @@ class CommandEncoder {
 
  protected:
   void note(Node node) { nodes_.push_back(std::move(node)); }
+  const std::vector<Node>& noted() const noexcept { return nodes_; }
   /// Encodes a barrier; also for backends that need one within an op.
   void barrier();
 

@@ -1,4 +1,4 @@
-// A random cache on the cpu and float64 attention over what it holds.
+// A random cache on a device whose memory the host reaches, and float64 attention over what it holds.
 #pragma once
 
 #include <cmath>
@@ -13,8 +13,8 @@ namespace tq_hb {
 
 struct CacheCase {
   CacheCase(unsigned heads, unsigned kv_heads, unsigned head_dim, unsigned capacity, unsigned k_bits = 8,
-            unsigned v_bits = 8)
-      : device(open_device("cpu")) {
+            unsigned v_bits = 8, const std::string& backend = "cpu")
+      : device(open_device(backend)) {
     args = {};
     args.num_heads = heads;
     args.num_kv_heads = kv_heads;

@@ -4,14 +4,18 @@
 
 #include <gtest/gtest.h>
 
+#include "backends.h"
 #include "cache_case.h"
 #include "expect_error.h"
 
 namespace tq_hb {
 namespace {
 
-TEST(CommandEncoder, RunsNothingBeforeCommit) {
-  CacheCase test(2, 1, 256, 8);
+class CommandEncoderOn : public OnEveryBackend {};
+TQ_RUN_ON_EVERY_BACKEND(CommandEncoderOn);
+
+TEST_P(CommandEncoderOn, RunsNothingBeforeCommit) {
+  CacheCase test(2, 1, 256, 8, 8, 8, GetParam());
   const auto encoder = test.device->make_encoder();
   encoder->flash_attn_vec(test.attend_op());
   EXPECT_EQ(test.output.data<float>()[0], 0.0f);
@@ -21,8 +25,8 @@ TEST(CommandEncoder, RunsNothingBeforeCommit) {
   EXPECT_GE(encoder->gpu_time(), 0.0);
 }
 
-TEST(CommandEncoder, RefusesUseOutOfOrder) {
-  CacheCase test(2, 1, 256, 8);
+TEST_P(CommandEncoderOn, RefusesUseOutOfOrder) {
+  CacheCase test(2, 1, 256, 8, 8, 8, GetParam());
   const auto encoder = test.device->make_encoder();
   EXPECT_TQ_ERROR(encoder->wait(), ErrorCode::kDevice, "wait", "commit");
   EXPECT_TQ_ERROR(encoder->gpu_time(), ErrorCode::kDevice, "gpu_time");
@@ -68,8 +72,8 @@ TEST(CommandEncoder, RefusesASecondThreadWhileItWorks) {
   EXPECT_EQ(encoder.gpu_time(), 1.5);
 }
 
-TEST(CommandEncoder, LeavesABadRowAndWritesTheOthers) {
-  CacheCase test(2, 2, 256, 4);
+TEST_P(CommandEncoderOn, LeavesABadRowAndWritesTheOthers) {
+  CacheCase test(2, 2, 256, 4, 8, 8, GetParam());
   const Buffer src = test.random({3, 2, 256}, 9);
   src.data<float>()[(1 * 2 + 1) * 256 + 7] = std::numeric_limits<float>::quiet_NaN();
   const float untouched = test.k_norms.data<float>()[4 + 1];
@@ -84,8 +88,8 @@ TEST(CommandEncoder, LeavesABadRowAndWritesTheOthers) {
   EXPECT_NE(test.k_norms.data<float>()[1], overwritten);
 }
 
-TEST(CommandEncoder, LeavesTheOutputOfABadQuery) {
-  CacheCase test(2, 1, 256, 8);
+TEST_P(CommandEncoderOn, LeavesTheOutputOfABadQuery) {
+  CacheCase test(2, 1, 256, 8, 8, 8, GetParam());
   test.q.data<float>()[256] = std::numeric_limits<float>::infinity();
   test.output.data<float>()[256] = 42.0f;
   const auto encoder = test.device->make_encoder();
@@ -96,8 +100,8 @@ TEST(CommandEncoder, LeavesTheOutputOfABadQuery) {
   EXPECT_NE(test.output.data<float>()[0], 0.0f);
 }
 
-TEST(CommandEncoder, ChecksBuffersBeforeItRecords) {
-  CacheCase test(2, 1, 256, 8);
+TEST_P(CommandEncoderOn, ChecksBuffersBeforeItRecords) {
+  CacheCase test(2, 1, 256, 8, 8, 8, GetParam());
   const auto encoder = test.device->make_encoder();
   const auto refuse = [&](AttendOp op, std::initializer_list<const char*> parts) {
     expect_error([&] { encoder->flash_attn_vec(std::move(op)); }, ErrorCode::kInvalidArgument, parts);
@@ -120,8 +124,8 @@ TEST(CommandEncoder, ChecksBuffersBeforeItRecords) {
   EXPECT_TRUE(encoder->kernels().empty());
 }
 
-TEST(CommandEncoder, ARunLongerThanTheRingKeepsTheNewest) {
-  CacheCase test(1, 1, 256, 4);
+TEST_P(CommandEncoderOn, ARunLongerThanTheRingKeepsTheNewest) {
+  CacheCase test(1, 1, 256, 4, 8, 8, GetParam());
   const Buffer src = test.random({11, 1, 256}, 5);
   QuantizeOp op = test.quantize_op(src, test.k_packed, test.k_norms, *test.k_codebook);
   op.args.is_sliding = 1;
