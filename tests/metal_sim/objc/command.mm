@@ -57,6 +57,7 @@ double now() {
 
 @implementation SimCommandBuffer {
   SimCommandQueue* queue_;
+  std::mutex running_;
   bool retains_references_, has_open_encoder_;
   std::vector<metal_sim::Batch> batches_;
   std::vector<metal_sim::Reference> references_;
@@ -104,6 +105,7 @@ double now() {
 }
 
 - (void)commit {
+  std::lock_guard lock(running_);
   require(status_ == MTLCommandBufferStatusNotEnqueued, kProtocol, _cmd, "the command buffer is already committed");
   require(!has_open_encoder_, kProtocol, _cmd, "the encoder must be ended first");
   [self checkReferencesFor:_cmd];
@@ -122,6 +124,7 @@ double now() {
 }
 
 - (void)waitUntilCompleted {
+  std::lock_guard lock(running_);
   require(status_ >= MTLCommandBufferStatusCommitted, kProtocol, _cmd, "the command buffer must be committed first");
   // On a GPU the work may have lasted until now.
   [self checkReferencesFor:_cmd];

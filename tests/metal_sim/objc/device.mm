@@ -8,7 +8,6 @@
 #include "runtime.h"
 #import "simulated.h"
 
-using metal_sim::Memory;
 using metal_sim::require;
 
 NSErrorDomain const MTLLibraryErrorDomain = @"MTLLibraryErrorDomain";
@@ -86,7 +85,7 @@ std::uint64_t last_registry_id;
           "options must have MTLResourceStorageModeShared, the only storage mode simulated");
   if (length > kMemoryBytes) return nil;
   try {
-    auto memory = Memory::allocate(length);
+    auto memory = metal_sim::allocate_memory(length);
     return [[SimBuffer alloc] initWithDevice:self memory:std::move(memory)];
   } catch (const std::bad_alloc&) {
     return nil;
@@ -103,7 +102,7 @@ std::uint64_t last_registry_id;
   const auto page = static_cast<NSUInteger>(getpagesize());
   const bool is_page_aligned = reinterpret_cast<std::uintptr_t>(pointer) % page == 0 && length % page == 0;
   if (pointer == nullptr || length == 0 || length > kMemoryBytes || !is_page_aligned) return nil;
-  return [[SimBuffer alloc] initWithDevice:self memory:Memory::adopt(pointer, length)];
+  return [[SimBuffer alloc] initWithDevice:self memory:metal_sim::adopt_memory(pointer, length)];
 }
 
 - (id<MTLLibrary>)newLibraryWithSource:(NSString*)source

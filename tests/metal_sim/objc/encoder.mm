@@ -2,7 +2,6 @@
 #include <array>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <limits>
 #include <numeric>
 
@@ -10,7 +9,6 @@
 
 using metal_sim::kMaxBuffers;
 using metal_sim::kMaxThreadgroupBuffers;
-using metal_sim::Memory;
 using metal_sim::require;
 
 namespace {
@@ -18,11 +16,11 @@ namespace {
 constexpr const char* kProtocol = "MTLComputeCommandEncoder";
 
 struct BoundBuffer {
-  std::shared_ptr<Memory> memory;
+  std::shared_ptr<const metal_sim::Memory> memory;
   std::size_t offset = 0;
   std::string label;
 
-  std::size_t size() const { return memory->size() - offset; }
+  std::size_t size() const { return memory->size - offset; }
 };
 
 metal_sim::Size3 to_size3(MTLSize size) {
@@ -99,13 +97,12 @@ std::string to_string(MTLSize size) {
 }
 
 - (void)setBytes:(const void*)bytes length:(NSUInteger)length atIndex:(NSUInteger)index {
-  constexpr NSUInteger kMaxBytes = 4096;
+  constexpr NSUInteger kMaxBytes = metal_sim::kMaxInlineBytes;
   [self requireOpenFor:_cmd];
   require(index < kMaxBuffers, kProtocol, _cmd, "index must be less than ", kMaxBuffers, ", got ", index);
   require(length >= 1 && length <= kMaxBytes, kProtocol, _cmd, "length must be 1 to ", kMaxBytes, ", got ", length);
   require(bytes != nullptr, kProtocol, _cmd, "bytes must not be null");
-  auto memory = Memory::allocate(length);
-  std::memcpy(memory->data(), bytes, length);
+  auto memory = metal_sim::copy_bytes(bytes, length);
   [command_buffer_ keep:memory];
   buffers_[index] = {std::move(memory), 0, ""};
 }
@@ -163,7 +160,7 @@ std::string to_string(MTLSize size) {
   [command_buffer_ use:pipeline_ as:"pipeline"];
   for (unsigned slot : dispatch.kernel->buffers) {
     const BoundBuffer& bound = buffers_[slot];
-    dispatch.buffers[slot] = {bound.memory->data() + bound.offset, bound.size(), bound.label};
+    dispatch.buffers[slot] = {bound.memory->data + bound.offset, bound.size(), bound.label};
     [command_buffer_ use:bound.memory as:"buffer"];
   }
   batch_.push_back(std::move(dispatch));

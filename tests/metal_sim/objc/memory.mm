@@ -1,6 +1,7 @@
 // Buffers and residency sets.
 #include <algorithm>
 #include <cstring>
+#include <mutex>
 
 #include <unistd.h>
 
@@ -9,20 +10,71 @@
 using metal_sim::require;
 
 namespace metal_sim {
+namespace {
 
-std::shared_ptr<Memory> Memory::allocate(std::size_t size) {
-  std::byte* data = metal_sim::allocate(size);
-  // Metal does not promise zeros; whoever counts on them shall see it.
-  std::memset(data, 0xA5, size);
-  return std::shared_ptr<Memory>(new Memory(data, size, true));
+// Metal does not promise zeros; whoever counts on them shall see it.
+constexpr int kFreshByte = 0xA5;
+
+// Guarded blocks for setBytes:, used again and again: to map one takes longer than to run a small kernel.
+class BlockPool {
+ public:
+  std::byte* take() {
+    std::lock_guard lock(lock_);
+    if (free_.empty()) return allocate(kMaxInlineBytes);
+    std::byte* block = free_.back();
+    free_.pop_back();
+    return block;
+  }
+
+  void give_back(std::byte* block) {
+    std::lock_guard lock(lock_);
+    if (free_.size() < kMostFree) {
+      free_.push_back(block);
+    } else {
+      release(block, kMaxInlineBytes);
+    }
+  }
+
+ private:
+  static constexpr std::size_t kMostFree = 1024;
+  std::mutex lock_;
+  std::vector<std::byte*> free_;
+};
+
+// Never destroyed: blocks come back as late as objects are released.
+BlockPool& blocks() {
+  static auto* pool = new BlockPool;
+  return *pool;
 }
 
-std::shared_ptr<Memory> Memory::adopt(void* data, std::size_t size) {
-  return std::shared_ptr<Memory>(new Memory(static_cast<std::byte*>(data), size, false));
+}  // namespace
+
+std::shared_ptr<const Memory> allocate_memory(std::size_t size) {
+  std::shared_ptr<const Memory> memory(new Memory{allocate(size), size}, [](const Memory* dying) {
+    release(dying->data, dying->size);
+    delete dying;
+  });
+  std::memset(memory->data, kFreshByte, size);
+  return memory;
 }
 
-Memory::~Memory() {
-  if (is_owned_) metal_sim::release(data_, size_);
+std::shared_ptr<const Memory> adopt_memory(void* data, std::size_t size) {
+  return std::make_shared<const Memory>(Memory{static_cast<std::byte*>(data), size});
+}
+
+// The copy lies at the end of its block, where the guard page begins.
+std::shared_ptr<const Memory> copy_bytes(const void* bytes, std::size_t size) {
+  constexpr std::size_t kAlignment = 16;
+  const std::size_t padded = (size + kAlignment - 1) / kAlignment * kAlignment;
+  std::byte* block = blocks().take();
+  std::shared_ptr<const Memory> memory(new Memory{block + kMaxInlineBytes - padded, size},
+                                       [block](const Memory* dying) {
+                                         blocks().give_back(block);
+                                         delete dying;
+                                       });
+  std::memset(memory->data, kFreshByte, padded);
+  std::memcpy(memory->data, bytes, size);
+  return memory;
 }
 
 }  // namespace metal_sim
@@ -32,20 +84,20 @@ Memory::~Memory() {
 @synthesize device = device_;
 @synthesize label = label_;
 
-- (instancetype)initWithDevice:(id<MTLDevice>)device memory:(std::shared_ptr<metal_sim::Memory>)memory {
+- (instancetype)initWithDevice:(id<MTLDevice>)device memory:(std::shared_ptr<const metal_sim::Memory>)memory {
   device_ = device;
   memory_ = std::move(memory);
   return self;
 }
 - (void*)contents {
-  return memory_->data();
+  return memory_->data;
 }
 - (NSUInteger)length {
-  return memory_->size();
+  return memory_->size;
 }
 - (NSUInteger)allocatedSize {
   const auto page = static_cast<NSUInteger>(getpagesize());
-  return (memory_->size() + page - 1) / page * page;
+  return (memory_->size + page - 1) / page * page;
 }
 - (MTLStorageMode)storageMode {
   return MTLStorageModeShared;

@@ -101,15 +101,22 @@ __attribute__((constructor(101))) void load_image() {
   }
 }
 
+// The last method that was looked for in vain; where a message's receiver is depends on how it was sent.
+thread_local const Class* missing_class;
+thread_local Selector missing_selector;
+
 // Stands in for a missing method: it is jumped to, so the exception starts in the sender's frame.
-[[noreturn]] void unrecognized_selector(const Object* self, Selector selector) {
-  throw std::logic_error(std::string(is_class(self) ? "+[" : "-[") + self->isa->data->name + " " + selector +
+[[noreturn]] void unrecognized_selector() {
+  const bool is_metaclass = (missing_class->data->flags & kMetaclass) != 0;
+  throw std::logic_error(std::string(is_metaclass ? "+[" : "-[") + missing_class->data->name + " " + missing_selector +
                          "]: unrecognized selector");
 }
 
 Implementation find_or_refuse(const Class* cls, Selector selector) noexcept {
   if (Implementation found = find_method(cls, selector)) return found;
-  return reinterpret_cast<Implementation>(unrecognized_selector);
+  missing_class = cls;
+  missing_selector = selector;
+  return unrecognized_selector;
 }
 
 struct Super {

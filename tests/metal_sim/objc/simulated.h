@@ -16,25 +16,19 @@ extern "C" id<MTLDevice> metal_sim_new_device(void) NS_RETURNS_RETAINED;
 
 namespace metal_sim {
 
-/// The bytes behind a buffer, or behind a setBytes: call. Adopted memory belongs to the caller.
-class Memory {
- public:
-  static std::shared_ptr<Memory> allocate(std::size_t size);
-  static std::shared_ptr<Memory> adopt(void* data, std::size_t size);
-  ~Memory();
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-
-  std::byte* data() const { return data_; }
-  std::size_t size() const { return size_; }
-
- private:
-  Memory(std::byte* data, std::size_t size, bool is_owned) : data_(data), size_(size), is_owned_(is_owned) {}
-
-  std::byte* data_;
-  std::size_t size_;
-  bool is_owned_;
+/// The bytes behind a buffer, or behind a setBytes: call.
+struct Memory {
+  std::byte* data;
+  std::size_t size;
 };
+
+std::shared_ptr<const Memory> allocate_memory(std::size_t size);
+/// Memory that stays the caller's.
+std::shared_ptr<const Memory> adopt_memory(void* data, std::size_t size);
+/// A copy of at most kMaxInlineBytes bytes.
+std::shared_ptr<const Memory> copy_bytes(const void* bytes, std::size_t size);
+
+constexpr std::size_t kMaxInlineBytes = 4096;
 
 /// A kernel with its constants and limits: everything of a pipeline that a dispatch needs.
 struct Pipeline {
@@ -65,8 +59,8 @@ void require(bool holds, const char* protocol, SEL method, const Parts&... rule)
 }  // namespace metal_sim
 
 @interface SimBuffer : NSObject <MTLBuffer>
-@property(nonatomic, readonly) std::shared_ptr<metal_sim::Memory> memory;
-- (instancetype)initWithDevice:(id<MTLDevice>)device memory:(std::shared_ptr<metal_sim::Memory>)memory;
+@property(nonatomic, readonly) std::shared_ptr<const metal_sim::Memory> memory;
+- (instancetype)initWithDevice:(id<MTLDevice>)device memory:(std::shared_ptr<const metal_sim::Memory>)memory;
 @end
 
 @interface SimResidencySet : NSObject <MTLResidencySet>

@@ -1,3 +1,4 @@
+// NSObject, strings, errors and arrays, written under ARC like any client.
 #include <cstring>
 #include <stdexcept>
 #include <string>

@@ -33,6 +33,7 @@ struct Pair {
 - (int)sides;
 @optional
 - (int)holes;
+- (Triple)corners;
 @end
 
 @interface Base : NSObject <Shape> {
@@ -280,6 +281,7 @@ TEST_F(Runtime, ExceptionsReleaseTheFramesTheyPass) {
 TEST_F(Runtime, UnknownSelectorsThrow) {
   id<Shape> shape = [Base new];
   EXPECT_THROW([shape holes], std::logic_error);
+  EXPECT_THROW((void)[shape corners], std::logic_error);
 }
 
 TEST_F(Runtime, OutParametersAreAutoreleased) {
