@@ -15,6 +15,7 @@ inline float rotation_scale() {
 /// Natural-order butterflies with strides 1, 2, 4, ...: inside the lane, then across lanes. Unscaled.
 template <int E>
 inline void hadamard(thread float (&y)[E], ushort lane) {
+#pragma clang fp contract(off)
   for (int stride = 1; stride < E; stride *= 2) {
     for (int i = 0; i < E; ++i) {
       if ((i & stride) == 0) {
