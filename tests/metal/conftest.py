@@ -1,0 +1,8 @@
+"""Puts the helpers beside this file on the path."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # modes, simulator
