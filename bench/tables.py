@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from bench import harness
+from bench import harness, metal_tables
+from bench.markdown import table
 
-_DOCUMENTS = ("README.md", "docs/measurements.md")
+_DOCUMENTS = ("README.md", "docs/measurements.md", "docs/metal.md")
 _BLOCK = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -46,7 +47,7 @@ def _attend_cpu(wanted: Callable[[dict[str, Any]], bool]) -> str:
                 f"{by_name['tq_hb']['share_of_read']:.0%}",
             )
         )
-    return _markdown(header, rows) + _source(report, "cpu") + _machine(report)
+    return table(header, rows) + _source(report, "cpu") + _machine(report)
 
 
 def replay() -> str:
@@ -65,7 +66,7 @@ def replay() -> str:
         for row in report["replay"]["settings"]
     ]
     command = "tq-hb generate --out bench/results"
-    return _markdown(header, rows) + _source({"command": command}, "generate") + _machine(report)
+    return table(header, rows) + _source({"command": command}, "generate") + _machine(report)
 
 
 def memory() -> str:
@@ -82,7 +83,7 @@ def memory() -> str:
         for result in report["results"]
         if result["codebook"] == "lloyd_max" and result["head_dim"] == 256
     ]
-    return _markdown(header, rows) + _source(report, "codec") + ".\n"
+    return table(header, rows) + _source(report, "codec") + ".\n"
 
 
 def codec() -> str:
@@ -102,7 +103,7 @@ def codec() -> str:
         )
         for result in report["results"]
     ]
-    return _markdown(header, rows) + _source(report, "codec") + ".\n"
+    return table(header, rows) + _source(report, "codec") + ".\n"
 
 
 def append_cpu() -> str:
@@ -123,7 +124,7 @@ def append_cpu() -> str:
             )
         )
     header = ("KV heads / D", "bits", "one token", f"a token of a run of {tokens}")
-    return _markdown(header, rows) + _source(report, "cpu") + _machine(report)
+    return table(header, rows) + _source(report, "cpu") + _machine(report)
 
 
 _TORCH = ("torch float32", "torch float16", "torch bfloat16")
@@ -133,6 +134,12 @@ _TABLES: dict[str, Callable[[], str]] = {
     "append_cpu": append_cpu,
     "codec": codec,
     "memory": memory,
+    "metal_bounds": metal_tables.bounds,
+    "metal_cost": metal_tables.cost,
+    "metal_counts": metal_tables.counts,
+    "metal_gpus": metal_tables.gpus,
+    "metal_reference": metal_tables.reference,
+    "metal_threadgroup": metal_tables.threadgroup,
     "replay": replay,
 }
 
@@ -153,11 +160,6 @@ def main() -> None:
                 path.write_text(fresh)
     if check and stale:
         sys.exit(f"out of date, run `python -m bench.tables`: {', '.join(stale)}")
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _source(report: dict[str, Any], name: str) -> str:
