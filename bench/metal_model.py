@@ -214,11 +214,11 @@ def expected_counts(shape: Shape, keys: int, chosen: Plan) -> dict[str, int]:
         return {
             "code_bytes": 2 * heads * keys * shape.head_dim,
             "norm_bytes": 2 * heads * keys * 4 * norms,
-            "query_bytes": simdgroups * row_bytes,
+            "query_bytes": chosen.splits * row_bytes,
             "written_bytes": state_bytes,
-            "simd_operations": heads * (simd + simdgroups * (load_query + 1)),
+            "simd_operations": heads * (simd + chosen.splits * load_query + simdgroups),
             "threadgroup_barriers": heads * chosen.splits * (2 if chosen.nsg > 1 else 1),
-            "threadgroup_bytes": 4 * (shape.head_dim + 2**BITS + chosen.nsg * (shape.head_dim + 4)),
+            "threadgroup_bytes": 4 * (2**BITS + (1 + chosen.nsg) * (shape.head_dim + 4)),
         }
     tiles = shape.kv_heads * -(-shape.group // chosen.tile)
     sums = group_sums(chosen.tile)

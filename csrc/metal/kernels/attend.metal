@@ -102,21 +102,26 @@ kernel void flash_attn_vec_tq_hb(
     device atomic_uint* status [[buffer(TQ_ATTEND_STATUS)]], threadgroup float* shared [[threadgroup(0)]],
     uint3 group [[threadgroup_position_in_grid]], ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  constexpr int E = D / 32;
   constexpr int kStripes = D / 128;
   const uint head = group.y;
   const uint workgroup = group.z;
   const uint nsg = args.nsg;
   const uint nwg = args.nwg;
   const ulong kv_head = head / (args.num_heads / args.num_kv_heads);
-  threadgroup float* k_table = shared + D;
+  threadgroup float* exponent = shared + D;
+  threadgroup float* k_table = shared + tq_hb::per_head_query_words(D);
   threadgroup float* v_table = k_cbits() == v_cbits() ? k_table : k_table + (1u << k_cbits());
   threadgroup float* states = k_table + tq_hb::per_head_tables_words(k_cbits(), v_cbits());
   device float* partial_state = dst + ulong(args.num_heads) * D * nwg + (ulong(head) * nwg + workgroup) * 2;
 
-  float y[E];
-  int exponent = 0;
-  if (!load_query<D>(q + ulong(head) * D, args.fuse_fwht_pre == 0, lane, y, exponent)) {
+  if (simdgroup == 0) stage_query<D>(q + ulong(head) * D, args.fuse_fwht_pre == 0, shared, exponent, lane);
+  const uint thread_index = simdgroup * 32 + lane;
+  fill_table(k_table, codebook_levels(args.codebook, k_cbits()), k_cbits(), 1, thread_index, 32 * nsg);
+  if (k_cbits() != v_cbits()) {
+    fill_table(v_table, codebook_levels(args.codebook, v_cbits()), v_cbits(), 1, thread_index, 32 * nsg);
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (isnan(*exponent)) {
     if (simdgroup == 0 && lane == 0) {
       if (writes_output()) {
         atomic_fetch_min_explicit(status, head, memory_order_relaxed);
@@ -126,15 +131,6 @@ kernel void flash_attn_vec_tq_hb(
     }
     return;
   }
-  if (simdgroup == 0) {
-    for (int i = 0; i < E; ++i) shared[lane * E + i] = y[i];
-  }
-  const uint thread_index = simdgroup * 32 + lane;
-  fill_table(k_table, codebook_levels(args.codebook, k_cbits()), k_cbits(), 1, thread_index, 32 * nsg);
-  if (k_cbits() != v_cbits()) {
-    fill_table(v_table, codebook_levels(args.codebook, v_cbits()), v_cbits(), 1, thread_index, 32 * nsg);
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
 
   float4 query[kStripes];
   HeadState<D> state;
@@ -147,7 +143,7 @@ kernel void flash_attn_vec_tq_hb(
 
   const LevelTable k_levels = level_table(k_table, k_cbits(), 1, lane);
   const LevelTable v_levels = level_table(v_table, v_cbits(), 1, lane);
-  const ScoreScale scale = score_scale(args, exponent);
+  const ScoreScale scale = score_scale(args, int(*exponent));
   const VisibleKeys keys = visible_keys(args);
   const float to_value = row_scale<D>(args);
   const ulong first_row = kv_head * args.kv_capacity;

@@ -98,6 +98,18 @@ inline bool load_query(device const float* q, bool rotated, ushort lane, thread 
   return true;
 }
 
+/// Puts a query head into threadgroup memory in units of 2^exponent; the exponent is NaN if a value is not finite.
+template <int D>
+inline void stage_query(device const float* q, bool rotated, threadgroup float* staged, threadgroup float* exponent,
+                        ushort lane) {
+  constexpr int E = D / 32;
+  float y[E];
+  int own_exponent;
+  const bool finite = load_query<D>(q, rotated, lane, y, own_exponent);
+  for (int i = 0; i < E; ++i) staged[lane * E + i] = finite ? y[i] : 0.0f;
+  if (lane == 0) *exponent = finite ? float(own_exponent) : NAN;
+}
+
 /// Puts `copies` copies of a codebook into threadgroup memory, those of one level side by side.
 inline void fill_table(threadgroup float* table, constant float* levels, uint cbits, uint copies, uint thread_index,
                        uint threads) {

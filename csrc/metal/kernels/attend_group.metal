@@ -136,13 +136,13 @@ inline void stage_norms(device const float* k_norms, device const float* v_norms
 template <int D, int kTile>
 inline void stage_queries(device const float* q, HeadTile tile, bool rotated, threadgroup float* staged,
                           threadgroup float* exponents, uint simdgroup, ushort lane) {
-  constexpr int E = D / 32;
   for (uint h = simdgroup; h < kTile; h += tq_hb::group_simdgroups(D)) {
-    float y[E];
-    int exponent = 0;
-    const bool usable = h < tile.count && load_query<D>(q + ulong(tile.first + h) * D, rotated, lane, y, exponent);
-    for (int i = 0; i < E; ++i) staged[h * D + lane * E + i] = usable ? y[i] : 0.0f;
-    if (lane == 0) exponents[h] = usable || h >= tile.count ? float(exponent) : NAN;
+    if (h < tile.count) {
+      stage_query<D>(q + ulong(tile.first + h) * D, rotated, staged + h * D, exponents + h, lane);
+      continue;
+    }
+    for (int i = 0; i < D / 32; ++i) staged[h * D + 32 * i + lane] = 0.0f;
+    if (lane == 0) exponents[h] = 0.0f;
   }
 }
 

@@ -27,7 +27,11 @@ constexpr TqU32 tables_words(TqU32 k_words, TqU32 v_words, bool same) {
   return same ? k_words : k_words + v_words;
 }
 
-// --- flash_attn_vec_tq_hb_dk*: q, tables, then for each SIMD group its accumulator, sum and maximum -----------
+// --- flash_attn_vec_tq_hb_dk*: q and its exponent, tables, then each SIMD group's accumulator, sum and maximum --
+
+constexpr TqU32 per_head_query_words(TqU32 head_dim) {
+  return head_dim + 4;  // padded to 16 bytes
+}
 
 constexpr TqU32 per_head_tables_words(TqU32 k_cbits, TqU32 v_cbits) {
   return tables_words(1u << k_cbits, 1u << v_cbits, k_cbits == v_cbits);
@@ -38,7 +42,8 @@ constexpr TqU32 per_head_state_words(TqU32 head_dim) {
 }
 
 constexpr TqU32 per_head_threadgroup_bytes(TqU32 head_dim, TqU32 nsg, TqU32 k_cbits, TqU32 v_cbits) {
-  return 4 * (head_dim + per_head_tables_words(k_cbits, v_cbits) + nsg * per_head_state_words(head_dim));
+  return 4 * (per_head_query_words(head_dim) + per_head_tables_words(k_cbits, v_cbits) +
+              nsg * per_head_state_words(head_dim));
 }
 
 // --- flash_attn_vec_tq_hb_gqa*: an exponent per head, then the staged queries, which make way for tables,
