@@ -15,6 +15,9 @@ constexpr std::pair<DType, const char*> kDtypes[] = {{DType::kFloat32, "f4"}, {D
                                                      {DType::kUint8, "u1"},   {DType::kUint16, "u2"},
                                                      {DType::kUint32, "u4"},  {DType::kInt32, "i4"}};
 
+/// Kernels of a GPU load rows in vectors of this many bytes.
+constexpr std::uint64_t kRowAlignment = 16;
+
 /// A numpy view of the buffer that keeps it alive.
 py::array to_numpy(const py::object& self) {
   const Buffer& buffer = self.cast<const Buffer&>();
@@ -111,7 +114,7 @@ std::optional<Buffer> wrap(const Device& device, const std::string& op, const st
   const Buffer* viewed = viewed_buffer(array);
   if (viewed != nullptr && viewed->device() == &device) {
     const auto offset = static_cast<std::uint64_t>(data - viewed->storage()->host());
-    return Buffer(viewed->storage(), dtype, shape_of(array), offset);
+    if (offset % kRowAlignment == 0) return Buffer(viewed->storage(), dtype, shape_of(array), offset);
   }
   auto storage = device.wrap_host(data, static_cast<std::uint64_t>(array.nbytes()), hold(array));
   if (storage == nullptr) return std::nullopt;

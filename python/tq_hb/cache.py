@@ -549,8 +549,8 @@ class KVCache:
         >>> cache = tq_hb.KVCache(1, 256)
         >>> cache.append(np.ones((3, 1, 256), np.float32), np.ones((3, 1, 256), np.float32))
         >>> out = cache.attend(np.ones((4, 256), np.float32))
-        >>> bool(np.abs(out - 1).max() < 0.02), cache.last_plan.backend
-        (True, 'cpu')
+        >>> out.shape, bool(np.abs(out - 1).max() < 0.02)
+        ((4, 256), True)
         """
         op = "KVCache.attend"
         check_attention(op, precision=self._precision, sinks=sinks, return_lse=return_lse)

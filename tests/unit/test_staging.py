@@ -126,6 +126,13 @@ class TestOps:
         assert copying._core.copies == []
 
 
+def test_a_view_that_starts_anywhere_in_a_buffer_is_an_array_like_any_other(device):
+    view = device.empty(515).numpy()[3:].reshape(2, 256)
+    view[:] = np.random.default_rng(3).standard_normal((2, 256))
+    for got, want in zip(tq_hb.quantize(view, 8, device=device), tq_hb.quantize(view.copy(), 8), strict=True):
+        assert np.array_equal(got, want)
+
+
 class TestKVCache:
     def test_a_cache_works_on_copies(self, copying):
         rng = np.random.default_rng(2)

@@ -235,7 +235,7 @@ def test_the_process_may_end_while_daemon_threads_work():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_forked_child_can_use_a_cache_that_another_thread_was_inside_of():
-    cache = tq_hb.KVCache(1, 256)
+    cache = tq_hb.KVCache(1, 256, device="cpu")
     rows = np.ones((1, 256), np.float32)
     cache.append(rows, rows)
     inside, leave = threading.Event(), threading.Event()
