@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <limits>
 #include <numeric>
+#include <stdexcept>
 
 #import "simulated.h"
 
@@ -31,6 +32,15 @@ metal_sim::Size3 to_size3(MTLSize size) {
 bool is_within(MTLSize size, NSUInteger most) {
   const auto fits = [most](NSUInteger extent) { return extent >= 1 && extent <= most; };
   return fits(size.width) && fits(size.height) && fits(size.depth);
+}
+
+// METAL_SIM_DROP_BARRIERS=1 lets tests show that the barriers of a program matter.
+bool drops_barriers() {
+  const char* value = std::getenv("METAL_SIM_DROP_BARRIERS");
+  const std::string text = value == nullptr ? "" : value;
+  if (text.empty() || text == "0") return false;
+  if (text == "1") return true;
+  throw std::invalid_argument("METAL_SIM_DROP_BARRIERS must be 0 or 1, got " + text);
 }
 
 std::string to_string(MTLSize size) {
@@ -176,7 +186,7 @@ std::string to_string(MTLSize size) {
   [self requireOpenFor:_cmd];
   require(scope == MTLBarrierScopeBuffers, kProtocol, _cmd,
           "scope must be MTLBarrierScopeBuffers, the only one simulated");
-  [self endBatch];
+  if (!drops_barriers()) [self endBatch];
 }
 
 - (void)endEncoding {
