@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "engine.h"
+#include "hash.h"
 #include "process.h"
 #include "sanitizers.h"
 
@@ -56,7 +57,8 @@ std::vector<std::string> compiler_flags(const Options& options) {
          "-disable-loop-idiom-all", "-fsanitize-coverage=edge,trace-loads,trace-stores",
          "-fsanitize=alignment,array-bounds,integer-divide-by-zero"});
   }
-  if (kThreadSanitizer || kAddressSanitizer) add({"-fsanitize=" METAL_SIM_SANITIZER});
+  if (under_thread_sanitizer()) add({"-fsanitize=thread"});
+  if (under_address_sanitizer()) add({"-fsanitize=address"});
   return flags;
 }
 
@@ -75,18 +77,11 @@ std::string tool_texts() {
   return text;
 }
 
-std::uint64_t fnv1a(const std::string& text, std::uint64_t hash) {
-  for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
-  return hash;
-}
-
 std::string cache_key(const std::string& source, const std::vector<std::string>& flags) {
   static const std::string tools = tool_texts();
   std::string text = tools + source;
   for (const std::string& flag : flags) text += flag + "\n";
-  std::ostringstream key;
-  key << std::hex << fnv1a(text, 0xcbf29ce484222325u) << fnv1a(text, 0x9e3779b97f4a7c15u);
-  return key.str();
+  return hash_text(text);
 }
 
 void run_or_throw(const std::vector<std::string>& command) {

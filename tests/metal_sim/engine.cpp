@@ -13,6 +13,7 @@
 #include "memory_fault.h"
 #include "options.h"
 #include "random.h"
+#include "recording.h"
 #include "statistics.h"
 
 namespace metal_sim {
@@ -202,6 +203,7 @@ std::mutex mutex;
 double execute(const std::vector<Batch>& batches) {
   const std::lock_guard lock(mutex);
   const Options options = read_options();
+  if (!options.record.empty()) record_variant(batches, options.record);
   Random random(options.seed.value_or(0));
   const MemoryFaultGuard memory_faults;
   const DenormalsGuard denormals;

@@ -1,6 +1,7 @@
 // Runs compiled Metal kernels on the host: what the simulated Metal framework is built on.
 //
-// One instance per process. Calls may come from any thread; `execute` runs one after the other.
+// One instance per process. Calls may come from any thread; `execute` runs one after the other. What a run
+// should look out for is asked of the environment every time; see options.h.
 #pragma once
 
 #include <array>

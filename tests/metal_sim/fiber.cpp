@@ -6,18 +6,14 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-extern "C" {
-void* __tsan_get_current_fiber() __attribute__((weak));
-void* __tsan_create_fiber(unsigned flags) __attribute__((weak));
-void __tsan_destroy_fiber(void* fiber) __attribute__((weak));
-}
-
 namespace metal_sim {
 namespace {
 
 namespace context = boost::context::detail;
 
-constexpr std::size_t kStackBytes = kAddressSanitizer ? 1024 * 1024 : 256 * 1024;
+std::size_t stack_bytes() {
+  return (under_address_sanitizer() ? 1024 : 256) * 1024;
+}
 
 std::size_t page_size() {
   return static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
@@ -26,10 +22,10 @@ std::size_t page_size() {
 }  // namespace
 
 Fiber::Fiber() {
-  if constexpr (kThreadSanitizer) sanitizer_fiber_ = __tsan_get_current_fiber();
+  if (under_thread_sanitizer()) sanitizer_fiber_ = __tsan_get_current_fiber();
 }
 
-Fiber::Fiber(void (*entry)()) : entry_(entry), size_(kStackBytes) {
+Fiber::Fiber(void (*entry)()) : entry_(entry), size_(stack_bytes()) {
   void* pages = mmap(nullptr, page_size() + size_, PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
   if (pages == MAP_FAILED) throw std::bad_alloc();
@@ -40,14 +36,14 @@ Fiber::Fiber(void (*entry)()) : entry_(entry), size_(kStackBytes) {
 
 Fiber::~Fiber() {
   if (stack_ == nullptr) return;
-  if constexpr (kThreadSanitizer) __tsan_destroy_fiber(sanitizer_fiber_);
+  if (under_thread_sanitizer()) __tsan_destroy_fiber(sanitizer_fiber_);
   munmap(stack_ - page_size(), page_size() + size_);
 }
 
 void Fiber::restart() {
   context_ = context::make_fcontext(stack_top(), size_, &Fiber::start);
   fake_stack_ = nullptr;
-  if constexpr (kThreadSanitizer) {
+  if (under_thread_sanitizer()) {
     if (sanitizer_fiber_ != nullptr) __tsan_destroy_fiber(sanitizer_fiber_);
     sanitizer_fiber_ = __tsan_create_fiber(0);
   }

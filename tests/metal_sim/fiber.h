@@ -10,13 +10,6 @@
 
 #include "sanitizers.h"
 
-// The sanitizers' run-time interfaces; each exists only where its sanitizer is linked in.
-extern "C" {
-void __tsan_switch_to_fiber(void* fiber, unsigned flags) __attribute__((weak));
-void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, std::size_t size) __attribute__((weak));
-void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, std::size_t* size) __attribute__((weak));
-}
-
 namespace metal_sim {
 
 class Fiber {
@@ -52,8 +45,8 @@ class Fiber {
 
 inline void Fiber::resume(Fiber& from) {
   constexpr unsigned kNoOrder = 1;
-  if constexpr (kAddressSanitizer) __sanitizer_start_switch_fiber(&from.fake_stack_, stack_, size_);
-  if constexpr (kThreadSanitizer) __tsan_switch_to_fiber(sanitizer_fiber_, kNoOrder);
+  if (under_address_sanitizer()) __sanitizer_start_switch_fiber(&from.fake_stack_, stack_, size_);
+  if (under_thread_sanitizer()) __tsan_switch_to_fiber(sanitizer_fiber_, kNoOrder);
   // The other side learns from the transfer who it is and by whom it was entered.
   Fiber* both[2] = {this, &from};
   from.arrived(boost::context::detail::jump_fcontext(context_, both));
@@ -61,7 +54,7 @@ inline void Fiber::resume(Fiber& from) {
 
 inline void Fiber::arrived(boost::context::detail::transfer_t transfer) {
   static_cast<Fiber**>(transfer.data)[1]->context_ = transfer.fctx;
-  if constexpr (kAddressSanitizer) __sanitizer_finish_switch_fiber(fake_stack_, nullptr, nullptr);
+  if (under_address_sanitizer()) __sanitizer_finish_switch_fiber(fake_stack_, nullptr, nullptr);
 }
 
 }  // namespace metal_sim

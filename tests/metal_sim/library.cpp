@@ -60,7 +60,8 @@ std::pair<const std::byte*, const std::byte*> image_range(void* symbol) {
 
 }  // namespace
 
-LoadedLibrary::LoadedLibrary(std::string path, const abi::Engine& functions) : path_(std::move(path)) {
+LoadedLibrary::LoadedLibrary(std::string path, std::string source, const abi::Engine& functions)
+    : path_(std::move(path)), source_(std::move(source)) {
   handle_ = dlopen(path_.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (handle_ == nullptr) throw CompileError(dlerror());
   void* symbol = dlsym(handle_, abi::kEntryPoint);
@@ -100,7 +101,7 @@ std::string LoadedLibrary::describe(const void* instruction) const {
   const auto offset = static_cast<const std::byte*>(instruction) - begin_ - 1;
   char hex[32];
   std::snprintf(hex, sizeof(hex), "0x%zx", static_cast<std::size_t>(offset));
-  const ProcessResult result = run_process({"addr2line", "-C", "-f", "-i", "-e", path_, hex});
+  const ProcessResult result = run_process({METAL_SIM_ADDR2LINE, "-C", "-f", "-i", "-e", path_, hex});
   // Pairs of lines, function and place, from the innermost inlined function outwards. The shim's own are skipped.
   std::size_t start = 0;
   while (start < result.output.size()) {
@@ -119,7 +120,7 @@ std::string LoadedLibrary::describe(const void* instruction) const {
 }
 
 std::shared_ptr<const Library> compile(const std::string& source) {
-  return std::make_shared<LoadedLibrary>(compiled_file(source, read_options()), engine_functions());
+  return std::make_shared<LoadedLibrary>(compiled_file(source, read_options()), source, engine_functions());
 }
 
 }  // namespace metal_sim

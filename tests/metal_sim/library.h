@@ -13,13 +13,14 @@ namespace metal_sim {
 class LoadedLibrary : public Library {
  public:
   /// Loads the file and hands it the engine's functions.
-  LoadedLibrary(std::string path, const abi::Engine& functions);
+  LoadedLibrary(std::string path, std::string source, const abi::Engine& functions);
   ~LoadedLibrary() override;
 
   const Kernel* find(const std::string& name) const override;
   std::vector<std::string> names() const override;
   const std::vector<FunctionConstant>& constants() const override { return constants_; }
 
+  const std::string& source() const { return source_; }
   const abi::Module& module() const { return *module_; }
   const abi::KernelEntry& entry(const Kernel& kernel) const;
   /// Whether the library's own code or static data is at the address.
@@ -32,7 +33,7 @@ class LoadedLibrary : public Library {
   std::string describe(const void* instruction) const;
 
  private:
-  std::string path_;
+  std::string path_, source_;
   void* handle_ = nullptr;
   const abi::Module* module_ = nullptr;
   const std::byte* begin_ = nullptr;

@@ -1,11 +1,13 @@
 // Buffers between inaccessible pages, so that an access past either end cannot go unseen.
 #include <cstdint>
+#include <cstdlib>
 #include <new>
 
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include "engine.h"
+#include "sanitizers.h"
 
 namespace metal_sim {
 namespace {
@@ -27,6 +29,8 @@ std::size_t usable_bytes(std::size_t size) {
 }  // namespace
 
 std::byte* allocate(std::size_t size) {
+  // The address sanitizer watches the heap, to the byte.
+  if (under_address_sanitizer()) return static_cast<std::byte*>(std::calloc(size, 1));
   const std::size_t usable = usable_bytes(size), total = usable + 2 * page_size();
   void* pages = mmap(nullptr, total, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (pages == MAP_FAILED) throw std::bad_alloc();
@@ -39,6 +43,7 @@ std::byte* allocate(std::size_t size) {
 }
 
 void release(std::byte* memory, std::size_t size) noexcept {
+  if (under_address_sanitizer()) return std::free(memory);
   if (memory == nullptr) return;
   const std::size_t usable = usable_bytes(size);
   munmap(memory + round_up(size, 16) - usable - page_size(), usable + 2 * page_size());

@@ -65,7 +65,7 @@ void handle(int signal, siginfo_t* info, void* context) {
 }  // namespace
 
 MemoryFaultGuard::MemoryFaultGuard() {
-  if constexpr (kThreadSanitizer || kAddressSanitizer) return;
+  if (under_thread_sanitizer() || under_address_sanitizer()) return;
   stack_t stack{};
   stack.ss_sp = handler_stack;
   stack.ss_size = sizeof(handler_stack);
@@ -78,7 +78,7 @@ MemoryFaultGuard::MemoryFaultGuard() {
 }
 
 MemoryFaultGuard::~MemoryFaultGuard() {
-  if constexpr (kThreadSanitizer || kAddressSanitizer) return;
+  if (under_thread_sanitizer() || under_address_sanitizer()) return;
   is_guarded = false;
   for (std::size_t i = 0; i < std::size(kSignals); ++i) sigaction(kSignals[i], &previous[i], nullptr);
   sigaltstack(&previous_stack, nullptr);

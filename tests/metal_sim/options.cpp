@@ -32,6 +32,7 @@ Options read_options() {
     throw std::invalid_argument("METAL_SIM_LANE must be ftz-contract or unset, got " + lane);
   }
   options.ftz_contract = lane == "ftz-contract";
+  options.record = variable("METAL_SIM_RECORD");
   return options;
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 
 namespace metal_sim {
 
@@ -10,6 +11,7 @@ struct Options {
   std::optional<std::uint64_t> seed;  ///< METAL_SIM_SEED: a random schedule instead of the fixed one
   bool check = false;                 ///< METAL_SIM_CHECK=1: every access is looked up
   bool ftz_contract = false;          ///< METAL_SIM_LANE=ftz-contract: flush denormals, contract a*b+c
+  std::string record;                 ///< METAL_SIM_RECORD: a folder for one recording of each kind of work
 };
 
 /// Throws std::invalid_argument on a value that is not understood.

@@ -34,6 +34,13 @@ class Atomic {
 template <class P>
 using ValueOf = decltype(P()->value + 0);
 
+// The bits of the value, whatever its type and address space.
+template <class P>
+METAL_SIM_INLINE uint* word(P object) {
+  static_assert(sizeof(*object) == sizeof(uint), "atomics have 32 bits");
+  return (uint*)(object);
+}
+
 }  // namespace metal_sim
 
 namespace metal {
@@ -56,27 +63,28 @@ METAL_SIM_FETCH(atomic_fetch_max_explicit, __atomic_fetch_max)
 template <class P>
 METAL_SIM_INLINE auto atomic_exchange_explicit(P object, metal_sim::ValueOf<P> desired, memory_order) {
   const metal_sim::Atomic mark(object, true);
-  metal_sim::ValueOf<P> old;
-  __atomic_exchange(&object->value, &desired, &old, __ATOMIC_RELAXED);
-  return old;
+  return as_type<metal_sim::ValueOf<P>>(
+      __atomic_exchange_n(metal_sim::word(object), as_type<uint>(desired), __ATOMIC_RELAXED));
 }
 template <class P>
 METAL_SIM_INLINE auto atomic_load_explicit(P object, memory_order) {
   const metal_sim::Atomic mark(object, false);
-  metal_sim::ValueOf<P> value;
-  __atomic_load(&object->value, &value, __ATOMIC_RELAXED);
-  return value;
+  return as_type<metal_sim::ValueOf<P>>(__atomic_load_n(metal_sim::word(object), __ATOMIC_RELAXED));
 }
 template <class P>
 METAL_SIM_INLINE void atomic_store_explicit(P object, metal_sim::ValueOf<P> desired, memory_order) {
   const metal_sim::Atomic mark(object, true);
-  __atomic_store(&object->value, &desired, __ATOMIC_RELAXED);
+  __atomic_store_n(metal_sim::word(object), as_type<uint>(desired), __ATOMIC_RELAXED);
 }
 template <class P>
 METAL_SIM_INLINE bool atomic_compare_exchange_weak_explicit(P object, metal_sim::ValueOf<P>* expected,
                                                             metal_sim::ValueOf<P> desired, memory_order, memory_order) {
   const metal_sim::Atomic mark(object, true);
-  return __atomic_compare_exchange(&object->value, expected, &desired, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  uint found = as_type<uint>(*expected);
+  const bool exchanged = __atomic_compare_exchange_n(metal_sim::word(object), &found, as_type<uint>(desired), true,
+                                                     __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  *expected = as_type<metal_sim::ValueOf<P>>(found);
+  return exchanged;
 }
 
 }  // namespace metal

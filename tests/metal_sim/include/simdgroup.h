@@ -23,15 +23,18 @@ __attribute__((visibility("hidden"))) inline abi::Engine engine;
   }
 
 template <class T>
+constexpr bool fits_slot = sizeof(T) <= sizeof(abi::Slot) && (sizeof(T) & (sizeof(T) - 1)) == 0;
+
+template <class T>
 METAL_SIM_INLINE T shuffle(T value, abi::Shuffle how, unsigned operand, abi::Site site) {
-  static_assert(sizeof(T) <= sizeof(abi::Slot), "too wide for a simdgroup operation");
+  static_assert(fits_slot<T>, "no type for a simdgroup operation");
   engine.shuffle(site, &value, sizeof(T), how, operand);
   return value;
 }
 
 template <class T>
 METAL_SIM_INLINE T reduce(T value, abi::Combine* combine, abi::Site site) {
-  static_assert(sizeof(T) <= sizeof(abi::Slot), "too wide for a simdgroup operation");
+  static_assert(fits_slot<T>, "no type for a simdgroup operation");
   engine.reduce(site, &value, sizeof(T), combine);
   return value;
 }

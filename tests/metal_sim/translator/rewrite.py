@@ -87,7 +87,7 @@ def _rewrite_constants(program: Program) -> None:
             keyword.output = "METAL_SIM_DERIVED"
             assignment = next(t for t in source.code[start:end] if t.text == "=")
             assignment.output = f"METAL_SIM_ASSIGN({constant.name})"
-            source.code[end].output = "METAL_SIM_END;"
+            source.code[end].output = " METAL_SIM_END;"
 
 
 def _rewrite_threadgroup_variables(source: Source, body: tuple[int, int], is_kernel: bool) -> None:
