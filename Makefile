@@ -2,7 +2,7 @@
 #
 #   make demo      a real model generates text with its KV cache held by tq_hb
 #   make test      C++ tests (also under sanitizers) and Python tests
-#   make lint      ruff, mypy, clang-format
+#   make lint      ruff, mypy, clang-format, the rules for Metal kernels
 #   make bench     the measurements in bench/results and the tables made from them
 #   make mutants   seeds faults one at a time and shows that the tests catch each
 
@@ -11,10 +11,23 @@ STAMP := .venv/.stamp
 PIP_INSTALL := $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation
 CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python -type f -not -path '*/__pycache__/*')
+SIM_SOURCES := $(shell find tests/metal_sim -type f -not -path '*/__pycache__/*')
 
 EXTRAS_demo := demo
 EXTRAS_test := test,lint,transformers,plots,mlx
 EXTRAS_lint := lint
+
+# Without a Metal GPU the tests use a simulated one, in a build of its own; the sanitizers then need clang throughout.
+ifeq ($(shell uname),Darwin)
+  SIM := no
+  METAL := auto
+else
+  SIM := yes
+  METAL := simulator
+  SIM_BUILD := -Ccmake.define.TQ_HB_METAL=simulator -Cbuild-dir=build/simulator-{wheel_tag}
+  SANITIZE_CXX = -DCMAKE_CXX_COMPILER=$$(scripts/setup.sh clang)
+endif
+BUILD_test := $(SIM_BUILD)
 
 .NOTPARALLEL:
 .PHONY: demo test ctest pytest lint bench mutants clean
@@ -26,23 +39,25 @@ test: ctest pytest
 
 # Two builds: warnings as errors, then address and undefined-behaviour sanitizers. A test asks for more memory than
 # there is, which the sanitizer would otherwise report instead of refusing.
-ctest: $(STAMP)-venv $(STAMP)-googletest
-	$(CMAKE) -B build/test -DCMAKE_BUILD_TYPE=Release -DTQ_HB_PYTHON=OFF -DTQ_HB_BUILD_TESTS=ON -DTQ_HB_WERROR=ON
+ctest: $(STAMP)-venv $(STAMP)-googletest $(STAMP)-metal-sim
+	$(CMAKE) -B build/test -DCMAKE_BUILD_TYPE=Release -DTQ_HB_PYTHON=OFF -DTQ_HB_BUILD_TESTS=ON -DTQ_HB_WERROR=ON \
+	  -DTQ_HB_METAL=$(METAL)
 	$(BIN)/cmake --build build/test
 	$(BIN)/ctest --test-dir build/test --output-on-failure
 	$(CMAKE) -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTQ_HB_PYTHON=OFF -DTQ_HB_BUILD_TESTS=ON \
-	  -DTQ_HB_WERROR=ON -DTQ_HB_SANITIZE=address,undefined
+	  -DTQ_HB_WERROR=ON -DTQ_HB_SANITIZE=address,undefined -DTQ_HB_METAL=$(METAL) $(SANITIZE_CXX)
 	$(BIN)/cmake --build build/sanitize
 	ASAN_OPTIONS=allocator_may_return_null=1 $(BIN)/ctest --test-dir build/sanitize --output-on-failure
 
-pytest: $(STAMP)-test $(STAMP)-package
+pytest: $(STAMP)-test $(STAMP)-package-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: $(STAMP)-lint
+lint: $(STAMP)-lint $(STAMP)-metal-sim
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc tests -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.mm' | xargs $(BIN)/clang-format --dry-run --Werror
+	[ $(SIM) = no ] || $(BIN)/python tests/metal_sim/translate.py -I csrc check csrc/metal/kernels/tq_hb.metal
 
 bench: $(STAMP)-demo $(STAMP)-test $(STAMP)-package
 	$(BIN)/tq-hb generate --out bench/results
@@ -64,13 +79,25 @@ $(STAMP)-googletest: $(STAMP)-venv
 	scripts/setup.sh googletest
 	@touch $@
 
-# What an extra needs, the package included.
+$(STAMP)-metal-sim: $(STAMP)-venv
+	scripts/setup.sh metal-sim
+	@touch $@
+
+$(STAMP)-test: $(STAMP)-metal-sim
+
+# What an extra needs, the package included: with the Metal that the tests use for those, which serves everybody else.
 $(STAMP)-demo $(STAMP)-test $(STAMP)-lint: $(STAMP)-%: $(STAMP)-venv pyproject.toml constraints.txt
 	@echo "==> installing tq_hb and its extras '$(EXTRAS_$*)' into .venv"
-	$(PIP_INSTALL) '.[$(EXTRAS_$*)]'
-	@touch $@ $(STAMP)-package
+	@rm -f $(STAMP)-package-test
+	$(PIP_INSTALL) $(BUILD_$*) '.[$(EXTRAS_$*)]'
+	@touch $@ $(STAMP)-package $(if $(BUILD_$*),$(STAMP)-package-test)
 
 # Later changes to the sources rebuild the package alone, incrementally.
 $(STAMP)-package: $(STAMP)-venv $(SOURCES)
+	@rm -f $(STAMP)-package-test
 	$(PIP_INSTALL) --no-deps .
 	@touch $@
+
+$(STAMP)-package-test: $(STAMP)-metal-sim $(SOURCES) $(SIM_SOURCES)
+	$(PIP_INSTALL) --no-deps $(BUILD_test) .
+	@touch $@ $(STAMP)-package

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Makes .venv with the build tools in it, and looks for what pip can't install: Python's headers, its venv module, a
-# C++ compiler and, for `setup.sh test`, GoogleTest. Installs what is missing where it may, else says how to.
+# C++ compiler and, for the tests, GoogleTest and what the simulated Metal needs. Installs what is missing where it may,
+# else says how to.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -62,8 +63,58 @@ has_googletest() {
   esac
 }
 
+# Whether a compiler is clang 16 or newer.
+is_new_clang() {
+  version=$("$1" -dM -E -x c++ /dev/null 2>/dev/null | sed -n 's/^#define __clang_major__ //p')
+  [ "${version:-0}" -ge 16 ]
+}
+
+find_clang() {
+  for candidate in clang++-19 clang++-21 clang++-20 clang++-18 clang++-17 clang++-16 clang++; do
+    if is_new_clang "$candidate"; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  return 1
+}
+
+# The version that is tested most if the distribution has it, else its newest from 16 on.
+clang_version_on_offer() {
+  versions=$(apt-cache search --names-only '^clang-[0-9]+$' | sed 's/^clang-\([0-9]*\) .*/\1/' | sort -n)
+  for version in 19 $(echo "$versions" | sort -rn); do
+    if [ "$version" -ge 16 ] && echo "$versions" | grep -qx "$version"; then
+      echo "$version"
+      return
+    fi
+  done
+  die "the simulated Metal needs clang 16 or newer, which this distribution's packages lack: see https://apt.llvm.org"
+}
+
+has_sanitizers() {
+  echo 'int main() {}' | "$1" -fsanitize=address,undefined -x c++ - -o /dev/null 2>/dev/null
+}
+
+# The tests run the Metal backend on a simulated GPU where there is no real one.
+make_metal_sim() {
+  [ "$(uname)" = Darwin ] && return
+  clang=$(find_clang) || clang=""
+  if [ -z "$clang" ] || ! has_sanitizers "$clang"; then
+    version=19
+    if command -v apt-get >/dev/null; then
+      [ "$(id -u)" != 0 ] || apt-get update -qq
+      version=$(clang_version_on_offer)
+    fi
+    install_packages "clang-$version libclang-rt-$version-dev" "" "clang for the simulated Metal is missing"
+  fi
+  echo '#include <boost/context/fiber.hpp>' | "${CXX:-c++}" -std=c++17 -E -x c++ - >/dev/null 2>&1 ||
+    install_packages libboost-context-dev "" "Boost.Context for the simulated Metal is missing"
+}
+
 case "${1:-}" in
   venv) make_venv ;;
   googletest) has_googletest || install_packages libgtest-dev googletest "GoogleTest is missing" ;;
-  *) die "usage: setup.sh venv | googletest" ;;
+  metal-sim) make_metal_sim ;;
+  clang) find_clang || die "no clang 16 or newer was found" ;;
+  *) die "usage: setup.sh venv | googletest | metal-sim | clang" ;;
 esac

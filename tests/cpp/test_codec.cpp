@@ -129,7 +129,7 @@ INSTANTIATE_TEST_SUITE_P(All, RoundTrip, testing::Combine(testing::Values(256, 5
 TEST(Rotation, KeepsNormsAndInverts) {
   std::mt19937 random(2);
   std::normal_distribution<float> normal;
-  for (const std::size_t head_dim : {256, 512}) {
+  for (const std::size_t head_dim : {256u, 512u}) {
     std::vector<float> row(head_dim);
     for (float& x : row) x = normal(random);
     std::vector<float> turned = row;
@@ -141,7 +141,7 @@ TEST(Rotation, KeepsNormsAndInverts) {
 }
 
 TEST(Encode, ZerosTakeTheMiddleAndDecodeToZero) {
-  for (const std::size_t head_dim : {256, 512}) {
+  for (const std::size_t head_dim : {256u, 512u}) {
     const std::vector<float> zeros(head_dim, 0.0f);
     std::vector<std::uint8_t> codes(head_dim, 255);
     float norms[2] = {1.0f, 1.0f};
@@ -156,7 +156,7 @@ TEST(Encode, RefusesWhatIsNotFiniteAndWritesNothing) {
   const Codebook& codebook = find_codebook("test", CodebookName::kLloydMax, 8);
   constexpr float kBad[] = {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
                             -std::numeric_limits<float>::infinity(), std::numeric_limits<float>::max(), 4e19f};
-  for (const std::size_t head_dim : {256, 512}) {
+  for (const std::size_t head_dim : {256u, 512u}) {
     for (const float bad : kBad) {
       std::vector<float> row(head_dim, 1.0f);
       row[head_dim - 1] = bad;

@@ -15,7 +15,7 @@ TEST(ThreadPool, RunsEveryTaskOnce) {
   for (const unsigned threads : {1u, 2u, 3u, 7u}) {
     ThreadPool pool;
     pool.set_num_threads(threads);
-    for (const std::size_t count : {0, 1, 2, 31, 1000}) {
+    for (const std::size_t count : {0u, 1u, 2u, 31u, 1000u}) {
       std::vector<std::atomic<int>> runs(count);
       pool.parallel_for(count, [&](std::size_t i) { ++runs[i]; });
       for (const auto& run : runs) EXPECT_EQ(run.load(), 1);
