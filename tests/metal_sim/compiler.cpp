@@ -45,7 +45,7 @@ std::vector<std::string> compiler_flags(const Options& options) {
 #if defined(__x86_64__)
   add({"-march=x86-64-v3"});
 #endif
-  if (options.ftz_contract) {
+  if (options.contract) {
     // Kernels that forbid contraction by a pragma are still obeyed.
     add({"-ffp-contract=fast-honor-pragmas"});
   } else {

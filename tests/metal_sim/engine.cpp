@@ -165,7 +165,7 @@ void Execution::run_groups() {
   const std::uint32_t* threads = arguments_.threads;
   machine.begin({&library_.entry(*dispatch_.kernel),
                  {threads[0], threads[1], threads[2]},
-                 options_.ftz_contract,
+                 options_.flush_denormals,
                  options_.seed ? &random_ : nullptr,
                  checker_});
   if (checker_ != nullptr) checker_->begin_dispatch(library_, dispatch_.kernel->name, regions_);

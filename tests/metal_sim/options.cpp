@@ -1,6 +1,7 @@
 #include "options.h"
 
 #include <cstdlib>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -27,11 +28,13 @@ Options read_options() {
     throw std::invalid_argument("METAL_SIM_CHECK must be 0 or 1, got " + check);
   }
   options.check = check == "1";
-  const std::string lane = variable("METAL_SIM_LANE");
-  if (lane != "" && lane != "ftz-contract") {
-    throw std::invalid_argument("METAL_SIM_LANE must be ftz-contract or unset, got " + lane);
+  std::istringstream lane(variable("METAL_SIM_LANE"));
+  for (std::string word; std::getline(lane, word, ',');) {
+    if (word != "ftz" && word != "contract") {
+      throw std::invalid_argument("METAL_SIM_LANE must list ftz and contract, got " + lane.str());
+    }
+    (word == "ftz" ? options.flush_denormals : options.contract) = true;
   }
-  options.ftz_contract = lane == "ftz-contract";
   options.record = variable("METAL_SIM_RECORD");
   return options;
 }

@@ -8,6 +8,7 @@ translate.py check FILE...  only checks: what Metal has not, the encoders' rules
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,11 @@ TYPE_CHECK_FLAGS = [
     "-Wno-undefined-internal",
     "-Werror",
 ]
+
+
+def find_compiler() -> str:
+    names = [f"clang++-{version}" for version in (19, 20, 21, 18, 17, 16)]
+    return next((path for name in names if (path := shutil.which(name))), "clang++")
 
 
 def preprocess(path: Path, compiler: str, include: list[str]) -> str:
@@ -75,7 +81,7 @@ def _compiler_output(command: list[str], text: str | None) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compiler", default="clang++-19")
+    parser.add_argument("--compiler", default=find_compiler())
     parser.add_argument("-I", dest="include", action="append", default=[], metavar="FOLDER")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run")
