@@ -19,15 +19,13 @@ EXTRAS_lint := lint
 
 # Without a Metal GPU the tests use a simulated one, in a build of its own; the sanitizers then need clang throughout.
 ifeq ($(shell uname),Darwin)
-  SIM := no
   METAL := auto
 else
-  SIM := yes
   METAL := simulator
-  SIM_BUILD := -Ccmake.define.TQ_HB_METAL=simulator -Cbuild-dir=build/simulator-{wheel_tag}
+  BUILD_test := -Ccmake.define.TQ_HB_METAL=simulator -Cbuild-dir=build/simulator-{wheel_tag}
   SANITIZE_CXX = -DCMAKE_CXX_COMPILER=$$(scripts/setup.sh clang)
 endif
-BUILD_test := $(SIM_BUILD)
+BUILD_lint := $(BUILD_test)
 
 .NOTPARALLEL:
 .PHONY: demo test ctest pytest lint bench mutants clean
@@ -52,12 +50,12 @@ ctest: $(STAMP)-venv $(STAMP)-googletest $(STAMP)-metal-sim
 pytest: $(STAMP)-test $(STAMP)-package-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: $(STAMP)-lint $(STAMP)-metal-sim
+lint: $(STAMP)-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.mm' | xargs $(BIN)/clang-format --dry-run --Werror
-	[ $(SIM) = no ] || $(BIN)/python tests/metal_sim/translate.py -I csrc check csrc/metal/kernels/tq_hb.metal
+	[ $(METAL) != simulator ] || $(BIN)/python tests/metal_sim/translate.py -I csrc check csrc/metal/kernels/tq_hb.metal
 
 bench: $(STAMP)-demo $(STAMP)-test $(STAMP)-package
 	$(BIN)/tq-hb generate --out bench/results
@@ -83,14 +81,15 @@ $(STAMP)-metal-sim: $(STAMP)-venv
 	scripts/setup.sh metal-sim
 	@touch $@
 
-$(STAMP)-test: $(STAMP)-metal-sim
+$(STAMP)-test $(STAMP)-lint: $(STAMP)-metal-sim
 
-# What an extra needs, the package included: with the Metal that the tests use for those, which serves everybody else.
+# What an extra needs, the package included: for tests and lint with the Metal that tests use, which serves others too.
 $(STAMP)-demo $(STAMP)-test $(STAMP)-lint: $(STAMP)-%: $(STAMP)-venv pyproject.toml constraints.txt
 	@echo "==> installing tq_hb and its extras '$(EXTRAS_$*)' into .venv"
 	@rm -f $(STAMP)-package-test
 	$(PIP_INSTALL) $(BUILD_$*) '.[$(EXTRAS_$*)]'
-	@touch $@ $(STAMP)-package $(if $(BUILD_$*),$(STAMP)-package-test)
+	@touch $@ $(STAMP)-package
+	@[ "$(BUILD_$*)" != "$(BUILD_test)" ] || touch $(STAMP)-package-test
 
 # Later changes to the sources rebuild the package alone, incrementally.
 $(STAMP)-package: $(STAMP)-venv $(SOURCES)

@@ -25,6 +25,7 @@ id<MTLLibrary> compile_library(id<MTLDevice> device, const std::string& source) 
     if (@available(macOS 15.0, *)) {
       options.languageVersion = MTLLanguageVersion3_2;
       options.mathMode = MTLMathModeSafe;
+      options.mathFloatingPointFunctions = MTLMathFloatingPointFunctionsPrecise;
     } else {
       options.languageVersion = MTLLanguageVersion3_0;
       options.fastMathEnabled = NO;

@@ -308,30 +308,28 @@ bool Machine::on_stack_of_running_thread(const void* address) const {
 }
 
 std::string Machine::stuck_report() const {
+  static constexpr std::pair<State, const char*> kStates[] = {{State::kSimdOperation, "in a simdgroup operation"},
+                                                              {State::kSimdgroupBarrier, "at a simdgroup_barrier"},
+                                                              {State::kThreadgroupBarrier, "at a threadgroup_barrier"},
+                                                              {State::kFinished, "finished"}};
   std::string report = "threads wait for each other:";
-  static constexpr const char* kNames[] = {"ready", "in a simdgroup operation", "at a simdgroup_barrier",
-                                           "at a threadgroup_barrier", "finished"};
   for (unsigned first = 0; first < count_; first += abi::kLanes) {
-    report += " simdgroup " + std::to_string(first / abi::kLanes) + " has";
+    report += (first == 0 ? " simdgroup " : "; simdgroup ") + std::to_string(first / abi::kLanes) + " has";
     const char* separator = " ";
-    for (unsigned state = 0; state < std::size(kNames); ++state) {
+    for (const auto& [state, words] : kStates) {
       unsigned threads = 0;
       const abi::Site* site = nullptr;
       for (unsigned i = first; i < std::min(first + abi::kLanes, count_); ++i) {
-        if (static_cast<unsigned>(threads_[i]->state) != state) continue;
+        if (threads_[i]->state != state) continue;
         ++threads;
         site = &threads_[i]->site;
       }
       if (threads == 0) continue;
-      report += separator + std::to_string(threads) + " " + kNames[state];
-      if (threads_[first]->state != State::kFinished || state != static_cast<unsigned>(State::kFinished)) {
-        if (state != static_cast<unsigned>(State::kFinished)) report += " (" + text(*site) + ")";
-      }
+      report += separator + std::to_string(threads) + " " + words;
+      if (state != State::kFinished) report += " (" + text(*site) + ")";
       separator = ", ";
     }
-    report += ";";
   }
-  report.back() = '.';
   return report;
 }
 

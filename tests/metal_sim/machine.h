@@ -116,7 +116,6 @@ class Machine {
 
   Machine() = default;
   static void thread_main();
-  void prepare_threads(const abi::GroupArguments& arguments);
   void push(unsigned thread);
   unsigned pop();
   /// Leaves the running thread, which waits or has ended, for one that can go on.

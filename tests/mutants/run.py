@@ -27,7 +27,7 @@ BUILD = ROOT / "build" / "mutants" / "cmake"
 REPORT = ROOT / "docs" / "mutants.md"
 
 # Cheapest first; a fault that one catches is not shown to the next.
-PYTHON_SUITES = ("tests/conformance", "tests/unit", "tests/property")
+PYTHON_SUITES = ("tests/conformance", "tests/metal", "tests/unit", "tests/property")
 SUITE_LIMIT_S = 900
 
 
@@ -123,6 +123,7 @@ def build(target: str) -> None:
             "pybind11_DIR": pybind11.stdout.strip(),
             "TQ_HB_PYTHON": "ON",
             "TQ_HB_BUILD_TESTS": "ON",
+            "TQ_HB_METAL": "apple" if sys.platform == "darwin" else "simulator",
         }
         definitions = [f"-D{key}={value}" for key, value in options.items()]
         subprocess.run([tool("cmake"), "-S", TREE, "-B", BUILD, "-G", "Ninja", *definitions], check=True)

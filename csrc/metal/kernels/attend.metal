@@ -20,7 +20,7 @@ inline bool writes_output() {
 }
 
 /// Keys whose dot products are summed over the SIMD group together.
-constant int kKeysPerStep = 8;
+enum : ushort { kKeysPerStep = 8 };
 
 /// One simdgroup's running softmax over the keys it has seen.
 template <int D>

@@ -7,14 +7,17 @@
 
 namespace tq_hb {
 
-/// Coordinates of a row that one SIMD group owns at a time: four per lane.
-constexpr TqU32 kStripe = 128;
-
-constexpr TqU32 kBlock = TQ_BLOCK;
-
-/// Words between the scores of one head and the next: odd, so that writing a key's scores of all heads and reading
-/// a head's scores of all keys both spread over the memory banks.
-constexpr TqU32 kScoresStride = kBlock + 1;
+// Enumerators, since a variable out here would have to name an address space in MSL, which C++ lacks.
+enum : TqU32 {
+  /// Coordinates of a row that one SIMD group owns at a time: four per lane.
+  kStripe = 128,
+  kBlock = TQ_BLOCK,
+  /// Words between the scores of one head and the next: odd, so that writing a key's scores of all heads and reading
+  /// a head's scores of all keys both spread over the memory banks.
+  kScoresStride = kBlock + 1,
+  /// SIMD groups of the merge kernel.
+  kMergeSimdgroups = 8,
+};
 
 /// Copies of a table in the group kernel: lanes that look up different levels at once then rarely meet in one
 /// memory bank. 8 KiB per table at most.
@@ -79,8 +82,6 @@ static_assert(group_threadgroup_bytes(512, TQ_GQA_MAX_TILE, 8, 6) <= 32768, "a t
 
 // --- flash_attn_vec_merge_tq_hb*: a weight per split, the merged row, and one word per SIMD group for each of
 //     three reductions ----------------------------------------------------------------------------------------
-
-constexpr TqU32 kMergeSimdgroups = 8;
 
 constexpr TqU32 merge_threadgroup_bytes(TqU32 head_dim) {
   return 4 * (TQ_GQA_MAX_SPLITS + head_dim + 3 * kMergeSimdgroups);

@@ -109,10 +109,13 @@ std::uint64_t last_registry_id;
                                options:(MTLCompileOptions*)options
                                  error:(NSError* __autoreleasing*)error {
   require(source != nil, kProtocol, _cmd, "source must not be nil");
-  // Under fast math Apple's compiler may assume that no NaN occurs; nothing here behaves like that.
-  if (options == nil || options.mathMode != MTLMathModeSafe) {
+  // Under fast math Apple's compiler may assume that no NaN occurs, and its functions are looser; nothing here
+  // behaves like that.
+  if (options == nil || options.mathMode != MTLMathModeSafe ||
+      options.mathFloatingPointFunctions != MTLMathFloatingPointFunctionsPrecise) {
     report(error, MTLLibraryErrorDomain, MTLLibraryErrorUnsupported,
-           "the simulated compiler has safe math only: set mathMode to MTLMathModeSafe or fastMathEnabled to NO");
+           "the simulated compiler has safe math and precise functions only: set mathMode and "
+           "mathFloatingPointFunctions, or fastMathEnabled to NO");
     return nil;
   }
   try {

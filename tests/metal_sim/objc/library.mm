@@ -33,6 +33,7 @@ const char* name_of(ConstantType type) {
 @implementation MTLCompileOptions
 @synthesize languageVersion = languageVersion_;
 @synthesize mathMode = mathMode_;
+@synthesize mathFloatingPointFunctions = mathFloatingPointFunctions_;
 
 - (instancetype)init {
   languageVersion_ = MTLLanguageVersion3_2;
@@ -42,8 +43,11 @@ const char* name_of(ConstantType type) {
 - (BOOL)fastMathEnabled {
   return mathMode_ == MTLMathModeFast;
 }
+// The older switch governs the functions too.
 - (void)setFastMathEnabled:(BOOL)fastMathEnabled {
   mathMode_ = fastMathEnabled ? MTLMathModeFast : MTLMathModeSafe;
+  mathFloatingPointFunctions_ =
+      fastMathEnabled ? MTLMathFloatingPointFunctionsFast : MTLMathFloatingPointFunctionsPrecise;
 }
 @end
 

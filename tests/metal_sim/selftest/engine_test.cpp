@@ -132,7 +132,7 @@ TEST(Options, RefuseWhatTheyDoNotKnow) {
 }
 
 TEST(Memory, IsZeroedAlignedAndEndsAtAPage) {
-  for (const std::size_t size : {1, 16, 100, 4096, 5000}) {
+  for (const std::size_t size : {1u, 16u, 100u, 4096u, 5000u}) {
     std::byte* data = allocate(size);
     EXPECT_EQ(reinterpret_cast<std::uintptr_t>(data) % 16, 0u);
     EXPECT_EQ((reinterpret_cast<std::uintptr_t>(data) + (size + 15) / 16 * 16) % 4096, 0u);

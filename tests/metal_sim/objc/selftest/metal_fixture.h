@@ -69,6 +69,7 @@ class MetalTest : public testing::Test {
   id<MTLLibrary> make_library(const char* source, NSError* __autoreleasing* error) const {
     MTLCompileOptions* options = [MTLCompileOptions new];
     options.mathMode = MTLMathModeSafe;
+    options.mathFloatingPointFunctions = MTLMathFloatingPointFunctionsPrecise;
     return [device newLibraryWithSource:[NSString stringWithUTF8String:source] options:options error:error];
   }
 

@@ -1,0 +1,89 @@
+// Every kernel of the Metal backend, in every form that a pipeline is made for, on one small shape each.
+//
+// The sanitizers' drivers run what the simulator records of these.
+
+#include <gtest/gtest.h>
+
+#include "cache_case.h"
+#include "core/params.h"
+
+namespace tq_hb {
+namespace {
+
+constexpr double kFloat32Nmse = 1e-11;
+
+template <class Record>
+void run(const Device& device, const Record& record) {
+  const auto encoder = device.make_encoder();
+  record(*encoder);
+  encoder->commit();
+  encoder->wait();
+}
+
+class MetalVariants : public testing::TestWithParam<std::tuple<unsigned, std::pair<unsigned, unsigned>>> {
+ protected:
+  unsigned head_dim() const { return std::get<0>(GetParam()); }
+  unsigned k_bits() const { return std::get<1>(GetParam()).first; }
+  unsigned v_bits() const { return std::get<1>(GetParam()).second; }
+
+  void expect_right(const CacheCase& test, AttendOp op, const std::vector<double>& want) {
+    run(*test.device, [&](CommandEncoder& encoder) { encoder.flash_attn_vec(op); });
+    EXPECT_LT(nmse({op.output.data<float>(), op.output.data<float>() + op.output.size()}, want), kFloat32Nmse);
+    op.fused_undo = true;
+    run(*test.device, [&](CommandEncoder& encoder) { encoder.flash_attn_vec(op); });
+    run(*test.device, [&](CommandEncoder& encoder) { encoder.fwht({"fwht", Fwht::kPremult, op.output}); });
+    EXPECT_LT(nmse({op.output.data<float>(), op.output.data<float>() + op.output.size()}, want), kFloat32Nmse);
+  }
+};
+
+TEST_P(MetalVariants, Attend) {
+  const CacheCase test(6, 2, head_dim(), 70, k_bits(), v_bits(), "metal");
+  const std::vector<double> want = test.expected();
+  AttendOp op = test.attend_op();
+  for (const unsigned nsg : {1u, 4u}) {
+    for (const unsigned nwg : {1u, 3u}) {
+      op.args.nsg = nsg;
+      op.args.nwg = nwg;
+      expect_right(test, op, want);
+    }
+  }
+  op.kernel = AttendKernel::kGroup;
+  op.args.nwg = 2;
+  for (const unsigned tile : {2u, 4u, 8u}) {
+    op.head_tile = tile;
+    expect_right(test, op, want);
+  }
+}
+
+TEST_P(MetalVariants, Codec) {
+  const CacheCase test(2, 2, head_dim(), 3, k_bits(), v_bits(), "metal");
+  const Buffer src = test.random({2, 2, head_dim()}, 4);
+  QuantizeOp op = test.quantize_op(src, test.k_packed, test.k_norms, *test.k_codebook);
+  const DequantizeOp dequantize{
+      "tq_dequantize_hb_kv", op.args,      1,
+      test.k_packed,         test.k_norms, test.device->empty(DType::kFloat32, {2, 2, head_dim()}),
+      test.k_codebook};
+  run(*test.device, [&](CommandEncoder& encoder) { encoder.hadamard_quantize(op); });
+  op.name = "hadamard_quantize_kv_hb_dual";
+  op.targets[0].key = "k";
+  op.targets.push_back({src, test.v_packed, test.v_norms, test.v_codebook, "v"});
+  run(*test.device, [&](CommandEncoder& encoder) { encoder.hadamard_quantize(op); });
+  run(*test.device, [&](CommandEncoder& encoder) { encoder.dequantize(dequantize); });
+  const std::vector<double> row = test.decoded(test.k_packed, test.k_norms, *test.k_codebook, 1, 2);
+  for (unsigned j = 0; j < head_dim(); ++j) {
+    EXPECT_FLOAT_EQ(dequantize.output.row(1).row(1).data<float>()[j], static_cast<float>(row[j])) << j;
+  }
+  for (const Fwht kind : {Fwht::kPremult, Fwht::kUndo, Fwht::kPlain, Fwht::kPlain}) {
+    run(*test.device, [&](CommandEncoder& encoder) { encoder.fwht({"fwht", kind, src}); });
+  }
+  const Buffer same = test.random({2, 2, head_dim()}, 4);
+  for (std::uint64_t i = 0; i < src.size(); ++i) EXPECT_NEAR(src.data<float>()[i], same.data<float>()[i], 1e-5);
+}
+
+INSTANTIATE_TEST_SUITE_P(All, MetalVariants,
+                         testing::Combine(testing::Values(256u, 512u),
+                                          testing::Values(std::pair{8u, 8u}, std::pair{6u, 6u}, std::pair{5u, 5u},
+                                                          std::pair{8u, 6u})));
+
+}  // namespace
+}  // namespace tq_hb
