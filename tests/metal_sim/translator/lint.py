@@ -32,6 +32,7 @@ def lint(program: Program) -> None:
         *_lambdas(program.source),
         *_function_pointers(program.source),
         *_local_statics(program),
+        *_program_scope_variables(program.source),
         *_recursion(program),
         *_address_space_overloads(program),
         *_kernels(program),
@@ -71,6 +72,26 @@ def _local_statics(program: Program) -> Iterator[TranslationError]:
         for token in program.source.code[slice(*function.body)]:
             if token.text == "static":
                 yield token.error("Metal has no static variables in functions")
+
+
+def _program_scope_variables(source: Source) -> Iterator[TranslationError]:
+    """Initialised variables outside functions, constexpr ones too, have to name the constant address space."""
+    statement: list[int] = []
+    index = 0
+    while index < len(source.code):
+        text = source.text(index)
+        words = [source.text(i) for i in statement]
+        if text == ";" or (text == "{" and "namespace" in words) or text == "}":
+            if "=" in words and not {"constant", "using", "static_assert"} & set(words):
+                yield source.code[statement[0]].error("a variable at program scope must be constant")
+            statement = []
+        elif text in "({" or (text == "<" and words == ["template"]):
+            index = source.closing(index)
+            if text == "{" and "=" not in words and not {"struct", "class", "enum", "union"} & set(words):
+                statement = []  # that was a function
+        else:
+            statement.append(index)
+        index += 1
 
 
 def _calls(program: Program, function: Function) -> Iterator[tuple[str, int, bool]]:
