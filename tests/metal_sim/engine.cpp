@@ -238,7 +238,8 @@ const abi::Engine& engine_functions() {
       },
       [] { Machine::instance().end_atomic(); },
       [](abi::Site site, const char* message) {
-        Machine::instance().fail(std::string(message) + ", at " + site.file + ":" + std::to_string(site.line));
+        Machine::instance().fail(
+            [&] { return std::string(message) + ", at " + site.file + ":" + std::to_string(site.line); }());
       }};
   return functions;
 }

@@ -156,8 +156,8 @@ inline void Machine::switch_to(Thread& thread) {
   thread.fiber.resume(self.fiber);
 }
 
-void Machine::fail(const std::string& message, const void* instruction, const void* address) {
-  failure_ = {message, instruction, address, current_->arguments.index};
+void Machine::fail(std::string&& message, const void* instruction, const void* address) {
+  failure_ = {std::move(message), instruction, address, current_->arguments.index};
   scheduler_->resume(current_->fiber);
   __builtin_unreachable();  // the fiber is restarted before it is used again
 }
@@ -170,9 +170,9 @@ inline bool Machine::arrive(Meeting& meeting, abi::Site site, State kind, unsign
     meeting.kind = kind;
     meeting.operand = operand;
   } else if (meeting.kind != kind || !same_place(meeting.site, site)) {
-    fail("threads meet at different operations: " + text(meeting.site) + " and " + text(site));
+    fail([&] { return "threads meet at different operations: " + text(meeting.site) + " and " + text(site); }());
   } else if (meeting.operand != operand) {
-    fail("the operand must be the same in all lanes, at " + text(site));
+    fail([&] { return "the operand must be the same in all lanes, at " + text(site); }());
   }
   return ++meeting.arrived == expected;
 }
@@ -214,8 +214,10 @@ void Machine::shuffle(abi::Site site, void* value, unsigned size, abi::Shuffle h
       break;
   }
   if (source >= group.lanes) {
-    fail("a shuffle reads lane " + std::to_string(source) + " of " + std::to_string(group.lanes) + ", at " +
-         text(site));
+    fail([&] {
+      return "a shuffle reads lane " + std::to_string(source) + " of " + std::to_string(group.lanes) + ", at " +
+             text(site);
+    }());
   }
   abi::Slot* slots = group.slots[group.meeting.phase];
   copy(slots[self.lane].bytes, value, size);
@@ -278,17 +280,16 @@ std::size_t Machine::declared_bytes() const {
 void Machine::access(const void* address, unsigned size, bool is_write, const void* instruction) {
   Thread& self = *current_;
   if (setup_.observer == nullptr || self.in_atomic || self.fiber.owns(address)) return;
-  const std::string wrong =
-      setup_.observer->access({address, size, is_write, false, self.arguments.index, instruction});
-  if (!wrong.empty()) fail(wrong, instruction);
+  std::string wrong = setup_.observer->access({address, size, is_write, false, self.arguments.index, instruction});
+  if (!wrong.empty()) fail(std::move(wrong), instruction);
 }
 
 void Machine::begin_atomic(const void* address, unsigned size, bool is_write, const void* instruction) {
   Thread& self = *current_;
   self.in_atomic = true;
   if (setup_.observer == nullptr) return;
-  const std::string wrong = setup_.observer->access({address, size, is_write, true, self.arguments.index, instruction});
-  if (!wrong.empty()) fail(wrong, instruction);
+  std::string wrong = setup_.observer->access({address, size, is_write, true, self.arguments.index, instruction});
+  if (!wrong.empty()) fail(std::move(wrong), instruction);
 }
 
 void Machine::end_atomic() {

@@ -79,7 +79,8 @@ class Machine {
   void access(const void* address, unsigned size, bool is_write, const void* instruction);
   void begin_atomic(const void* address, unsigned size, bool is_write, const void* instruction);
   void end_atomic();
-  [[noreturn]] void fail(const std::string& message, const void* instruction = nullptr, const void* address = nullptr);
+  /// Ends the dispatch. The caller's stack is abandoned, so nothing in it may own memory: `message` is moved from.
+  [[noreturn]] void fail(std::string&& message, const void* instruction = nullptr, const void* address = nullptr);
 
   /// Whether a kernel runs in the calling thread; then a memory fault is the kernel's.
   bool is_running() const;
