@@ -14,9 +14,9 @@ namespace {
 
 void quantize(CommandEncoder& encoder, const std::string& op, const TqHadamardQuantizeArgs& args,
               const std::vector<std::tuple<std::string, Buffer, Buffer, Buffer, unsigned>>& targets,
-              const std::string& codebook) {
+              const std::string& codebook, const std::string& packing) {
   const CodebookName name = parse_codebook_name(op, codebook);
-  QuantizeOp record{op, args, {}};
+  QuantizeOp record{op, args, {}, parse_packing(op, packing)};
   for (const auto& [key, src, packed, norms, cbits] : targets) {
     record.targets.push_back({src, packed, norms, &find_codebook(op, name, cbits), key});
   }
@@ -25,15 +25,18 @@ void quantize(CommandEncoder& encoder, const std::string& op, const TqHadamardQu
 
 void dequantize(CommandEncoder& encoder, const std::string& op, const TqHadamardQuantizeArgs& args,
                 std::uint64_t first_position, const Buffer& packed, const Buffer& norms, const Buffer& output,
-                const std::string& codebook) {
+                const std::string& codebook, const std::string& packing) {
   const CodebookName name = parse_codebook_name(op, codebook);
-  encoder.dequantize({op, args, first_position, packed, norms, output, &find_codebook(op, name, args.codebook_bits)});
+  encoder.dequantize({op, args, first_position, packed, norms, output, &find_codebook(op, name, args.codebook_bits),
+                      parse_packing(op, packing)});
 }
 
 void attend(CommandEncoder& encoder, const std::string& op, const Buffer& q, const Buffer& k_packed,
             const Buffer& k_norms, const Buffer& v_packed, const Buffer& v_norms, const Buffer& output,
             const std::optional<Buffer>& tmp, const TqFlashAttnVecArgs& args, AttendKernel kernel, unsigned head_tile,
-            unsigned nwg, unsigned v_bits, const std::string& codebook, bool fused_undo) {
+            unsigned nwg, unsigned v_bits, const std::string& codebook, bool fused_undo, const std::string& packing,
+            const std::optional<std::uint32_t>& query_position, const std::optional<Buffer>& sinks,
+            const std::optional<Buffer>& score_bias, const std::optional<Buffer>& lse) {
   const CodebookName name = parse_codebook_name(op, codebook);
   AttendOp record;
   record.name = op;
@@ -48,7 +51,12 @@ void attend(CommandEncoder& encoder, const std::string& op, const Buffer& q, con
   record.tmp = tmp;
   record.k_codebook = &find_codebook(op, name, args.codebook_bits);
   record.v_codebook = &find_codebook(op, name, v_bits);
+  record.packing = parse_packing(op, packing);
   record.fused_undo = fused_undo;
+  record.query_position = query_position;
+  record.sinks = sinks;
+  record.score_bias = score_bias;
+  record.lse = lse;
   record.kernel = kernel;
   record.head_tile = head_tile;
   encoder.flash_attn_vec(std::move(record));
@@ -91,9 +99,15 @@ void bind_encoder(py::module_& module) {
       .finalize();
 
   py::class_<CommandEncoder>(module, "CommandEncoder")
-      .def("hadamard_quantize", &quantize)
-      .def("dequantize", &dequantize)
-      .def("flash_attn_vec", &attend)
+      .def("hadamard_quantize", &quantize, py::arg("op"), py::arg("hp"), py::arg("targets"), py::arg("codebook"),
+           py::arg("packing") = "byte")
+      .def("dequantize", &dequantize, py::arg("op"), py::arg("hp"), py::arg("first_position"), py::arg("packed"),
+           py::arg("norms"), py::arg("output"), py::arg("codebook"), py::arg("packing") = "byte")
+      .def("flash_attn_vec", &attend, py::arg("op"), py::arg("q"), py::arg("k_packed"), py::arg("k_norms"),
+           py::arg("v_packed"), py::arg("v_norms"), py::arg("output"), py::arg("tmp"), py::arg("p"), py::arg("kernel"),
+           py::arg("head_tile"), py::arg("nwg"), py::arg("v_bits"), py::arg("codebook"), py::arg("fused_undo"),
+           py::arg("packing") = "byte", py::arg("query_position") = py::none(), py::arg("sinks") = py::none(),
+           py::arg("score_bias") = py::none(), py::arg("lse") = py::none())
       .def("fwht", [](CommandEncoder& self, const std::string& op, Fwht kind,
                       const Buffer& data) { self.fwht({op, kind, data}); })
       .def("memory_barrier", &CommandEncoder::memory_barrier)

@@ -1,9 +1,12 @@
 // The extension module tq_hb._core: tables, thread settings and the bindings of the other files.
 
+#include <algorithm>
+
 #include "bind/bind.h"
 #include "core/bits.h"
 #include "core/codebook.h"
 #include "core/codec.h"
+#include "core/packing.h"
 #include "core/params.h"
 #include "cpu/device.h"
 
@@ -26,6 +29,37 @@ std::int64_t first_bad_row(const py::array_t<float, py::array::c_style>& rows, b
     if (!(as_query ? is_finite_row(values, head_dim) : is_encodable_row(values, head_dim))) return row;
   }
   return -1;
+}
+
+using Codes = py::array_t<std::uint8_t, py::array::c_style>;
+
+/// Rows of codes from one layout into the other; `rows` is uint8 (n, row_bytes(source)).
+Codes convert_packing(const std::string& op, const Codes& rows, unsigned cbits, std::size_t head_dim,
+                      const std::string& source, const std::string& target) {
+  check_head_dim(op, head_dim);
+  find_codebook(op, CodebookName::kLloydMax, cbits);
+  const Packing from = parse_packing(op, source);
+  const Packing to = parse_packing(op, target);
+  const std::size_t from_bytes = row_bytes(from, cbits, head_dim);
+  const std::size_t to_bytes = row_bytes(to, cbits, head_dim);
+  if (rows.ndim() != 2 || static_cast<std::size_t>(rows.shape(1)) != from_bytes) {
+    throw invalid(op, "codes", "must have " + std::to_string(from_bytes) + " bytes per row", "another size");
+  }
+  const auto count = static_cast<std::size_t>(rows.shape(0));
+  Codes result({count, to_bytes});
+  const std::uint8_t* row = rows.data();
+  std::uint8_t* converted = result.mutable_data();
+  const ReleasedGil released;
+  for (std::size_t i = 0; i < count; ++i, row += from_bytes, converted += to_bytes) {
+    if (has_planes(from, cbits) == has_planes(to, cbits)) {
+      std::copy_n(row, from_bytes, converted);
+    } else if (has_planes(from, cbits)) {
+      unpack_row(row, head_dim, cbits, converted);
+    } else {
+      pack_row(row, head_dim, cbits, converted);
+    }
+  }
+  return result;
 }
 
 }  // namespace
@@ -55,6 +89,11 @@ PYBIND11_MODULE(_core, module) {
   module.attr("GQA_MAX_TILE") = TQ_GQA_MAX_TILE;
   module.attr("GQA_MAX_SPLITS") = TQ_GQA_MAX_SPLITS;
   module.def("norms_per_row", &norms_per_row);
+  module.def("row_bytes", [](const std::string& packing, unsigned cbits, std::uint64_t head_dim) {
+    return row_bytes(parse_packing("row_bytes", packing), cbits, head_dim);
+  });
+  module.def("convert_packing", &convert_packing, py::arg("op"), py::arg("codes").noconvert(), py::arg("bits"),
+             py::arg("head_dim"), py::arg("source"), py::arg("target"));
   module.def("codebook_names", [] { return py::tuple(py::cast(codebook_names())); });
   module.def("supported_bits", [] {
     py::list bits;

@@ -30,7 +30,10 @@ typedef float TqF32;
   FIELD(TqU32, codebook_bits, 8, "Width of K's codes, and of V's unless the call says otherwise.") \
   FIELD(TqU32, fuse_fwht_pre, 0, "1 if q is not rotated yet.")                                     \
   FIELD(TqU32, nsg, 1, "SIMD groups per threadgroup: 1, 2 or 4.")                                  \
-  PLANNED(TqU32, codebook)
+  PLANNED(TqU32, codebook)                                                                         \
+  PLANNED(TqU32, num_queries)                                                                      \
+  PLANNED(TqU32, query_position)                                                                   \
+  PLANNED(TqU32, flags)
 
 #define TQ_HADAMARD_QUANTIZE_FIELDS(FIELD, REQUIRED, PLANNED)                                \
   REQUIRED(TqU32, head_dim, "Values per head.")                                              \
@@ -62,11 +65,18 @@ struct TqHadamardQuantizeArgs {
 #define TQ_CODEBOOK_LLOYD_MAX 0
 #define TQ_CODEBOOK_MLX_NATIVE 1
 
+// Bits of `flags`: which of the optional buffers an attention call has.
+#define TQ_HAS_SINKS 1u
+#define TQ_HAS_SCORE_BIAS 2u
+#define TQ_HAS_LSE 4u
+
 // Function constants: the widths of K's codes (of the only tensor's, where there is one) and of V's.
 #define TQ_CONSTANT_K_CBITS 50
 #define TQ_CONSTANT_V_CBITS 52
 // Whether the attention kernel, being the only split, divides and writes the output itself.
 #define TQ_CONSTANT_DIRECT 53
+// Whether codes of 5 and 6 bits lie in planes.
+#define TQ_CONSTANT_PLANE 54
 
 // Buffer slots of each kind of kernel. A status slot is one uint per tensor that is checked: the first
 // row that could not be used, or TQ_STATUS_OK.

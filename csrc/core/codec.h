@@ -21,7 +21,7 @@ void unrotate_row(float* row, std::size_t head_dim) noexcept;
 /// H(x) / sqrt(head_dim), in place: the rotation without its signs, and its own inverse.
 void transform_row(float* row, std::size_t head_dim) noexcept;
 
-/// Rotates and quantises `src` into head_dim bytes and norms_per_row norms.
+/// Rotates and quantises `src` into head_dim codes, one byte each, and norms_per_row norms.
 ///
 /// Returns false and writes nothing when `src` is not finite or a norm overflows.
 bool encode_row(const float* src, std::size_t head_dim, float scale_factor_d512, const Codebook& codebook,
@@ -35,7 +35,7 @@ bool is_finite_row(const float* row, std::size_t head_dim) noexcept;
 /// What a level is multiplied by when a row with this norm is decoded.
 float decode_factor(float norm, std::size_t head_dim, float scale_factor_d512) noexcept;
 
-/// Rebuilds a row, still rotated. Index bits above the codebook's width are ignored.
+/// Rebuilds a row from codes of one byte each, still rotated. Index bits above the codebook's width are ignored.
 void decode_row(const std::uint8_t* codes, const float* norms, std::size_t head_dim, float scale_factor_d512,
                 const Codebook& codebook, float* out) noexcept;
 

@@ -13,16 +13,20 @@ TqU32 abi_value(const Codebook* codebook) {
   return static_cast<TqU32>(codebook->name);
 }
 
-void set_codebook(QuantizeOp& op) {
+/// Fills in the planned fields that follow from the rest of a checked call.
+void complete(QuantizeOp& op) {
   op.args.codebook = abi_value(op.targets.front().codebook);
 }
-void set_codebook(DequantizeOp& op) {
+void complete(DequantizeOp& op) {
   op.args.codebook = abi_value(op.codebook);
 }
-void set_codebook(AttendOp& op) {
+void complete(AttendOp& op) {
   op.args.codebook = abi_value(op.k_codebook);
+  op.args.num_queries = static_cast<TqU32>(op.num_queries());
+  op.args.query_position = op.query_position ? *op.query_position : op.args.kv_seq_len - 1;
+  op.args.flags = (op.sinks ? TQ_HAS_SINKS : 0) | (op.score_bias ? TQ_HAS_SCORE_BIAS : 0) | (op.lse ? TQ_HAS_LSE : 0);
 }
-void set_codebook(FwhtOp&) {}
+void complete(FwhtOp&) {}
 
 }  // namespace
 
@@ -44,7 +48,7 @@ void CommandEncoder::record(Op op) {
   const auto lock = enter(op.name);
   require_recording(op.name);
   validate(op, device_);
-  set_codebook(op);
+  complete(op);
   if (!auto_barrier_) {
     encode(std::move(op));
     return;

@@ -5,6 +5,8 @@
 
 /// The one list of head sizes that every op accepts.
 #define TQ_HB_FOR_EACH_HEAD_DIM(X) \
+  X(64)                            \
+  X(128)                           \
   X(256)                           \
   X(512)
 
@@ -17,5 +19,11 @@ constexpr std::size_t kNormBlock = 256;
 constexpr std::size_t norms_per_row(std::size_t head_dim) {
   return head_dim > kNormBlock ? head_dim / kNormBlock : 1;
 }
+
+/// Coordinates whose codes share the bytes of a plane: see packing.h.
+constexpr std::size_t kPlaneBlock = 128;
+
+/// Bits of a code in the nibble plane; the others are in the high plane.
+constexpr unsigned kNibbleBits = 4;
 
 }  // namespace tq_hb

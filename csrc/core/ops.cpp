@@ -18,7 +18,12 @@ Accesses accesses_of(const DequantizeOp& op) {
 
 Accesses accesses_of(const AttendOp& op) {
   Accesses accesses{{&op.q, &op.k_packed, &op.k_norms, &op.v_packed, &op.v_norms}, {&op.output}};
-  if (op.tmp) accesses.writes.push_back(&*op.tmp);
+  for (const std::optional<Buffer>* input : {&op.sinks, &op.score_bias}) {
+    if (*input) accesses.reads.push_back(&**input);
+  }
+  for (const std::optional<Buffer>* output : {&op.tmp, &op.lse}) {
+    if (*output) accesses.writes.push_back(&**output);
+  }
   return accesses;
 }
 

@@ -9,13 +9,14 @@
 #include "core/abi.h"
 #include "core/buffer.h"
 #include "core/codebook.h"
+#include "core/packing.h"
 
 namespace tq_hb {
 
 /// One tensor of the cache and the rows that go into it.
 struct QuantizeTarget {
   Buffer src;     ///< float32 (G, D) or (T, G, D)
-  Buffer packed;  ///< uint8 (G, capacity, D)
+  Buffer packed;  ///< uint8 (G, capacity, row_bytes)
   Buffer norms;   ///< float32 (G, capacity) or (G, capacity, 2)
   const Codebook* codebook = nullptr;
   std::string key;  ///< "" for a single tensor, "k" or "v" for a pair: part of the names in messages
@@ -30,6 +31,7 @@ struct QuantizeOp {
   std::string name;
   TqHadamardQuantizeArgs args;
   std::vector<QuantizeTarget> targets;
+  Packing packing = Packing::kByte;
 
   std::uint64_t num_tokens() const { return targets[0].src.shape().size() == 3 ? targets[0].src.shape()[0] : 1; }
 };
@@ -43,6 +45,7 @@ struct DequantizeOp {
   Buffer norms;
   Buffer output;  ///< float32 (G, D) for one position or (T, G, D)
   const Codebook* codebook = nullptr;
+  Packing packing = Packing::kByte;
 
   std::uint64_t num_tokens() const { return output.shape().size() == 3 ? output.shape()[0] : 1; }
 };
@@ -53,15 +56,23 @@ enum class AttendKernel { kPerHead, kGroup };
 struct AttendOp {
   std::string name;
   TqFlashAttnVecArgs args;
-  Buffer q;  ///< float32 (H, D) or (1, H, D)
+  Buffer q;  ///< float32 (H, D) or (N, H, D); the last query is the newest
   Buffer k_packed, k_norms, v_packed, v_norms;
   Buffer output;              ///< float32, q's shape
   std::optional<Buffer> tmp;  ///< float32, at least tmp_buffer_bytes; the encoder brings its own otherwise
   const Codebook* k_codebook = nullptr;
   const Codebook* v_codebook = nullptr;
+  Packing packing = Packing::kByte;
   bool fused_undo = false;
+  std::optional<Buffer> sinks;       ///< float32 (H,): one more logit per head in the sum of weights; -inf for none
+  std::optional<Buffer> score_bias;  ///< float32 (H,) or (N, H): added to a query's scores before softcap
+  std::optional<Buffer> lse;         ///< float32 (H,) or (N, H), written: log of the sum of exp(score), sink included
+  /// Where the last query stands, in slots from the oldest token on; by default at the newest.
+  std::optional<std::uint32_t> query_position;
   AttendKernel kernel = AttendKernel::kPerHead;
-  unsigned head_tile = 1;  ///< query heads that share a decode: 2, 4 or 8 with kGroup, else 1
+  unsigned head_tile = 1;  ///< rows of q that share a decode: 2, 4 or 8 with kGroup, else 1
+
+  std::uint64_t num_queries() const { return q.shape().size() == 3 ? q.shape()[0] : 1; }
 };
 
 /// Multiply by signs and transform (the rotation R), transform and multiply by signs (its inverse), or only transform.

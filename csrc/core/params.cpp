@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
+#include <vector>
 
 #include "core/checked.h"
 #include "core/codec.h"
@@ -41,10 +43,34 @@ Shape norms_shape(std::uint64_t num_kv_heads, std::uint64_t capacity, std::uint6
   return shape;
 }
 
+Shape packed_shape(std::uint64_t num_kv_heads, std::uint64_t capacity, std::uint64_t head_dim, Packing packing,
+                   const Codebook& codebook) {
+  return {num_kv_heads, capacity, row_bytes(packing, codebook.cbits, head_dim)};
+}
+
 struct Named {
   std::string field;
   const Buffer* buffer;
 };
+
+/// The buffers that an attention call may have: their fields, and whether there is one value per head and query.
+std::vector<std::pair<Named, bool>> optional_inputs(const AttendOp& op) {
+  std::vector<std::pair<Named, bool>> inputs;
+  if (op.sinks) inputs.push_back({{"sinks", &*op.sinks}, false});
+  if (op.score_bias) inputs.push_back({{"score_bias", &*op.score_bias}, true});
+  return inputs;
+}
+
+/// How many queries there are and where they stand.
+void check_queries(const AttendOp& op) {
+  const std::uint64_t queries = op.num_queries();
+  if (queries == 0) throw invalid(op.name, "q", "must hold at least one query", 0);
+  const std::uint64_t position = op.query_position ? *op.query_position : std::uint64_t{op.args.kv_seq_len} - 1;
+  if (queries - 1 > position) {
+    throw invalid(op.name, "q", "must hold at most " + std::to_string(position + 1) + " queries, one per position",
+                  queries);
+  }
+}
 
 /// How the work is shared out: the kernel, its tile and the number of splits.
 void check_split(const AttendOp& op, const Device* device) {
@@ -72,7 +98,6 @@ void check_head_dim(const std::string& op, std::uint64_t head_dim) {
   if (head_dim == size) return;
   TQ_HB_FOR_EACH_HEAD_DIM(TQ_ACCEPT)
 #undef TQ_ACCEPT
-  if (head_dim == 64 || head_dim == 128) throw unsupported(op, "head_dim " + std::to_string(head_dim));
   throw invalid(op, "head_dim", "must be 64, 128, 256 or 512", head_dim);
 }
 
@@ -127,31 +152,45 @@ void validate(const AttendOp& op, const Device* device) {
   }
 
   const Shape& q_shape = op.q.shape();
-  if (q_shape.size() == 3 && q_shape[0] == 0) throw invalid(op.name, "q", "must hold at least one query", 0);
-  if (q_shape.size() == 3 && q_shape[0] > 1) throw unsupported(op.name, "more than one query token per call");
-  Shape wanted{args.num_heads, args.head_dim};
-  if (q_shape.size() == 3) wanted.insert(wanted.begin(), 1);
+  check_queries(op);
+  Shape per_head{args.num_heads};
+  if (q_shape.size() == 3) per_head.insert(per_head.begin(), q_shape[0]);
+  Shape wanted = per_head;
+  wanted.push_back(args.head_dim);
   check_buffer(op.name, "q", op.q, DType::kFloat32, wanted, device);
 
-  const Shape packed{args.num_kv_heads, args.kv_capacity, args.head_dim};
+  const Shape k_packed = packed_shape(args.num_kv_heads, args.kv_capacity, args.head_dim, op.packing, *op.k_codebook);
+  const Shape v_packed = packed_shape(args.num_kv_heads, args.kv_capacity, args.head_dim, op.packing, *op.v_codebook);
   const Shape norms = norms_shape(args.num_kv_heads, args.kv_capacity, args.head_dim);
-  check_buffer(op.name, "k_packed", op.k_packed, DType::kUint8, packed, device);
+  check_buffer(op.name, "k_packed", op.k_packed, DType::kUint8, k_packed, device);
   check_buffer(op.name, "k_norms", op.k_norms, DType::kFloat32, norms, device);
-  check_buffer(op.name, "v_packed", op.v_packed, DType::kUint8, packed, device);
+  check_buffer(op.name, "v_packed", op.v_packed, DType::kUint8, v_packed, device);
   check_buffer(op.name, "v_norms", op.v_norms, DType::kFloat32, norms, device);
   check_buffer(op.name, "output", op.output, DType::kFloat32, wanted, device);
 
-  const Named inputs[] = {{"q", &op.q},
-                          {"k_packed", &op.k_packed},
-                          {"k_norms", &op.k_norms},
-                          {"v_packed", &op.v_packed},
-                          {"v_norms", &op.v_norms}};
+  std::vector<Named> inputs{{"q", &op.q},
+                            {"k_packed", &op.k_packed},
+                            {"k_norms", &op.k_norms},
+                            {"v_packed", &op.v_packed},
+                            {"v_norms", &op.v_norms}};
+  for (const auto& [input, is_per_query] : optional_inputs(op)) {
+    check_buffer(op.name, input.field, *input.buffer, DType::kFloat32, is_per_query ? per_head : Shape{args.num_heads},
+                 device);
+    inputs.push_back(input);
+  }
   const Named output{"output", &op.output};
   for (const Named& input : inputs) check_disjoint(op.name, output, input);
+  if (op.lse) {
+    check_buffer(op.name, "lse", *op.lse, DType::kFloat32, per_head, device);
+    const Named lse{"lse", &*op.lse};
+    for (const Named& input : inputs) check_disjoint(op.name, lse, input);
+    check_disjoint(op.name, lse, output);
+    inputs.push_back(lse);
+  }
   if (op.tmp) {
     check_buffer(op.name, "tmp", *op.tmp, DType::kFloat32, device);
     const std::uint64_t splits = std::max(args.nwg, kMaxNwg);
-    const std::uint64_t needed = tmp_buffer_bytes(args.num_heads, args.head_dim, 1, splits);
+    const std::uint64_t needed = tmp_buffer_bytes(args.num_heads, args.head_dim, op.num_queries(), splits);
     if (op.tmp->nbytes() < needed) {
       throw invalid(op.name, "tmp", "must hold at least " + std::to_string(needed) + " bytes", op.tmp->nbytes());
     }
@@ -164,9 +203,10 @@ void validate(const AttendOp& op, const Device* device) {
 void validate(const QuantizeOp& op, const Device* device) {
   const TqHadamardQuantizeArgs& args = op.args;
   validate(op.name, args);
-  const Shape packed{args.num_kv_heads, args.cache_capacity, args.head_dim};
   const Shape norms = norms_shape(args.num_kv_heads, args.cache_capacity, args.head_dim);
   for (const QuantizeTarget& target : op.targets) {
+    const Shape packed =
+        packed_shape(args.num_kv_heads, args.cache_capacity, args.head_dim, op.packing, *target.codebook);
     const Shape& src = target.src.shape();
     const std::uint64_t tokens = src.size() == 3 ? src[0] : 1;
     Shape wanted{args.num_kv_heads, args.head_dim};
@@ -200,8 +240,8 @@ void validate(const QuantizeOp& op, const Device* device) {
 void validate(const DequantizeOp& op, const Device* device) {
   const TqHadamardQuantizeArgs& args = op.args;
   validate(op.name, args);
-  check_buffer(op.name, "packed", op.packed, DType::kUint8, {args.num_kv_heads, args.cache_capacity, args.head_dim},
-               device);
+  check_buffer(op.name, "packed", op.packed, DType::kUint8,
+               packed_shape(args.num_kv_heads, args.cache_capacity, args.head_dim, op.packing, *op.codebook), device);
   check_buffer(op.name, "norms", op.norms, DType::kFloat32,
                norms_shape(args.num_kv_heads, args.cache_capacity, args.head_dim), device);
   const std::uint64_t tokens = op.output.shape().size() == 3 ? op.output.shape().front() : 1;

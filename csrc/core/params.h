@@ -10,8 +10,8 @@
 
 namespace tq_hb {
 
-// The first 15 fields take 60 bytes; `codebook` is appended.
-static_assert(sizeof(TqFlashAttnVecArgs) == 64);
+// The first 15 fields take 60 bytes; those filled in per call are appended.
+static_assert(sizeof(TqFlashAttnVecArgs) == 76);
 static_assert(offsetof(TqFlashAttnVecArgs, num_heads) == 0);
 static_assert(offsetof(TqFlashAttnVecArgs, num_kv_heads) == 4);
 static_assert(offsetof(TqFlashAttnVecArgs, head_dim) == 8);
@@ -28,6 +28,9 @@ static_assert(offsetof(TqFlashAttnVecArgs, codebook_bits) == 48);
 static_assert(offsetof(TqFlashAttnVecArgs, fuse_fwht_pre) == 52);
 static_assert(offsetof(TqFlashAttnVecArgs, nsg) == 56);
 static_assert(offsetof(TqFlashAttnVecArgs, codebook) == 60);
+static_assert(offsetof(TqFlashAttnVecArgs, num_queries) == 64);
+static_assert(offsetof(TqFlashAttnVecArgs, query_position) == 68);
+static_assert(offsetof(TqFlashAttnVecArgs, flags) == 72);
 
 // The first seven fields take 28 bytes; `codebook` is appended.
 static_assert(sizeof(TqHadamardQuantizeArgs) == 32);
@@ -46,7 +49,7 @@ constexpr unsigned kMaxNwg = 32;
 /// Raises for a head size no backend offers.
 void check_head_dim(const std::string& op, std::uint64_t head_dim);
 
-/// The caller's fields; those filled in per call, nwg and codebook, are not looked at.
+/// The caller's fields; those filled in per call are not looked at.
 void validate(const std::string& op, const TqFlashAttnVecArgs& args);
 void validate(const std::string& op, const TqHadamardQuantizeArgs& args);
 

@@ -25,10 +25,13 @@ std::uint64_t slot_of(std::uint64_t position, const TqHadamardQuantizeArgs& args
 
 }  // namespace
 
-void quantize(const TqHadamardQuantizeArgs& args, const QuantizeTarget& target, ThreadPool& pool, BadRows& bad_rows) {
+void quantize(const TqHadamardQuantizeArgs& args, const QuantizeTarget& target, Packing packing, ThreadPool& pool,
+              BadRows& bad_rows) {
   const std::size_t head_dim = args.head_dim;
   const std::size_t heads = args.num_kv_heads;
   const std::size_t norms = norms_per_row(head_dim);
+  const unsigned cbits = target.codebook->cbits;
+  const std::size_t bytes = row_bytes(packing, cbits, head_dim);
   const std::size_t tokens = target.src.shape().size() == 3 ? target.src.shape()[0] : 1;
   // Of a run longer than the ring only the newest tokens survive, and two tokens must not race for a slot.
   const std::size_t skipped = tokens > args.cache_capacity ? tokens - args.cache_capacity : 0;
@@ -36,10 +39,17 @@ void quantize(const TqHadamardQuantizeArgs& args, const QuantizeTarget& target, 
     const std::size_t row = i + skipped * heads;
     const std::size_t head = row % heads;
     const std::size_t at = head * args.cache_capacity + slot_of(std::uint64_t{args.write_pos} + row / heads, args);
-    const bool written =
-        encode_row(target.src.data<const float>() + row * head_dim, head_dim, args.scale_factor_d512, *target.codebook,
-                   target.packed.data<std::uint8_t>() + at * head_dim, target.norms.data<float>() + at * norms);
-    if (!written) bad_rows.report(row);
+    const float* src = target.src.data<const float>() + row * head_dim;
+    std::uint8_t* packed = target.packed.data<std::uint8_t>() + at * bytes;
+    std::uint8_t codes[kMaxHeadDim];
+    const bool cut = has_planes(packing, cbits);
+    const bool written = encode_row(src, head_dim, args.scale_factor_d512, *target.codebook, cut ? codes : packed,
+                                    target.norms.data<float>() + at * norms);
+    if (!written) {
+      bad_rows.report(row);
+    } else if (cut) {
+      pack_row(codes, head_dim, cbits, packed);
+    }
   });
 }
 
@@ -49,9 +59,13 @@ void dequantize(const DequantizeOp& op, ThreadPool& pool) {
   const std::size_t heads = args.num_kv_heads;
   for_each_row(pool, op.output.size() / head_dim, [&](std::size_t row) {
     const std::size_t at = row % heads * args.cache_capacity + slot_of(op.first_position + row / heads, args);
-    decode_row(op.packed.data<const std::uint8_t>() + at * head_dim,
-               op.norms.data<const float>() + at * norms_per_row(head_dim), head_dim, args.scale_factor_d512,
-               *op.codebook, op.output.data<float>() + row * head_dim);
+    const std::uint8_t* packed =
+        op.packed.data<const std::uint8_t>() + at * row_bytes(op.packing, op.codebook->cbits, head_dim);
+    std::uint8_t codes[kMaxHeadDim];
+    const bool cut = has_planes(op.packing, op.codebook->cbits);
+    if (cut) unpack_row(packed, head_dim, op.codebook->cbits, codes);
+    decode_row(cut ? codes : packed, op.norms.data<const float>() + at * norms_per_row(head_dim), head_dim,
+               args.scale_factor_d512, *op.codebook, op.output.data<float>() + row * head_dim);
   });
 }
 
