@@ -120,6 +120,17 @@ def require_rows(op: str, field: str, rows: Float32Array, *, as_query: bool = Fa
         raise _core.InvalidArgument(_core.bad_row_message(op, field, bad // heads, bad % heads))
 
 
+def check_sinks(op: str, sinks: Array, num_heads: int) -> Float32Array:
+    """Return the sinks as float32 (num_heads,): finite, or -inf for a head without one."""
+    logits = as_float32(op, "sinks", sinks)
+    if logits.shape != (num_heads,):
+        raise invalid(op, "sinks", f"must have shape ({num_heads},), one per query head", logits.shape)
+    bad = np.flatnonzero(np.isnan(logits) | (logits == np.inf))
+    if bad.size:
+        raise invalid(op, "sinks", "must be finite or -inf", f"{logits[bad[0]]} at head {bad[0]}")
+    return logits
+
+
 def result_dtype(op: str, field: str, x: Array) -> str:
     """Name of the dtype that a result computed from ``x`` has: its own, with float64 rounded to float32."""
     array, is_bfloat16 = borrow(op, field, x)

@@ -9,6 +9,8 @@ import numpy as np
 from tq_hb import _core
 
 CODEBOOKS = _core.codebook_names()
+PACKINGS = ("byte", "plane")
+PRECISIONS = ("default", "strict")
 
 
 def invalid(op: str, field: str, rule: str, value: object) -> _core.InvalidArgument:
@@ -60,24 +62,18 @@ def check_choice(op: str, field: str, value: object, choices: tuple[str, ...]) -
 
 
 def check_format(op: str, codebook: str, packing: str) -> None:
-    """Accept the names of codebooks and of layouts, of which only one byte per code is served."""
+    """Accept the names of codebooks and of layouts."""
     check_choice(op, "codebook", codebook, CODEBOOKS)
-    check_choice(op, "packing", packing, ("byte", "plane"))
-    if packing == "plane":
-        raise unsupported(op, 'packing="plane"')
+    check_choice(op, "packing", packing, PACKINGS)
 
 
 def check_precision(op: str, precision: str) -> None:
     """Accept the two accuracy classes."""
-    check_choice(op, "precision", precision, ("default", "strict"))
+    check_choice(op, "precision", precision, PRECISIONS)
 
 
-def check_attention(op: str, *, precision: str, sinks: Any, return_lse: bool) -> None:
-    """Check the keywords of an attention call."""
+def check_attention(op: str, *, precision: str, return_lse: bool, sinks: Any = None) -> None:  # noqa: ARG001
+    """Check the keywords of an attention call but its sinks, which are an array."""
     check_precision(op, precision)
-    if sinks is not None:
-        raise unsupported(op, "sinks")
     if not isinstance(return_lse, bool | np.bool_):
         raise invalid(op, "return_lse", "must be True or False", repr(return_lse))
-    if return_lse:
-        raise unsupported(op, "return_lse=True")

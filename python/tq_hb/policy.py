@@ -16,10 +16,10 @@ AttendKernel = _core.AttendKernel
 
 MAX_THREADS = 1024
 
+# Several threadgroups for every core of the largest Apple GPUs, so that each hides the others' latency.
+TARGET_THREADGROUPS = 256
 # Shorter caches give the group kernel too few splits to fill a GPU.
 GQA_MIN_KEYS = 512
-# Several threadgroups for every core of the largest Apple GPUs, so that each hides the others' latency.
-GQA_TARGET_THREADGROUPS = 256
 # Two blocks of keys: below that, merging a split costs as much as computing it.
 GQA_MIN_KEYS_PER_SPLIT = 64
 GQA_MODES = ("auto", "off", "on")
@@ -46,8 +46,8 @@ class Environment:
 class Dispatch:
     """How one attention call runs.
 
-    ``head_tile`` query heads share the decode of a key in the group kernel. ``nwg`` is the number of
-    workgroups per head, or of splits of the keys in the group kernel.
+    ``head_tile`` rows of q share the decode of a key in the group kernel. ``nwg`` is the number of
+    workgroups per head and query, or of splits of the keys in the group kernel.
 
     >>> from tq_hb.policy import AttendKernel, Dispatch
     >>> Dispatch(AttendKernel.GROUP, head_tile=4, nwg=32).head_tile
@@ -136,35 +136,38 @@ def _gqa_mode(op: str) -> str:
     return mode
 
 
-def visible_keys(p: _core.FlashAttnVecTqHbParams) -> int:
-    """Keys that a query can see: all that are held, or those in the window.
+def visible_keys(p: _core.FlashAttnVecTqHbParams, num_queries: int = 1) -> int:
+    """Keys that at least one of the newest queries sees: all that are held, or those in their windows.
 
     >>> import tq_hb
     >>> p = tq_hb.FlashAttnVecTqHbParams(num_heads=8, num_kv_heads=1, head_dim=256, kv_seq_len=4096,
     ...     kv_capacity=4096, scale=1.0, mask_type=2, sliding_window=512)
-    >>> tq_hb.policy.visible_keys(p)
-    512
+    >>> tq_hb.policy.visible_keys(p), tq_hb.policy.visible_keys(p, num_queries=3)
+    (512, 514)
     """
-    return min(p.sliding_window, p.kv_seq_len) if p.mask_type == 2 else p.kv_seq_len
+    return min(p.sliding_window + num_queries - 1, p.kv_seq_len) if p.mask_type == 2 else p.kv_seq_len
 
 
 def plan_attention(
     op: str,
     p: _core.FlashAttnVecTqHbParams,
     *,
+    num_queries: int = 1,
     offers_group: bool,
     nwg: int | None = None,
     tmp_bytes: int | None = None,
 ) -> Dispatch:
     """Choose the kernel and the split of an attention call whose params are valid.
 
-    The group kernel decodes a key once for several query heads. It serves where the device has it, two or
-    more query heads share a KV head and at least ``GQA_MIN_KEYS`` keys are visible (``TQ_HB_GQA=on`` drops
-    that last rule). A choice for the per-head kernel keeps that one: ``nwg``, ``HF2Q_TQ_NSG``,
-    ``HF2Q_TQ_NWG`` or ``TQ_HB_GQA=off``.
+    The group kernel decodes a key once for several rows of q: the query heads of a KV head, of every query.
+    It serves where the device has it, two or more rows share a KV head and there are at least
+    ``GQA_MIN_KEYS`` visible keys, counted once per query (``TQ_HB_GQA=on`` drops that last rule). A choice
+    for the per-head kernel keeps that one: ``nwg``, ``HF2Q_TQ_NSG``, ``HF2Q_TQ_NWG`` or ``TQ_HB_GQA=off``.
 
     Parameters
     ----------
+    num_queries : int
+        Query tokens of the call, at least 1.
     offers_group : bool
         Whether the device has the group kernel.
     nwg : int, optional
@@ -181,23 +184,37 @@ def plan_attention(
     Dispatch(kernel=<AttendKernel.PER_HEAD: 0>, head_tile=1, nwg=32)
     >>> tq_hb.policy.plan_attention("example", p, offers_group=True)
     Dispatch(kernel=<AttendKernel.GROUP: 1>, head_tile=4, nwg=64)
+    >>> tq_hb.policy.plan_attention("example", p, offers_group=True, num_queries=4)
+    Dispatch(kernel=<AttendKernel.GROUP: 1>, head_tile=8, nwg=32)
     """
     mode = _gqa_mode(op)
-    group = p.num_heads // p.num_kv_heads
+    sharing = p.num_heads // p.num_kv_heads * num_queries
     chosen = nwg is not None or environment().nsg is not None or environment().nwg is not None or mode == "off"
-    if not offers_group or chosen or group < 2 or (mode == "auto" and visible_keys(p) < GQA_MIN_KEYS):
-        count = compute_nwg(p.kv_seq_len) if nwg is None else _core.to_uint32(op, "nwg", nwg)
-        return Dispatch(AttendKernel.PER_HEAD, 1, count)
-    tile = next((tile for tile in (2, 4) if tile >= group), _core.GQA_MAX_TILE)
-    return Dispatch(AttendKernel.GROUP, tile, _group_splits(p, tile, tmp_bytes))
+    too_short = mode == "auto" and visible_keys(p, num_queries) * num_queries < GQA_MIN_KEYS
+    if not offers_group or chosen or sharing < 2 or too_short:
+        return Dispatch(AttendKernel.PER_HEAD, 1, _workgroups(op, p, num_queries, nwg))
+    tile = next((tile for tile in (2, 4) if tile >= sharing), _core.GQA_MAX_TILE)
+    return Dispatch(AttendKernel.GROUP, tile, _group_splits(p, tile, num_queries, tmp_bytes))
 
 
-def _group_splits(p: _core.FlashAttnVecTqHbParams, tile: int, tmp_bytes: int | None) -> int:
-    tiles = p.num_kv_heads * -(-(p.num_heads // p.num_kv_heads) // tile)
-    most = min(_core.GQA_MAX_SPLITS, -(-visible_keys(p) // GQA_MIN_KEYS_PER_SPLIT))
+def _workgroups(op: str, p: _core.FlashAttnVecTqHbParams, num_queries: int, nwg: int | None) -> int:
+    """Workgroups per head and query of the per-head kernel."""
+    if nwg is not None:
+        return _core.to_uint32(op, "nwg", nwg)
+    count = compute_nwg(p.kv_seq_len)
+    if num_queries == 1 or environment().nwg is not None:
+        return count
+    # Many queries fill the device by themselves, and each workgroup of each has a partial result to store.
+    return min(count, -(-TARGET_THREADGROUPS // (p.num_heads * num_queries)))
+
+
+def _group_splits(p: _core.FlashAttnVecTqHbParams, tile: int, num_queries: int, tmp_bytes: int | None) -> int:
+    sharing = p.num_heads // p.num_kv_heads * num_queries
+    tiles = p.num_kv_heads * -(-sharing // tile)
+    most = min(_core.GQA_MAX_SPLITS, -(-visible_keys(p, num_queries) // GQA_MIN_KEYS_PER_SPLIT))
     if tmp_bytes is not None:
-        most = min(most, tmp_bytes // _core.tmp_buffer_bytes(p.num_heads, p.head_dim, 1, 1))
-    return max(1, min(-(-GQA_TARGET_THREADGROUPS // tiles), most))
+        most = min(most, tmp_bytes // _core.tmp_buffer_bytes(p.num_heads, p.head_dim, num_queries, 1))
+    return max(1, min(-(-TARGET_THREADGROUPS // tiles), most))
 
 
 def check_num_threads(op: str, field: str, value: object) -> int:
