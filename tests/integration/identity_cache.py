@@ -41,14 +41,26 @@ class IdentityKVCache:
             self._k, self._v = self._k[-self.capacity :], self._v[-self.capacity :]
         self.offset += len(k)
 
-    def attend(self, q: torch.Tensor, *, scale: float, softcap: float) -> torch.Tensor:
-        window = self.sliding_window or len(self)
+    def attend(
+        self, q: torch.Tensor, *, scale: float | None, softcap: float, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
+        return torch.stack([self._attend(q[i], len(q) - 1 - i, scale, softcap, sinks) for i in range(len(q))])
+
+    def _attend(
+        self, q: torch.Tensor, newer: int, scale: float | None, softcap: float, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
+        """One query, before which the `newer` newest tokens have not come yet."""
+        end = len(self) - newer
+        begin = max(0, self.offset - newer - (self.sliding_window or self.offset)) - (self.offset - len(self))
+        assert begin >= 0, "a key that the query should see is gone"
         group = q.shape[0] // self._k.shape[1]
-        k, v = (x[-window:].repeat_interleave(group, dim=1) for x in (self._k, self._v))
-        scores = torch.einsum("hd,thd->ht", q.float(), k) * scale
+        k, v = (x[begin:end].repeat_interleave(group, dim=1) for x in (self._k, self._v))
+        scores = torch.einsum("hd,thd->ht", q.float(), k) * (q.shape[-1] ** -0.5 if scale is None else scale)
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        return torch.einsum("ht,thd->hd", scores.softmax(-1), v).to(q.dtype)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.float()[:, None]], dim=1)
+        return torch.einsum("ht,thd->hd", scores.softmax(-1)[:, : end - begin], v).to(q.dtype)
 
     def dequantize(self) -> tuple[Any, Any]:
         return self._k.numpy(), self._v.numpy()

@@ -8,6 +8,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -27,6 +29,13 @@ _CLASSES = {
         {"sliding_window": WINDOW, "attn_logit_softcapping": 2.0, "num_key_value_heads": 2},
     ),
     "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "llama-128": (LlamaForCausalLM, LlamaConfig, {"head_dim": 128}),
+    # Attention sinks, and sliding layers in turn with full ones.
+    "gpt-oss-64": (
+        GptOssForCausalLM,
+        GptOssConfig,
+        {"head_dim": 64, "sliding_window": WINDOW, "num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
     "qwen3-512": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 512, "num_key_value_heads": 2}),
 }
 KINDS = tuple(_CLASSES)

@@ -70,6 +70,15 @@ def test_logits_equal_the_librarys_when_the_codec_is_identity(kind, identity):
     torch.testing.assert_close(got, library_logits(kind, tokens), atol=LOGIT_ATOL, rtol=0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_tokens_at_once_are_attended_to_on_codes_where_the_rings_have_room(kind, identity, monkeypatch):
+    monkeypatch.setattr(IdentityKVCache, "dequantize", lambda _: pytest.fail("K and V must not be rebuilt"))
+    tokens = make_tokens(sum(STEPS))
+    model = enabled(kind)
+    got = run(model, tokens, TqCache(model.config, rollback=max(STEPS[1:]) - 1), STEPS)
+    torch.testing.assert_close(got, library_logits(kind, tokens), atol=LOGIT_ATOL, rtol=0)
+
+
 @pytest.mark.parametrize("prefill", [1, WINDOW - 2, WINDOW - 1, WINDOW, WINDOW + 1], ids=lambda n: f"prefill{n}")
 @pytest.mark.parametrize("more", [1, 2, WINDOW], ids=lambda n: f"then{n}")
 def test_logits_are_exact_around_the_window(prefill, more, identity):
@@ -310,7 +319,7 @@ def test_decode_under_another_attention_is_refused(implementation):
         run(model, make_tokens(8), cache, (1,))
 
 
-def test_a_mask_that_hides_keys_from_decode_is_refused():
+def test_a_mask_that_is_not_the_causal_one_is_refused():
     model = enabled()
     cache = TqCache(model.config)
     run(model, make_tokens(8), cache, (8,))
@@ -318,15 +327,25 @@ def test_a_mask_that_hides_keys_from_decode_is_refused():
     model(make_tokens(1), attention_mask=mask, cache=cache)
     model(make_tokens(1), attention_mask=torch.zeros(1, 1, 1, 10), cache=cache)
     for hiding in (mask.clone().index_fill_(3, torch.tensor([4]), False), torch.full((1, 1, 1, 11), -1e9)):
-        with unsupported("attention_mask must hide no key from decode"):
+        with unsupported("attention_mask must be causal"):
             model(make_tokens(1), attention_mask=hiding, cache=cache)
 
 
-@pytest.mark.parametrize("name", ["s_aux", "position_bias"])
-def test_sinks_and_position_biases_are_refused(name):
+@pytest.mark.parametrize("diagonal", [-1, 1])
+def test_a_mask_that_shows_several_queries_too_little_or_too_much_is_refused(diagonal):
+    model = enabled("llama")
+    cache = TqCache(model.config)
+    run(model, make_tokens(8), cache, (8,))
+    mask = torch.ones(1, 1, 3, 11, dtype=torch.bool)
+    model(make_tokens(3), attention_mask=mask.tril(8), cache=copy.deepcopy(cache))
+    with unsupported("attention_mask must be causal"):
+        model(make_tokens(3), attention_mask=mask.tril(8 + diagonal), cache=cache)
+
+
+def test_position_biases_are_refused():
     x = torch.zeros(1, 4, 1, 256)
-    with unsupported(f"attention: {name} is not supported"):
-        attention(torch.nn.Module(), x, x, x, None, **{name: torch.zeros(4)})
+    with unsupported("attention: position_bias is not supported"):
+        attention(torch.nn.Module(), x, x, x, None, position_bias=torch.zeros(4))
 
 
 def test_dropout_is_refused_on_codes():
@@ -346,9 +365,9 @@ def test_other_kinds_of_layers_are_refused():
         TqCache(config)
 
 
-def test_head_dimensions_that_are_not_there_yet_are_refused():
-    with unsupported("head_dim"):
-        TqCache(make_config(head_dim=64))
+def test_other_head_dimensions_are_refused():
+    with pytest.raises(tq_hb.InvalidArgument, match="head_dim must be 64, 128, 256 or 512, got 96"):
+        TqCache(make_config(head_dim=96))
 
 
 def test_models_whose_attention_cannot_be_replaced_are_refused(monkeypatch):

@@ -5,9 +5,12 @@ Which arithmetic serves a forward pass depends on what it finds:
 
 =====================================  =================================================================
 an empty cache (the first prefill)     full precision over the new tokens, which are then encoded
-one new token (decode)                 the codes, by `KVCache.attend`; K and V are never rebuilt
-several new tokens on a filled cache   full precision over the decoded visible past and the new tokens
+new tokens on a filled cache           the codes, by `KVCache.attend`; K and V are never rebuilt
+more new tokens than a ring has spare  full precision over the decoded visible past and the new tokens
 =====================================  =================================================================
+
+The last row concerns sliding-window layers only: their ring holds the window and `rollback` tokens more, so up to
+``rollback + 1`` tokens at a time are attended to on the codes.
 
 One sequence at a time: batches, padding and beams raise `tq_hb.UnsupportedError`.
 """
@@ -44,7 +47,7 @@ def enable(model: Model) -> None:
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        A causal language model with head dimension 256 or 512.
+        A causal language model whose head dimension is one of `tq_hb.supported_head_dims()`.
 
     Raises
     ------
@@ -96,7 +99,7 @@ class TqCache(Cache):  # type: ignore[misc]
     tq_hb.InvalidArgument
         If an argument, or the model's head dimension, is outside what tq_hb knows.
     tq_hb.UnsupportedError
-        If a layer is of another kind than full or sliding attention, or tq_hb doesn't offer its head dimension.
+        If a layer is of another kind than full or sliding attention.
 
     Examples
     --------
@@ -272,8 +275,7 @@ class TqLayer(CacheLayerMixin):  # type: ignore[misc]
         Returns
         -------
         tuple
-            Full-precision keys and values, shape (1, kv_heads, visible, head_dim); for one new token on a filled
-            cache `CodesOnly`, twice.
+            Full-precision keys and values, shape (1, kv_heads, visible, head_dim), or `CodesOnly`, twice.
 
         Examples
         --------
@@ -293,7 +295,7 @@ class TqLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.kv.offset == 0:
             keys: Any = key_states
             values: Any = value_states
-        elif key_states.shape[2] == 1:
+        elif self._keeps_in_view(key_states.shape[2]):
             keys = values = CodesOnly(self.kv)
         else:
             keys, values = self._visible_past(key_states)
@@ -301,6 +303,14 @@ class TqLayer(CacheLayerMixin):  # type: ignore[misc]
             values = torch.cat([values, value_states], dim=2)
         self.kv.append(_token_major(key_states), _token_major(value_states))
         return keys, values
+
+    def _keeps_in_view(self, tokens: int) -> bool:
+        """Tell whether appending so many tokens overwrites nothing that the first of them sees."""
+        kv = self.kv
+        if kv.sliding_window is None:
+            return True
+        oldest_held = max(0, kv.offset + tokens - kv.capacity)
+        return oldest_held <= max(0, kv.offset - kv.sliding_window + 1)
 
     def _visible_past(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what the next token sees of the keys and values held, decoded, in the model's layout."""
@@ -485,6 +495,7 @@ def attention(
     *,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -502,6 +513,8 @@ def attention(
         Multiplies the scores. Default ``head_dim ** -0.5``.
     softcap : float, optional
         Scores become ``softcap * tanh(score / softcap)``.
+    s_aux : torch.Tensor, shape (heads,), optional
+        Attention sinks: one more logit per head in the softmax, as GPT-OSS has them.
 
     Returns
     -------
@@ -510,7 +523,7 @@ def attention(
     Raises
     ------
     tq_hb.UnsupportedError
-        For sinks and position biases; on codes also for dropout and for a mask that hides a key.
+        For position biases; on codes also for dropout and for a mask that is not the causal one.
 
     Examples
     --------
@@ -523,13 +536,12 @@ def attention(
     >>> out.shape, float(out.mean())
     (torch.Size([1, 1, 4, 256]), 1.0)
     """
-    for name in ("s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise UnsupportedError(f"attention: {name} is not supported, got {type(module).__name__} with it")
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedError(f"attention: position_bias is not supported, got {type(module).__name__} with it")
     if isinstance(key, CodesOnly):
-        return _attend_on_codes(key.kv, query, attention_mask, scaling, softcap, dropout), None
-    if softcap:
-        return _attend_softcapped(query, key, value, attention_mask, scaling, softcap), None
+        return _attend_on_codes(key.kv, query, attention_mask, scaling, softcap, s_aux, dropout), None
+    if softcap or s_aux is not None:
+        return _attend_in_full(query, key, value, attention_mask, scaling, softcap, s_aux), None
     output, _ = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
@@ -542,25 +554,32 @@ def _attend_on_codes(
     mask: torch.Tensor | None,
     scale: float | None,
     softcap: float | None,
+    sinks: torch.Tensor | None,
     dropout: float,
 ) -> torch.Tensor:
     if dropout:
         raise UnsupportedError(f"attention: dropout must be 0 on a TqCache, got {dropout}")
-    if mask is not None and not _hides_nothing(mask):
-        raise UnsupportedError("attention: attention_mask must hide no key from decode on a TqCache, got one that does")
-    output: torch.Tensor = kv.attend(query[0, :, 0].detach(), scale=scale, softcap=softcap or 0.0)
-    return output[None, None]
+    if mask is not None and not _is_causal(mask, kv.sliding_window):
+        raise UnsupportedError("attention: attention_mask must be causal on a TqCache, got one that hides other keys")
+    output: torch.Tensor = kv.attend(
+        query[0].transpose(0, 1).detach(),
+        scale=scale,
+        softcap=softcap or 0.0,
+        sinks=None if sinks is None else sinks.detach(),
+    )
+    return output[None]
 
 
-def _attend_softcapped(
+def _attend_in_full(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float | None,
-    softcap: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attend in full precision with a softcap, which torch's fused attention lacks."""
+    """Attend in full precision with a softcap or sinks, which torch's fused attention lacks."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
     if mask is None:
@@ -568,9 +587,14 @@ def _attend_softcapped(
         hidden_from = key.shape[2] - query.shape[2] + 1
         mask = ~torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device).triu(hidden_from)
     scores = (query @ key.mT).float() * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = softcap * torch.tanh(scores / softcap)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    output: torch.Tensor = scores.softmax(dim=-1).to(value.dtype) @ value
+    if sinks is not None:
+        column = sinks.float()[None, :, None, None].expand(len(scores), -1, scores.shape[2], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : key.shape[2]]
+    output: torch.Tensor = weights.to(value.dtype) @ value
     return output.transpose(1, 2).contiguous()
 
 
@@ -600,8 +624,14 @@ def make_mask(*, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> t
     return mask
 
 
-def _hides_nothing(mask: torch.Tensor) -> bool:
-    return bool((mask if mask.dtype == torch.bool else mask >= 0).all())
+def _is_causal(mask: torch.Tensor, window: int | None) -> bool:
+    """Tell whether the queries, being the newest tokens, see just what the cache shows them."""
+    seen = mask if mask.dtype == torch.bool else mask >= 0
+    queries, keys = seen.shape[-2:]
+    wanted = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril(keys - queries)
+    if window is not None:
+        wanted = wanted.triu(keys - queries - window + 1)
+    return bool((seen == wanted).all())
 
 
 def _token_major(states: torch.Tensor) -> torch.Tensor:
