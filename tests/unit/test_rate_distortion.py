@@ -1,0 +1,207 @@
+"""The formats that the rate-distortion table compares are what their definitions say, and so is the comparison."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tq_hb
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bench import formats, rate_distortion
+
+HALF_STEP = 0.5 + 2**-4  # and what rounding the scale to float16 can add to the largest code
+
+
+def heavy_tailed(rows: int = 64, head_dim: int = 256) -> np.ndarray:
+    """Rows of very different sizes, one of them 0."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_t(4, (rows, head_dim)) * np.exp(rng.standard_normal((rows, 1)))
+    x[3] = 0
+    return x.astype(np.float32)
+
+
+def test_fp8_values_are_those_of_ml_dtypes():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+
+    want = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+
+    assert np.array_equal(formats.fp8_values(), want, equal_nan=True)
+    assert np.signbit(formats.fp8_values()[0x80])
+
+
+def test_fp8_codes_are_those_of_ml_dtypes():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    positive = formats.fp8_values()[:0x7F]
+    midpoints = (positive[1:] + positive[:-1]) / 2
+    near = np.concatenate([np.nextafter(midpoints, 0), midpoints, np.nextafter(midpoints, np.float32(448))])
+    x = np.concatenate([np.random.default_rng(0).uniform(0, 448, 10_000).astype(np.float32), near, positive])
+    x = np.concatenate([x, -x])
+
+    assert np.array_equal(formats.fp8_encode(x), x.astype(ml_dtypes.float8_e4m3fn).view(np.uint8))
+
+
+def test_fp8_codes_of_their_own_values_and_beyond():
+    finite = np.delete(np.arange(256), [0x7F, 0xFF])
+
+    assert np.array_equal(formats.fp8_encode(formats.fp8_values()[finite]), finite)
+    assert formats.fp8_encode(np.array([449, 1e30, -449], np.float32)).tolist() == [0x7E, 0x7E, 0xFE]
+    # Half-way: 2^-10 between 0 and the least value, 17 between 16 and 18, 19 between 18 and 20.
+    values = formats.fp8_values()[formats.fp8_encode(np.array([2**-10, 17, 19], np.float32))]
+    assert values.tolist() == [0, 16, 20]
+
+
+def test_fp8_scale_takes_the_largest_value_to_448():
+    x = heavy_tailed()
+    codes, scale = formats.Fp8().encode(x)
+
+    assert scale.dtype == np.float32
+    assert scale * 448 == pytest.approx(np.abs(x).max())
+    assert (codes & 0x7F).max() == 0x7E
+    assert not np.any(formats.Fp8().decode(*formats.Fp8().encode(np.zeros((2, 64), np.float32))))
+
+
+# Blocks with a step of exactly 1, whose bytes are plain to see; 00 3c is 1 in float16.
+def test_bytes_of_a_q8_0_block():
+    x = np.arange(-16, 16, dtype=np.float32)
+    x[0] = -127
+    (block,) = formats.Q8().encode(x)
+
+    assert block.tobytes() == bytes.fromhex("003c") + x.astype(np.int8).tobytes()
+
+
+def test_bytes_of_a_q5_0_block():
+    (block,) = formats.Q0(5).encode(np.arange(-16, 16, dtype=np.float32))
+
+    assert block.tobytes() == bytes.fromhex("003c 0000ffff") + bytes(0x11 * j for j in range(16))
+
+
+def test_bytes_of_a_q4_0_block():
+    (block,) = formats.Q0(4).encode(np.tile(np.arange(-8, 8, dtype=np.float32), 2))
+
+    assert block.tobytes() == bytes.fromhex("003c") + bytes(0x11 * j for j in range(16))
+
+
+def test_bytes_of_a_q5_1_block():
+    (block,) = formats.Q5WithMinimum().encode(np.arange(1, 33, dtype=np.float32))
+
+    assert block.tobytes() == bytes.fromhex("003c 003c 0000ffff") + bytes(0x11 * j for j in range(16))
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
+def test_bytes_of_an_affine_group(bits):
+    middle = 2 ** (bits - 1)
+    codes = np.random.default_rng(bits).integers(0, 2 * middle, (4, formats.GROUP))
+    codes[:, :2] = 0, 2 * middle - 1  # every group meets both edges, so that its step is 1
+    packed, scales, biases = formats.Affine(bits).encode((codes - middle).astype(np.float32).reshape(2, 128))
+
+    stream = sum(int(code) << bits * j for j, code in enumerate(codes.ravel()))
+    assert packed.tobytes() == stream.to_bytes(codes.size * bits // 8, "little")
+    assert scales.tolist() == [[1, 1]] * 2
+    assert biases.tolist() == [[-middle, -middle]] * 2
+
+
+@pytest.mark.parametrize(
+    "form", [f for f in formats.RIVALS if f.family.startswith("llama.cpp")], ids=lambda form: form.name
+)
+def test_blocks_are_those_of_the_gguf_package(form):
+    quants = pytest.importorskip("gguf.quants")
+    x = heavy_tailed()
+    (blocks,) = form.encode(x)
+
+    want = quants.quantize(x, quants.GGMLQuantizationType[form.name.upper()])
+
+    assert np.array_equal(blocks.view(np.uint8).reshape(want.shape), want)
+    decoded = quants.dequantize(want, quants.GGMLQuantizationType[form.name.upper()])
+    assert np.array_equal(form.decode(blocks), decoded)
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
+def test_affine_groups_are_those_of_mlx(bits):
+    mx = pytest.importorskip("mlx.core")
+    x = heavy_tailed().astype(np.float16)
+    with mx.stream(mx.cpu):
+        want = mx.quantize(mx.array(x), group_size=formats.GROUP, bits=bits)
+        want = [np.array(part) for part in want]
+
+    packed, scales, biases = formats.Affine(bits).encode(x.astype(np.float32))
+
+    assert packed.tobytes() == want[0].tobytes()
+    assert np.array_equal(scales, want[1])
+    assert np.array_equal(biases, want[2])
+
+
+def steps(form: formats.Format, x: np.ndarray) -> np.ndarray:
+    """The distance between neighbouring levels around each value, from the definition of the format."""
+    size = formats.GROUP if isinstance(form, formats.Affine) else formats.BLOCK
+    groups = x.reshape(len(x), -1, size)
+    largest, spread = np.abs(groups).max(-1), np.ptp(groups, axis=-1)
+    if isinstance(form, formats.Affine):
+        # Whole steps from the edge to 0, so a step is the spread's share or up to 1 part in twice the steps off it.
+        step = spread / (2**form.bits - 1)
+        step = largest / np.maximum(np.rint(largest / np.where(step > 0, step, 1)), 1)
+    else:
+        step = {"q8_0": largest / 127, "q5_1": spread / 31, "q5_0": largest / 16, "q4_0": largest / 8}[form.name]
+    return np.repeat(step, size, axis=-1).reshape(x.shape)
+
+
+@pytest.mark.parametrize("form", formats.RIVALS[1:], ids=lambda form: form.name)
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+def test_round_trip_is_within_half_a_step(form, head_dim):
+    x = heavy_tailed(head_dim=head_dim)
+
+    decoded = form.decode(*form.encode(x))
+
+    assert decoded.shape == x.shape
+    assert decoded.dtype == np.float32
+    assert not np.any(decoded[3])
+    error, step = np.abs(decoded - x), steps(form, x)
+    inside = error <= HALF_STEP * step
+    # The end of the codes opposite to the value that sets the scale: half a step more without a code of its own.
+    assert np.all(inside | (error <= (1 + 2**-4) * step))
+    if form.name in ("q8_0", "q5_1"):
+        assert inside.all()
+    else:
+        assert inside.mean() > 0.95
+    assert np.any(error > 0.4 * step), "too good to be this format"
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+def test_bits_per_value_of_the_others(head_dim):
+    x = heavy_tailed(rows=32, head_dim=head_dim)
+    affine = {f"affine {bits}, group 64": bits + 0.5 for bits in (8, 6, 5, 4)}
+
+    counted = {form.name: rate_distortion.measure(form, x)[0] for form in formats.RIVALS}
+
+    fp8 = counted.pop("FP8 E4M3")
+    assert fp8 == 8 + 32 / x.size
+    assert counted == {"q8_0": 8.5, "q5_1": 6.0, "q5_0": 5.5, "q4_0": 4.5, **affine}
+
+
+def test_relative_error_is_that_of_the_arrays_that_are_kept():
+    x = np.full((1, 64), 2.0, np.float32)
+
+    class Halves:
+        family = name = "halves"
+
+        def encode(self, x):
+            return x.astype(np.float16), np.zeros(2, np.float32)
+
+        def decode(self, *stored):
+            return stored[0].astype(np.float32) / 2
+
+    assert rate_distortion.measure(Halves(), x) == (16 + 1, 0.25)
+
+
+@pytest.mark.parametrize("head_dim", tq_hb.supported_head_dims())
+def test_outliers_are_a_few_channels(head_dim):
+    x = rate_distortion.outliers(np.random.default_rng(0), head_dim)
+    size = np.median(np.abs(x), axis=0)
+
+    large = size > 5 * np.median(size)
+    assert large.sum() == head_dim // 32
+    assert size[large].max() / np.median(size) == pytest.approx(50, rel=0.1)
