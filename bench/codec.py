@@ -36,19 +36,36 @@ def measure(codebook: str, head_dim: int, bits: int) -> dict[str, Any]:
     rng = np.random.default_rng(head_dim + bits)
     q = rng.standard_normal((_HEADS, head_dim), dtype=np.float32)
     k, v = rng.standard_normal((2, _TOKENS, _KV_HEADS, head_dim), dtype=np.float32)
-    cache = tq_hb.KVCache(_KV_HEADS, head_dim, _TOKENS, k_bits=bits, v_bits=bits, codebook=codebook, device="cpu")
+    cache = new_cache(codebook, head_dim, bits, "byte")
     cache.append(k, v)
     out, stored = cache.attend(q), cache.dequantize()
     return {
         "codebook": codebook,
         "head_dim": head_dim,
         "bits": bits,
-        "bytes_per_token_and_kv_head": cache.bytes_per_token // _KV_HEADS,
+        "bytes_per_token_and_kv_head": {
+            packing: new_cache(codebook, head_dim, bits, packing).bytes_per_token // _KV_HEADS
+            for packing in ("byte", "plane")
+        },
         "squared_error_in_theory": squared_error(codebook, bits),
         "squared_error": relative_l2(stored[0], k) ** 2,
         "attention_error": relative_l2(out, attention64(q, k, v)),
         "attention_error_on_the_same_codes": relative_l2(out, attention64(q, *stored)),
     }
+
+
+def new_cache(codebook: str, head_dim: int, bits: int, packing: str) -> tq_hb.KVCache:
+    """Return an empty cache of that format."""
+    return tq_hb.KVCache(
+        _KV_HEADS,
+        head_dim,
+        _TOKENS,
+        k_bits=bits,
+        v_bits=bits,
+        codebook=codebook,
+        packing=packing,
+        device="cpu",
+    )
 
 
 def squared_error(codebook: str, bits: int) -> float:

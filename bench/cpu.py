@@ -12,8 +12,8 @@ from bench import harness
 from tq_hb.cli._cases import Shape, measure_append, measure_attend
 
 _LENGTHS = (1024, 4096, 16384)
-_HEADS = ((16, 8, 256), (32, 4, 256), (16, 2, 512))
-_BITS = ((8, 8), (5, 5))
+_HEADS = ((16, 8, 256), (32, 4, 256), (16, 2, 512), (32, 8, 128))
+_BITS = ((8, 8, "byte"), (5, 5, "byte"), (5, 5, "plane"))
 _APPEND_BITS = (8, 6, 5)
 
 
@@ -23,11 +23,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=40)
     samples = parser.parse_args().samples
     results = []
-    for length, (heads, kv_heads, head_dim), (k_bits, v_bits) in itertools.product(_LENGTHS, _HEADS, _BITS):
-        shape = Shape(heads, kv_heads, head_dim, length, k_bits, v_bits)
+    for length, heads, bits in itertools.product(_LENGTHS, _HEADS, _BITS):
+        shape = Shape(*heads, length, *bits)
         print(shape, flush=True)
         results.append(measure_attend(shape, samples=samples, device="cpu"))
-    for (heads, kv_heads, head_dim), bits in itertools.product(_HEADS[::2], _APPEND_BITS):
+    for (heads, kv_heads, head_dim), bits in itertools.product((_HEADS[0], _HEADS[2]), _APPEND_BITS):
         shape = Shape(heads, kv_heads, head_dim, 4096, bits, bits)
         print("append", shape, flush=True)
         results.append(measure_append(shape, samples=samples, device="cpu"))

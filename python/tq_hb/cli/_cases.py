@@ -31,6 +31,7 @@ class Shape:
     kv_len: int = 4096
     k_bits: int = 8
     v_bits: int = 8
+    packing: str = "byte"
 
     @property
     def kv_values(self) -> int:
@@ -155,6 +156,7 @@ def _new_cache(shape: Shape, device: str | tq_hb.Device | None, sliding_window: 
         k_bits=shape.k_bits,
         v_bits=shape.v_bits,
         sliding_window=sliding_window,
+        packing=shape.packing,
         device=device,
     )
 

@@ -41,7 +41,7 @@ class Setting:
         if self.bits is None:
             return DynamicCache(config=config)
         k_bits, v_bits = self.bits
-        return TqCache(config, k_bits=k_bits, v_bits=v_bits)
+        return TqCache(config, k_bits=k_bits, v_bits=v_bits, packing="plane")
 
 
 SETTINGS = (Setting(None), Setting((8, 8)), Setting((8, 6)), Setting((6, 6)), Setting((5, 5)))
@@ -54,7 +54,6 @@ class Result:
 
     setting: Setting
     bytes_per_token: int
-    bytes_per_token_packed: int
     nbytes: int
     decode_ms: float
     decode_ms_quartiles: tuple[float, float]
@@ -144,11 +143,10 @@ class _Run:
     def result(self, score: _Score) -> Result:
         lower, median, upper = statistics.quantiles(self._times_ms, n=4, method="inclusive")
         kl = torch.cat(score.kl).double()
-        per_token, per_token_packed, nbytes = self._size()
+        per_token, nbytes = self._size()
         return Result(
             setting=self._setting,
             bytes_per_token=per_token,
-            bytes_per_token_packed=per_token_packed,
             nbytes=nbytes,
             decode_ms=median,
             decode_ms_quartiles=(lower, upper),
@@ -161,17 +159,14 @@ class _Run:
             kernels=self._kernels(),
         )
 
-    def _size(self) -> tuple[int, int, int]:
-        """Return bytes per token held, the same if a code took no more than its bits, and bytes allocated."""
+    def _size(self) -> tuple[int, int]:
+        """Return bytes per token held, and bytes allocated."""
         layers = self._cache.layers
         if self._setting.bits is None:
             sizes = [layer.keys.nbytes + layer.values.nbytes for layer in layers]
             per_token = sum(size // layer.keys.shape[2] for size, layer in zip(sizes, layers, strict=True))
-            return per_token, per_token, sum(sizes)
-        unused_bits = (8 - layer.kv.k_bits + 8 - layer.kv.v_bits for layer in layers)
-        values = (layer.kv.num_kv_heads * layer.kv.head_dim for layer in layers)
-        unused = sum(n * bits // 8 for n, bits in zip(values, unused_bits, strict=True))
-        return self._cache.bytes_per_token, self._cache.bytes_per_token - unused, self._cache.nbytes
+            return per_token, sum(sizes)
+        return self._cache.bytes_per_token, self._cache.nbytes
 
     def _kernels(self) -> tuple[str, ...]:
         """Return what attended to the codes, having made sure that every layer did."""

@@ -31,6 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--kv-len", type=int, default=4096, metavar="L", help="tokens in the cache (default 4096)")
     parser.add_argument("--k-bits", type=int, default=8, metavar="B", help="bits per value of K (default 8)")
     parser.add_argument("--v-bits", type=int, default=8, metavar="B", help="bits per value of V (default 8)")
+    parser.add_argument("--packing", choices=("byte", "plane"), default="byte", help="of the codes (default byte)")
     parser.add_argument("--threads", type=int, metavar="N", help="default: as many as tq_hb uses anyway")
     parser.add_argument("--samples", type=int, default=50, metavar="N", help="per row, at least 30 (default 50)")
     parser.add_argument("--device", metavar="NAME", help="default: auto")
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         raise tq_hb.InvalidArgument(f"bench: kv_len must be at least 1, got {args.kv_len}")
     if args.threads is not None:
         tq_hb.set_num_threads(args.threads)
-    shape = Shape(args.heads, args.kv_heads, args.head_dim, args.kv_len, args.k_bits, args.v_bits)
+    shape = Shape(args.heads, args.kv_heads, args.head_dim, args.kv_len, args.k_bits, args.v_bits, args.packing)
     device = tq_hb.Device(args.device or "auto")
     report = {
         "machine": _machine.describe(),

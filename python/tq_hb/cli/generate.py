@@ -166,7 +166,7 @@ def _generate(
             console.print(text, end="\n" if stream_end else "", markup=False, soft_wrap=True)
 
     enable(loaded.model)
-    cache = TqCache(loaded.model.config, k_bits=args.k_bits, v_bits=args.v_bits)
+    cache = TqCache(loaded.model.config, k_bits=args.k_bits, v_bits=args.v_bits, packing="plane")
     inputs = loaded.tokenizer(prompt, return_tensors="pt")
     prompt_tokens = inputs.input_ids.shape[1]
     console.rule(f"{loaded.name} goes on from {prompt_tokens} tokens, KV cache at {args.k_bits}/{args.v_bits} bits")
@@ -241,7 +241,7 @@ def _print_results(report: dict[str, Any], console: Console) -> None:
         )
     console.print(rows)
     console.print(
-        "Bytes are of all layers, float32 in the first row; a code takes a byte at every width. KL is that of the "
+        "Bytes are of all layers, float32 in the first row; codes are plane packed. KL is that of the "
         "next-token distributions from the first row's, in nats. Time is the median of whole steps, taken in turns.",
         style="dim",
     )
@@ -254,22 +254,19 @@ def _plot(report: dict[str, Any]) -> bytes:
     reference, *rows = report["replay"]["settings"]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for i, row in enumerate(rows):
-        color, kl = f"C{i}", row["mean_kl"]
+    for row in rows:
         axes.errorbar(
             row["bytes_per_token"],
-            kl,
+            row["mean_kl"],
             row["mean_kl_standard_error"],
             fmt="o",
-            color=color,
             capsize=4,
             label=f"{row['setting']} bits",
         )
-        axes.plot(row["bytes_per_token_packed"], kl, "o", color=color, fillstyle="none")
     axes.axvline(reference["bytes_per_token"], color="black", linestyle="--", label="float32, KL 0")
     axes.set(
         title=f"{report['model']}: {report['replay']['scored_tokens']} tokens replayed",
-        xlabel="bytes per token held, all layers (hollow: if a code took no more than its bits)",
+        xlabel="bytes per token held, all layers",
         ylabel="mean KL from the float32 cache, nats",
         yscale="log",
     )
