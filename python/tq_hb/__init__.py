@@ -25,6 +25,7 @@ from tq_hb.encoder import Buffer, CommandEncoder, Node
 from tq_hb.ops import (
     boundaries,
     codebook,
+    convert_packing,
     dequantize,
     flash_attn_vec_tq_hb,
     flash_attn_vec_tq_hb_with_fused_undo,
@@ -63,6 +64,7 @@ __all__ = [
     "codebook",
     "compute_nsg",
     "compute_nwg",
+    "convert_packing",
     "cpu_isa",
     "dequantize",
     "devices",

@@ -110,19 +110,21 @@ class CommandEncoder:
     def hadamard_quantize(
         self,
         op: str,
-        args: HadamardQuantizeKvHbParams,
+        hp: HadamardQuantizeKvHbParams,
         targets: list[tuple[str, Buffer, Buffer, Buffer, int]],
         codebook: str,
+        packing: str = ...,
     ) -> None: ...
     def dequantize(
         self,
         op: str,
-        args: HadamardQuantizeKvHbParams,
+        hp: HadamardQuantizeKvHbParams,
         first_position: int,
         packed: Buffer,
         norms: Buffer,
         output: Buffer,
         codebook: str,
+        packing: str = ...,
     ) -> None: ...
     def flash_attn_vec(
         self,
@@ -134,13 +136,18 @@ class CommandEncoder:
         v_norms: Buffer,
         output: Buffer,
         tmp: Buffer | None,
-        args: FlashAttnVecTqHbParams,
+        p: FlashAttnVecTqHbParams,
         kernel: AttendKernel,
         head_tile: int,
         nwg: int,
         v_bits: int,
         codebook: str,
         fused_undo: bool,
+        packing: str = ...,
+        query_position: int | None = ...,
+        sinks: Buffer | None = ...,
+        score_bias: Buffer | None = ...,
+        lse: Buffer | None = ...,
     ) -> None: ...
     def fwht(self, op: str, kind: Fwht, data: Buffer) -> None: ...
     def memory_barrier(self) -> None: ...
@@ -190,6 +197,10 @@ def check_head_dim(op: str, head_dim: int) -> None: ...
 def tmp_buffer_bytes(num_heads: int, head_dim: int, num_queries: int, splits: int) -> int: ...
 def supported_head_dims() -> tuple[int, ...]: ...
 def norms_per_row(head_dim: int) -> int: ...
+def row_bytes(packing: str, cbits: int, head_dim: int, /) -> int: ...
+def convert_packing(
+    op: str, codes: npt.NDArray[np.uint8], bits: int, head_dim: int, source: str, target: str
+) -> npt.NDArray[np.uint8]: ...
 def codebook_names() -> tuple[str, ...]: ...
 def supported_bits() -> tuple[int, ...]: ...
 def codebook(op: str, cbits: int, name: str) -> tuple[_Floats, _Floats]: ...

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tq_hb import _core, policy
-from tq_hb.interop import Array, as_codes, as_float32
+from tq_hb.interop import Array, as_codes, as_float32, check_sinks
 from tq_hb.options import check_attention, check_bits, check_format, check_params, invalid
 
 Buffer = _core.Buffer
@@ -106,7 +106,7 @@ class CommandEncoder:
             self._written(op, "norms", norms),
             hp.codebook_bits,
         )
-        self._core.hadamard_quantize(op, hp, [target], codebook)
+        self._core.hadamard_quantize(op, hp, [target], codebook, packing)
 
     def hadamard_quantize_kv_hb_dual(
         self,
@@ -155,7 +155,7 @@ class CommandEncoder:
                 bits,
             ),
         ]
-        self._core.hadamard_quantize(op, hp, targets, codebook)
+        self._core.hadamard_quantize(op, hp, targets, codebook, packing)
 
     def tq_dequantize_hb_kv(
         self,
@@ -192,6 +192,7 @@ class CommandEncoder:
             self._floats(op, "norms", norms),
             self._written(op, "output", output),
             codebook,
+            packing,
         )
 
     def fwht_sign_premult_f32(self, x: Buffer) -> None:
@@ -250,7 +251,9 @@ class CommandEncoder:
     ) -> None:
         """Record decode attention; ``output`` stays rotated. See :func:`tq_hb.flash_attn_vec_tq_hb` for the options.
 
-        ``tmp`` is float32 of at least :func:`tq_hb.tmp_buffer_bytes`, or None: the encoder brings its own.
+        ``tmp`` is float32 of at least :func:`tq_hb.tmp_buffer_bytes`, or None: the encoder brings its own. Where
+        ``lse=`` is a float32 Buffer, (num_heads,) or (queries, num_heads), the logarithms are written to it; an
+        encoder returns nothing. ``sinks=`` may be a Buffer, whose values are not checked: NaN and +inf spread.
 
         >>> import numpy as np, tq_hb
         >>> dev = tq_hb.Device("cpu")
@@ -316,22 +319,30 @@ class CommandEncoder:
         sinks: Array | None = None,
         precision: str = "default",
         return_lse: bool = False,
+        lse: Buffer | None = None,
     ) -> None:
         check_format(op, codebook, packing)
         check_params(op, "p", p, _core.FlashAttnVecTqHbParams)
-        check_attention(op, precision=precision, sinks=sinks, return_lse=return_lse)
+        check_attention(op, precision=precision, return_lse=return_lse)
+        if return_lse and lse is None:
+            raise invalid(op, "return_lse", "must come with lse=, a Buffer that the recorded op writes", return_lse)
         p.validate(op)
         storage = None if tmp is None else self._written(op, "tmp", tmp)
+        if not (sinks is None or isinstance(sinks, Buffer)):
+            sinks = self._device.copy_in(op, "sinks", check_sinks(op, sinks, p.num_heads))
+        queries = self._floats(op, "q", q)
         dispatch = policy.plan_attention(
             op,
             p,
+            # The core refuses a call without any.
+            num_queries=max(1, queries.shape[0]) if len(queries.shape) == 3 else 1,
             offers_group=self._device.offers(policy.AttendKernel.GROUP),
             nwg=nwg,
             tmp_bytes=None if storage is None else storage.nbytes,
         )
         self._core.flash_attn_vec(
             op,
-            self._floats(op, "q", q),
+            queries,
             self._codes(op, "k_packed", k_packed),
             self._floats(op, "k_norms", k_norms),
             self._codes(op, "v_packed", v_packed),
@@ -345,6 +356,9 @@ class CommandEncoder:
             p.codebook_bits if v_bits is None else check_bits(op, "v_bits", v_bits),
             codebook,
             fused_undo,
+            packing,
+            sinks=sinks,
+            lse=None if lse is None else self._written(op, "lse", lse),
         )
 
     def memory_barrier(self) -> None:

@@ -21,12 +21,14 @@ from tq_hb.interop import (
     as_float32,
     as_out,
     as_writable,
+    check_sinks,
     like,
     require_disjoint,
     require_rows,
 )
 from tq_hb.options import (
     CODEBOOKS,
+    PACKINGS,
     check_bits,
     check_choice,
     check_format,
@@ -52,8 +54,8 @@ def supported_head_dims() -> tuple[int, ...]:
     """Head sizes that every op accepts.
 
     >>> import tq_hb
-    >>> 256 in tq_hb.supported_head_dims()
-    True
+    >>> tq_hb.supported_head_dims()
+    (64, 128, 256, 512)
     """
     return _core.supported_head_dims()
 
@@ -187,10 +189,12 @@ def quantize(
     ----------
     x : array, shape (..., head_dim)
     bits : 5, 6 or 8
+    packing : "byte" or "plane"
+        A byte for every code, or 5 and 6 bits in 5 and 6 bits.
 
     Returns
     -------
-    codes : uint8 (..., head_dim)
+    codes : uint8 (..., head_dim), or (..., head_dim * bits // 8) with ``packing="plane"``
     norms : float32 (...), or (..., 2) for head_dim 512
 
     Raises
@@ -204,6 +208,8 @@ def quantize(
     >>> codes, norms = tq_hb.quantize(np.ones((3, 256), np.float32), 6)
     >>> codes.shape, codes.dtype.name, norms.tolist()
     ((3, 256), 'uint8', [16.0, 16.0, 16.0])
+    >>> tq_hb.quantize(np.ones((3, 256), np.float32), 6, packing="plane")[0].shape
+    (3, 192)
     """
     op = "quantize"
     check_format(op, codebook, packing)
@@ -214,7 +220,7 @@ def quantize(
     lead, head_dim = rows.shape[:-1], check_head_dim(op, rows.shape[-1])
     count = math.prod(lead)
     core = resolve_device(op, device)._core
-    codes = np.empty((count, head_dim), np.uint8)
+    codes = np.empty((count, _core.row_bytes(packing, bits, head_dim)), np.uint8)
     norms = np.empty(norms_shape((count,), head_dim), np.float32)
     if count > 0:
         require_rows(op, "x", rows.reshape(count, 1, head_dim))
@@ -229,10 +235,10 @@ def quantize(
             staging.fill("norms", norms[None]),
             bits,
         )
-        encoder.hadamard_quantize(op, hp, [target], codebook)
+        encoder.hadamard_quantize(op, hp, [target], codebook, packing)
         staging.run(encoder)
-    norms_out = norms.reshape(norms_shape(lead, head_dim))
-    return like(x, codes.reshape(*lead, head_dim), "uint8"), like(x, norms_out)
+    codes, norms = codes.reshape(*lead, codes.shape[-1]), norms.reshape(norms_shape(lead, head_dim))
+    return like(x, codes, "uint8"), like(x, norms)
 
 
 def dequantize(
@@ -250,7 +256,7 @@ def dequantize(
 
     Parameters
     ----------
-    codes : uint8 (..., head_dim)
+    codes : uint8 (..., head_dim), or (..., head_dim * bits // 8) with ``packing="plane"``
     norms : float32 (...), or (..., 2) for head_dim 512
     rotated : bool
         Leave the vectors rotated, as the attention op reads them.
@@ -272,9 +278,7 @@ def dequantize(
     bits = check_bits(op, "bits", bits)
     head_dim = check_head_dim(op, head_dim)
     code_rows, norm_rows = as_codes(op, "codes", codes), as_float32(op, "norms", norms)
-    if code_rows.ndim == 0 or code_rows.shape[-1] != head_dim:
-        raise invalid(op, "codes", f"must have head_dim {head_dim} as its last axis", code_rows.shape)
-    lead = code_rows.shape[:-1]
+    lead = _leading_shape(op, code_rows, packing, bits, head_dim)
     if norm_rows.shape != norms_shape(lead, head_dim):
         raise invalid(op, "norms", f"must have shape {norms_shape(lead, head_dim)}", norm_rows.shape)
     count = math.prod(lead)
@@ -296,16 +300,71 @@ def dequantize(
             op,
             hp,
             0,
-            staging.read("codes", code_rows.reshape(1, count, head_dim)),
+            staging.read("codes", code_rows.reshape(1, count, -1)),
             staging.read("norms", norm_rows.reshape(1, *norms_shape((count,), head_dim))),
             out,
             codebook,
+            packing,
         )
         if not rotated:
             encoder.memory_barrier()
             encoder.fwht(op, _core.Fwht.UNDO, out)
         staging.run(encoder)
     return like(codes, result.reshape(*lead, head_dim))
+
+
+def _leading_shape(op: str, codes: npt.NDArray[np.uint8], packing: str, bits: int, head_dim: int) -> tuple[int, ...]:
+    """Return the shape of the vectors whose codes these are, without their own axis."""
+    row_bytes = _core.row_bytes(packing, bits, head_dim)
+    if codes.ndim == 0 or codes.shape[-1] != row_bytes:
+        rule = f'must have {row_bytes} bytes (head_dim {head_dim}, {bits} bits, packing="{packing}") as its last axis'
+        raise invalid(op, "codes", rule, codes.shape)
+    return codes.shape[:-1]
+
+
+def convert_packing(codes: Array, bits: int, *, head_dim: int, source: str, target: str) -> Array:
+    """Lay codes out otherwise: ``"byte"`` has a byte for every code, ``"plane"`` 5 and 6 bits in 5 and 6 bits.
+
+    Norms are the same in both, and so are the results of every op. With 8 bits the layouts are one.
+
+    Parameters
+    ----------
+    codes : uint8 (..., head_dim) where ``source`` is "byte", (..., head_dim * bits // 8) where it is "plane"
+        Of a byte only the low ``bits`` bits count, as in every op.
+    bits : 5, 6 or 8
+    source, target : "byte" or "plane"
+
+    Returns
+    -------
+    uint8 (..., head_dim) or (..., head_dim * bits // 8), a new array in the library of ``codes``.
+
+    Raises
+    ------
+    InvalidArgument
+        If an argument breaks a rule.
+
+    Examples
+    --------
+    >>> import numpy as np, tq_hb
+    >>> x = np.random.default_rng(0).standard_normal((3, 256), np.float32)
+    >>> codes, norms = tq_hb.quantize(x, 5)
+    >>> planes = tq_hb.convert_packing(codes, 5, head_dim=256, source="byte", target="plane")
+    >>> planes.shape, bool((planes == tq_hb.quantize(x, 5, packing="plane")[0]).all())
+    ((3, 160), True)
+    >>> back = tq_hb.convert_packing(planes, 5, head_dim=256, source="plane", target="byte")
+    >>> bool((back == codes).all())
+    True
+    """
+    op = "convert_packing"
+    bits = check_bits(op, "bits", bits)
+    head_dim = check_head_dim(op, head_dim)
+    check_choice(op, "source", source, PACKINGS)
+    check_choice(op, "target", target, PACKINGS)
+    rows = as_codes(op, "codes", codes)
+    lead = _leading_shape(op, rows, source, bits, head_dim)
+    flat = rows.reshape(math.prod(lead), rows.shape[-1])
+    converted = _core.convert_packing(op, flat, bits, head_dim, source, target)
+    return like(codes, converted.reshape(*lead, converted.shape[-1]), "uint8")
 
 
 def hadamard_quantize_kv_hb(
@@ -326,7 +385,8 @@ def hadamard_quantize_kv_hb(
     ----------
     src : array, shape (num_kv_heads, head_dim) or (tokens, num_kv_heads, head_dim)
         Not rotated. Of a run longer than a ring only the newest ``cache_capacity`` tokens are kept.
-    packed : uint8 (num_kv_heads, cache_capacity, head_dim)
+    packed : uint8 (num_kv_heads, cache_capacity, row_bytes)
+        ``row_bytes`` is head_dim, or ``head_dim * bits // 8`` with ``packing="plane"``.
     norms : float32 (num_kv_heads, cache_capacity), or (num_kv_heads, cache_capacity, 2) for head_dim 512
     hp : HadamardQuantizeKvHbParams
         Token t goes to slot ``write_pos + t``, modulo ``cache_capacity`` when ``is_sliding`` is 1.
@@ -418,7 +478,7 @@ def _quantize(
                 bits,
             )
         )
-    encoder.hadamard_quantize(op, hp, staged, codebook)
+    encoder.hadamard_quantize(op, hp, staged, codebook, packing)
     # The core compares the buffers that it was given, which may be copies.
     for i, (name, array) in enumerate(written):
         for other_name, other in [*((src_name, src) for src_name, src, _ in sources), *written[:i]]:
@@ -442,7 +502,8 @@ def tq_dequantize_hb_kv(
 
     Parameters
     ----------
-    packed : uint8 (num_kv_heads, cache_capacity, head_dim)
+    packed : uint8 (num_kv_heads, cache_capacity, row_bytes)
+        ``row_bytes`` is head_dim, or ``head_dim * bits // 8`` with ``packing="plane"``.
     norms : float32 (num_kv_heads, cache_capacity), or (num_kv_heads, cache_capacity, 2) for head_dim 512
     pos : int
         Slot ``pos``, or ``pos`` modulo ``cache_capacity`` when ``hp.is_sliding`` is 1.
@@ -481,6 +542,7 @@ def tq_dequantize_hb_kv(
         staging.read("norms", as_float32(op, "norms", norms)),
         staging.fill("out", result),
         codebook,
+        packing,
     )
     staging.run(encoder)
     return like(packed, result[0])
@@ -521,36 +583,44 @@ def flash_attn_vec_tq_hb(
     return_lse: bool = False,
     out: Array | None = None,
     device: str | Device | None = None,
-) -> Array:
-    """Attend one query token per head to a quantised cache; the output stays rotated.
+) -> Array | tuple[Array, Array]:
+    """Attend the newest query tokens to a quantised cache; the output stays rotated.
+
+    The last query is the newest token that the cache holds, the others are those before it. Each sees the keys up to
+    and including its own, of which only the newest ``p.sliding_window`` where ``p.mask_type`` is 2.
 
     Parameters
     ----------
-    q : array, shape (num_heads, head_dim) or (1, num_heads, head_dim)
-        Rotated by :func:`fwht_sign_premult_f32`, unless ``p.fuse_fwht_pre`` is 1.
-    k_packed, v_packed : uint8 (num_kv_heads, kv_capacity, head_dim)
+    q : array, shape (num_heads, head_dim) or (queries, num_heads, head_dim)
+        Rotated by :func:`fwht_sign_premult_f32`, unless ``p.fuse_fwht_pre`` is 1. At most ``p.kv_seq_len`` queries.
+    k_packed, v_packed : uint8 (num_kv_heads, kv_capacity, row_bytes)
+        ``row_bytes`` is head_dim, or ``head_dim * bits // 8`` with ``packing="plane"``.
     k_norms, v_norms : float32 (num_kv_heads, kv_capacity), or (num_kv_heads, kv_capacity, 2) for head_dim 512
         Trusted as they are: a norm of a visible slot that is not finite shows in the output.
     p : FlashAttnVecTqHbParams
     nwg : int, optional
-        Workgroups per head, 1 to 32; :func:`compute_nwg` chooses otherwise.
+        Workgroups per head and query, 1 to 32; :mod:`tq_hb.policy` chooses otherwise.
     v_bits : int, optional
         Width of V where it differs from ``p.codebook_bits``.
+    sinks : array, shape (num_heads,), optional
+        One more logit per head in the softmax's denominator, as it is: neither scaled nor capped. -inf for none.
     precision : "default" or "strict"
         Accuracy class. The cpu computes in float32 for both.
+    return_lse : bool
+        Whether to return the logarithm of the softmax's denominator too.
     out : float32 array, optional
         Where the result is written; the shape of ``q``.
 
     Returns
     -------
-    float32 array of the shape of ``q``, in its library.
+    out : float32 array of the shape of ``q``, in its library
+    lse : float32 (num_heads,) or (queries, num_heads), only with ``return_lse``
+        Natural logarithm of the sum of exp(logit) after scale and softcap, the sink included.
 
     Raises
     ------
     InvalidArgument
-        If an argument breaks a rule, or q is not finite.
-    UnsupportedError
-        For what no backend serves yet: more than one query, sinks, return_lse, packing="plane".
+        If an argument breaks a rule, q is not finite, or a sink is NaN or +inf.
 
     Examples
     --------
@@ -559,9 +629,13 @@ def flash_attn_vec_tq_hb(
     >>> p = tq_hb.FlashAttnVecTqHbParams(num_heads=2, num_kv_heads=1, head_dim=256, kv_seq_len=40,
     ...     kv_capacity=40, scale=0.0625)
     >>> q = tq_hb.rotate(np.ones((2, 256), np.float32))
-    >>> o = tq_hb.flash_attn_vec_tq_hb(q, *tq_hb.quantize(k, 8), *tq_hb.quantize(v, 8), p)
+    >>> cache = *tq_hb.quantize(k, 8), *tq_hb.quantize(v, 8)
+    >>> o = tq_hb.flash_attn_vec_tq_hb(q, *cache, p)
     >>> o.shape
     (2, 256)
+    >>> o, lse = tq_hb.flash_attn_vec_tq_hb(np.stack([q, q, q]), *cache, p, return_lse=True)
+    >>> o.shape, lse.shape
+    ((3, 2, 256), (3, 2))
     """
     return _attend(
         "flash_attn_vec_tq_hb", False, q, k_packed, k_norms, v_packed, v_norms, p, out, device,
@@ -587,7 +661,7 @@ def flash_attn_vec_tq_hb_with_fused_undo(
     return_lse: bool = False,
     out: Array | None = None,
     device: str | Device | None = None,
-) -> Array:
+) -> Array | tuple[Array, Array]:
     """Attend as :func:`flash_attn_vec_tq_hb` does, with the output already un-rotated.
 
     >>> import numpy as np, tq_hb
@@ -617,21 +691,28 @@ def _attend(
     p: _core.FlashAttnVecTqHbParams,
     out: Array | None,
     device: str | Device | None,
+    *,
+    sinks: Array | None,
+    return_lse: bool,
     **options: Any,
-) -> Array:
+) -> Array | tuple[Array, Array]:
     dev = resolve_device(op, device)
     rows = as_float32(op, "q", q)
     check_params(op, "p", p, _core.FlashAttnVecTqHbParams)
     p.validate(op)
     if rows.ndim not in (2, 3) or rows.shape[-2:] != (p.num_heads, p.head_dim):
-        raise invalid(op, "q", f"must have shape ({p.num_heads}, {p.head_dim})", rows.shape)
+        shape = f"({p.num_heads}, {p.head_dim})"
+        raise invalid(op, "q", f"must have shape {shape} or (queries, {shape[1:]}", rows.shape)
     inputs = {"q": q, "k_packed": k_packed, "k_norms": k_norms, "v_packed": v_packed, "v_norms": v_norms}
+    if sinks is not None:
+        inputs["sinks"] = sinks
     writable = None
     if out is not None:
         writable = as_out(op, out, rows.shape, "float32")
         for name, x in inputs.items():
             require_disjoint(op, "out", writable, name, x)
     result = np.empty(rows.shape, np.float32) if writable is None else writable
+    lse = np.empty(rows.shape[:-1], np.float32)
     staging, encoder = Staging(op, dev._core), dev.encoder()
     record = encoder.flash_attn_vec_tq_hb_with_fused_undo if fused_undo else encoder.flash_attn_vec_tq_hb
     record(
@@ -643,8 +724,12 @@ def _attend(
         staging.fill("out", result),
         None,
         p,
+        sinks=None if sinks is None else staging.read("sinks", check_sinks(op, sinks, p.num_heads)),
+        lse=staging.fill("lse", lse) if return_lse else None,
+        return_lse=return_lse,
         **options,
     )
     require_rows(op, "q", rows, as_query=True)
     staging.run(encoder._core)
-    return like(q, result) if out is None else out
+    attended = like(q, result) if out is None else out
+    return (attended, like(q, lse)) if return_lse else attended
