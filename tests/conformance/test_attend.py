@@ -2,71 +2,216 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 import reference
 import tolerance
 import tq_hb
-from cases import Case, attend_cases, expected, make_problem
+from cases import SINKS, Case, Problem, attend_cases, expected, expected_with_lse, make_problem
+from tq_hb.policy import AttendKernel
 
 CASES = attend_cases()
+# What the group kernel shares a decode between: the heads of a KV head, of every query.
+SHARED = [
+    dataclasses.replace(case, nsg=1, nwg=None)
+    for case in CASES
+    if case.num_heads * (case.num_queries or 1) > case.num_kv_heads
+]
+
+
+def run(case: Case, problem: Problem, device: tq_hb.Device, *, unrotated: bool = False, **keywords):
+    """The array form of the op: the output, or the output and the lse."""
+    op = tq_hb.flash_attn_vec_tq_hb_with_fused_undo if unrotated else tq_hb.flash_attn_vec_tq_hb
+    options = {**case.keywords(), "sinks": problem.sinks, **keywords}
+    return op(*problem.buffers(), case.params(), **options, device=device)
+
+
+def record(case: Case, problem: Problem, enc: tq_hb.CommandEncoder, device: tq_hb.Device, tmp=None, *, unrotated: bool):
+    """The recorded form on buffers; returns those that it will write, in the form of :func:`run`."""
+    op = enc.flash_attn_vec_tq_hb_with_fused_undo if unrotated else enc.flash_attn_vec_tq_hb
+    q, *cache = (device.array(a) for a in problem.buffers())
+    output, lse = device.empty(q.shape, np.float32), device.empty(q.shape[:-1], np.float32)
+    written = {"lse": lse} if case.return_lse else {}
+    sinks = None if problem.sinks is None else device.array(problem.sinks)
+    op(q, *cache, output, tmp, case.params(), **case.keywords(), sinks=sinks, **written)
+    return (output, lse) if case.return_lse else output
+
+
+def assert_matches(case: Case, problem: Problem, got, *, unrotated: bool):
+    """What the op returned against the reference."""
+    out, lse = got if case.return_lse else (got, None)
+    want, want_lse = expected_with_lse(case, problem, unrotated=unrotated)
+    assert out.dtype == np.float32
+    assert tolerance.nmse(out, want) <= tolerance.ATTEND_NMSE
+    if lse is not None:
+        assert lse.dtype == np.float32
+        assert tolerance.lse_error(lse, want_lse) <= tolerance.LSE_ERROR
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_array_form_matches_reference(device, case):
     problem = make_problem(case)
-
-    got = tq_hb.flash_attn_vec_tq_hb(*problem.buffers(), case.params(), **case.keywords(), device=device)
-
-    assert got.dtype == np.float32
-    assert tolerance.nmse(got, expected(case, problem, unrotated=False)) <= tolerance.ATTEND_NMSE
+    assert_matches(case, problem, run(case, problem, device), unrotated=False)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_fused_undo_matches_reference(device, case):
     problem = make_problem(case)
+    assert_matches(case, problem, run(case, problem, device, unrotated=True), unrotated=True)
 
-    got = tq_hb.flash_attn_vec_tq_hb_with_fused_undo(
-        *problem.buffers(), case.params(), **case.keywords(), device=device
-    )
 
-    assert tolerance.nmse(got, expected(case, problem, unrotated=True)) <= tolerance.ATTEND_NMSE
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_group_kernel_matches_reference(environment, device, case):
+    if not device._core.offers(AttendKernel.GROUP):
+        pytest.skip(f"backend {device.backend!r} has no group kernel")
+    environment(TQ_HB_GQA="on")
+    problem = make_problem(case)
+    enc = device.encoder()
+    written = record(case, problem, enc, device, unrotated=True)
+    enc.commit_and_wait()
+
+    assert "gqa" in enc.kernels[0]
+    got = tuple(b.numpy() for b in written) if case.return_lse else written.numpy()
+    assert_matches(case, problem, got, unrotated=True)
 
 
 @pytest.mark.parametrize("own_tmp", [True, False], ids=["own-tmp", "encoder-tmp"])
 @pytest.mark.parametrize("case", CASES[::3], ids=str)
 def test_recorded_chain_matches_reference(device, case, own_tmp):
     problem = make_problem(case)
-    q, *cache = (device.array(a) for a in problem.buffers())
-    output = device.empty(q.shape, np.float32)
     tmp = None
     if own_tmp:
-        tmp = device.empty((tq_hb.tmp_buffer_bytes(case.num_heads, case.head_dim) // 4,), np.float32)
+        size = tq_hb.tmp_buffer_bytes(case.num_heads, case.head_dim, num_queries=case.num_queries or 1)
+        tmp = device.empty((size // 4,), np.float32)
 
     enc = device.encoder()
-    enc.flash_attn_vec_tq_hb(q, *cache, output, tmp, case.params(), **case.keywords())
+    written = record(case, problem, enc, device, tmp, unrotated=False)
     enc.memory_barrier()
-    enc.fwht_sign_undo_f32(output)
+    enc.fwht_sign_undo_f32(written[0] if case.return_lse else written)
     enc.commit_and_wait()
 
-    assert tolerance.nmse(output.numpy(), expected(case, problem, unrotated=True)) <= tolerance.ATTEND_NMSE
+    got = tuple(b.numpy() for b in written) if case.return_lse else written.numpy()
+    assert_matches(case, problem, got, unrotated=True)
 
 
 @pytest.mark.parametrize("case", CASES[1::6], ids=str)
 def test_recorded_fused_undo_matches_reference(device, case):
     problem = make_problem(case)
-    q, *cache = (device.array(a) for a in problem.buffers())
-    output = device.empty(q.shape, np.float32)
 
     enc = device.encoder()
-    enc.flash_attn_vec_tq_hb_with_fused_undo(q, *cache, output, None, case.params(), **case.keywords())
+    written = record(case, problem, enc, device, unrotated=True)
     enc.commit_and_wait()
 
-    assert tolerance.nmse(output.numpy(), expected(case, problem, unrotated=True)) <= tolerance.ATTEND_NMSE
+    got = tuple(b.numpy() for b in written) if case.return_lse else written.numpy()
+    assert_matches(case, problem, got, unrotated=True)
 
 
-@pytest.mark.parametrize("head_dim", [256, 512])
+@pytest.mark.parametrize("case", [case for case in CASES if case.packing == "plane"], ids=str)
+def test_planes_give_the_bits_of_bytes(device, case):
+    problem = make_problem(case)
+    in_bytes = dataclasses.replace(case, packing="byte")
+
+    planes, codes = run(case, problem, device), run(in_bytes, make_problem(in_bytes), device)
+
+    for a, b in zip(*((x if case.return_lse else (x,)) for x in (planes, codes)), strict=True):
+        assert np.array_equal(a.view(np.uint32), b.view(np.uint32))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.num_queries and case.ring_start == 0][::2], ids=str)
+def test_several_queries_equal_one_after_the_other(device, case):
+    """Query i of N is the newest token of a cache that ends there."""
+    problem = make_problem(case)
+    together, together_lse = run(case, problem, device, return_lse=True)
+
+    for i, (_, end) in enumerate(case.visible.ages()):
+        alone = dataclasses.replace(case, num_queries=None, kv_seq_len=end)
+        one = dataclasses.replace(problem, q=problem.q[i])
+        out, lse = run(alone, one, device, return_lse=True)
+        assert tolerance.nmse(together[i], out) <= tolerance.SPLIT_NMSE
+        assert tolerance.lse_error(together_lse[i], lse) <= tolerance.LSE_ERROR
+
+
+@pytest.mark.parametrize("mode", ["off", "on"])
+@pytest.mark.parametrize("which", ["k", "v"])
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize("kv_seq_len", [64, 65, 96], ids=lambda n: f"len{n}")
+def test_a_key_reaches_only_the_queries_that_see_it(environment, device, kv_seq_len, window, which, mode):
+    """The norms of one key are NaN: the newest, or the oldest that the first query sees."""
+    environment(TQ_HB_GQA=mode)
+    case = Case(num_queries=3, kv_seq_len=kv_seq_len, kv_capacity=kv_seq_len, ring_start=37, window=window, nwg=None)
+    clean = make_problem(case)
+    want = expected(case, clean, unrotated=False)
+    places = {"newest": (kv_seq_len - 1, [2])}
+    if window:
+        places["oldest"] = (kv_seq_len - 2 - window, [0])
+    for age, touched in places.values():
+        norms = {"k": clean.k_norms.copy(), "v": clean.v_norms.copy()}
+        norms[which][:, (case.ring_start + age) % case.kv_capacity] = np.nan
+        problem = dataclasses.replace(clean, k_norms=norms["k"], v_norms=norms["v"])
+
+        got = run(case, problem, device)
+
+        for query in range(3):
+            if query in touched:
+                assert np.isnan(got[query]).all()
+            else:
+                assert tolerance.nmse(got[query], want[query]) <= tolerance.ATTEND_NMSE
+
+
+@pytest.mark.parametrize("num_queries", [16, 33, 70])
+def test_any_number_of_queries(device, num_queries):
+    """A query for every token of a whole prompt, the first of which sees itself alone."""
+    case = Case(num_queries=num_queries, kv_seq_len=70, kv_capacity=71, window=50, nwg=None, return_lse=True)
+    problem = make_problem(case)
+    assert_matches(case, problem, run(case, problem, device), unrotated=False)
+
+
+def test_sinks_of_minus_infinity_are_no_sinks(device):
+    plain, off = Case(return_lse=True), Case(return_lse=True, sinks="off")
+    problem = make_problem(off)
+
+    got = run(off, problem, device)
+
+    want = run(plain, dataclasses.replace(problem, sinks=None), device)
+    assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("nwg", [1, 7, None])
+def test_a_sink_is_one_more_logit_that_is_neither_scaled_nor_capped(device, nwg):
+    """lse with a sink s is log(exp(lse) + exp(s)), and the output shrinks by exp(lse without - lse with)."""
+    case = Case(return_lse=True, sinks="finite", softcap=1.5, nwg=nwg)
+    problem = make_problem(case)
+    out, lse = run(case, problem, device)
+    plain, plain_lse = run(case, dataclasses.replace(problem, sinks=None), device)
+
+    want_lse = np.logaddexp(plain_lse.astype(np.float64), problem.sinks)
+    assert tolerance.lse_error(lse, want_lse) <= tolerance.LSE_ERROR
+    assert tolerance.nmse(out, plain * np.exp(plain_lse - want_lse)[:, None]) <= tolerance.ATTEND_NMSE
+
+
+@pytest.mark.parametrize("sinks", ["none", *SINKS])
+def test_lse_alone_changes_no_bit_of_the_output(device, sinks):
+    case = Case(sinks=sinks, num_queries=3, kv_seq_len=65, nwg=7)
+    problem = make_problem(case)
+    assert np.array_equal(run(case, problem, device, return_lse=True)[0], run(case, problem, device))
+
+
+@pytest.mark.parametrize("precision", ["default", "strict"])
+def test_both_classes_of_precision_keep_their_promise(device, precision):
+    case = Case(kv_seq_len=513, kv_capacity=513, num_queries=2, return_lse=True, nwg=None)
+    problem = make_problem(case)
+
+    out, lse = run(case, problem, device, precision=precision)
+
+    want, want_lse = expected_with_lse(case, problem, unrotated=False)
+    assert tolerance.nmse(out, want) ** 0.5 <= tolerance.PRECISION_L2[precision]
+    assert tolerance.lse_error(lse, want_lse) <= tolerance.PRECISION_LSE[precision]
+
+
+@pytest.mark.parametrize("head_dim", tq_hb.supported_head_dims())
 def test_recorded_premult_equals_fuse_fwht_pre(device, head_dim):
     fused = Case(head_dim=head_dim, fuse_fwht_pre=1, kv_seq_len=70, nwg=7, nsg=2)
     apart = Case(head_dim=head_dim, fuse_fwht_pre=0, kv_seq_len=70, nwg=7, nsg=2)

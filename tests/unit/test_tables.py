@@ -38,7 +38,7 @@ SIGN_SHA256 = {
 
 def test_supported_sizes():
     assert tq_hb.supported_bits() == WIDTHS
-    assert tq_hb.supported_head_dims() == (256, 512)
+    assert tq_hb.supported_head_dims() == (64, 128, 256, 512)
 
 
 @pytest.mark.parametrize("name", CODEBOOKS)
@@ -114,8 +114,9 @@ def test_signs_are_the_published_table(head_dim):
     assert hashlib.sha256(packed).hexdigest() == SIGN_SHA256[head_dim]
 
 
-def test_the_512_signs_begin_with_the_256_signs():
-    assert np.array_equal(tq_hb.signs(512)[:256], tq_hb.signs(256))
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_signs_of_a_smaller_head_are_the_first_of_512(head_dim):
+    assert np.array_equal(tq_hb.signs(512)[:head_dim], tq_hb.signs(head_dim))
 
 
 def test_changing_a_returned_table_changes_nothing():
