@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/codec.h"
+#include "core/query_range.h"
 #include "cpu/isa.h"
 
 namespace tq_hb {
@@ -16,6 +17,8 @@ constexpr std::size_t kMinRange = 128;
 constexpr std::size_t kMaxRange = 1024;
 // Enough units of work for many threads to share evenly, few enough that merging them costs nothing.
 constexpr std::size_t kTargetUnits = 64;
+// Queries that share the decoding of a key. Scratch is kept for these alone, however many there are in all.
+constexpr std::size_t kQueryBlock = 8;
 
 /// Keys per range. Depends on the shape alone, so the bits do not depend on the number of threads.
 std::size_t range_length(std::size_t visible, std::size_t num_kv_heads) {
@@ -32,16 +35,27 @@ struct LevelTable {
   alignas(64) float levels[256];
 };
 
-/// Visible keys, oldest first: `count` slots from `first_slot` on, wrapping at the capacity.
-struct VisibleKeys {
-  explicit VisibleKeys(const TqFlashAttnVecArgs& args) {
-    const std::uint64_t held = args.kv_seq_len;
-    const bool windowed = args.mask_type == 2 && args.sliding_window < held;
-    count = windowed ? args.sliding_window : held;
-    first_slot = (std::uint64_t{args.ring_start} + (held - count)) % args.kv_capacity;
+/// K or V of all heads.
+struct Side {
+  Side(const Buffer& packed, const Buffer& norms_in, const Codebook& codebook, const AttendOp& op)
+      : levels(codebook),
+        codes(packed.data<const std::uint8_t>()),
+        norms(norms_in.data<const float>()),
+        capacity(op.args.kv_capacity),
+        head_dim(op.args.head_dim),
+        bytes(row_bytes(op.packing, codebook.cbits, head_dim)),
+        high_bits(has_planes(op.packing, codebook.cbits) ? codebook.cbits - kNibbleBits : 0) {}
+
+  HeadRows head(std::size_t kv_head) const {
+    const std::size_t first = kv_head * capacity;
+    return {codes + first * bytes, norms + first * norms_per_row(head_dim), levels.levels, bytes, high_bits};
   }
-  std::size_t count;
-  std::size_t first_slot;
+
+  LevelTable levels;
+  const std::uint8_t* codes;
+  const float* norms;
+  std::size_t capacity, head_dim, bytes;
+  unsigned high_bits;
 };
 
 /// Copies a query head, rotated if asked, scaled by a power of two so that nothing can overflow.
@@ -59,97 +73,153 @@ double prepare_query(const float* q, std::size_t head_dim, bool rotate, float* o
   return std::ldexp(1.0, exponent);
 }
 
-struct Partials {
-  std::vector<double> max, sum;  // [kv head][range][group]
-  std::vector<float> out;        // [kv head][range][group][head_dim]
+/// Up to kQueryBlock consecutive queries. A row is one head of one of them: the rows of a KV head follow each other,
+/// query by query, so that they can share its keys.
+class QueryBlock {
+ public:
+  QueryBlock(const AttendOp& op, float row_scale, std::size_t first, std::size_t queries);
+
+  /// Attends all rows to one range of one KV head's keys, into the partial states.
+  void attend_unit(std::size_t unit, const Side& k, const Side& v);
+  std::size_t num_units() const { return kv_heads_ * ranges_; }
+
+  /// Merges the ranges of one head of one query and writes its results, or reports the query.
+  void finish(std::size_t query, std::size_t head, BadRows& bad_rows) const;
+
+ private:
+  /// The first partial state of a row; those of its further ranges follow at distances of rows_.
+  std::size_t first_partial(std::size_t row) const { return row / rows_ * ranges_ * rows_ + row % rows_; }
+  void merge(std::size_t row, std::size_t head, float* out, float* lse) const;
+
+  const AttendOp& op_;
+  std::size_t head_dim_, kv_heads_, group_;
+  float row_scale_;                   // turns a norm into what a level is multiplied by
+  std::size_t first_query_, rows_;    // rows_ of one KV head
+  QueryRange keys_;                   // that any of the queries sees
+  std::size_t range_, ranges_;        // keys in one, and how many there are
+  std::vector<QueryRange> seen_;      // [rows_]
+  std::vector<float> q_;              // [kv head][rows_][head_dim]
+  std::vector<double> scale_, bias_;  // [kv head][rows_]; a scale of NaN marks a row that cannot be used
+  // Partial states, [kv head][range][rows_].
+  std::vector<double> max_, sum_, scores_;
+  std::vector<float> out_;
 };
 
-/// Merges the ranges of query head `g` of KV head `kv_head` into `out`.
-void merge_ranges(const Partials& partials, std::size_t kv_head, std::size_t ranges, std::size_t group, std::size_t g,
-                  std::size_t head_dim, float* out) noexcept {
-  const std::size_t first = kv_head * ranges * group + g;
-  double max = partials.max[first];
-  for (std::size_t r = 1; r < ranges; ++r) max = std::max(max, partials.max[first + r * group]);
-  double sum = 0.0;
-  std::memset(out, 0, head_dim * sizeof(float));
-  for (std::size_t r = 0; r < ranges; ++r) {
-    const std::size_t at = first + r * group;
-    const float weight = std::exp(static_cast<float>(partials.max[at] - max));
-    sum += partials.sum[at] * static_cast<double>(weight);
-    const float* partial = partials.out.data() + at * head_dim;
-    for (std::size_t j = 0; j < head_dim; ++j) out[j] += weight * partial[j];
+QueryBlock::QueryBlock(const AttendOp& op, float row_scale, std::size_t first, std::size_t queries)
+    : op_(op),
+      head_dim_(op.args.head_dim),
+      kv_heads_(op.args.num_kv_heads),
+      group_(op.args.num_heads / op.args.num_kv_heads),
+      row_scale_(row_scale),
+      first_query_(first),
+      rows_(queries * group_) {
+  const TqFlashAttnVecArgs& args = op.args;
+  const TqU32 window = args.mask_type == 2 ? args.sliding_window : 0;
+  for (std::size_t i = 0; i < queries; ++i) {
+    const std::size_t later = args.num_queries - 1 - (first + i);
+    const TqU32 position = args.query_position - static_cast<TqU32>(later);
+    seen_.insert(seen_.end(), group_, query_range(position, args.kv_seq_len, window));
+  }
+  keys_ = {seen_.front().begin, seen_.back().end};
+  range_ = range_length(keys_.end - keys_.begin, kv_heads_);
+  ranges_ = (keys_.end - keys_.begin + range_ - 1) / range_;
+
+  q_.resize(kv_heads_ * rows_ * head_dim_);
+  scale_.resize(kv_heads_ * rows_);
+  bias_.resize(kv_heads_ * rows_);
+  for (std::size_t row = 0; row < scale_.size(); ++row) {
+    const std::size_t query = first + row % rows_ / group_;
+    const std::size_t at = query * args.num_heads + row / rows_ * group_ + row % group_;
+    if (op.score_bias) bias_[row] = static_cast<double>(op.score_bias->data<const float>()[at]);
+    const double undo = prepare_query(op.q.data<const float>() + at * head_dim_, head_dim_, args.fuse_fwht_pre == 1,
+                                      q_.data() + row * head_dim_);
+    scale_[row] = std::isfinite(bias_[row]) ? undo * static_cast<double>(args.scale) * static_cast<double>(row_scale)
+                                            : std::numeric_limits<double>::quiet_NaN();
+  }
+
+  const std::size_t partials = kv_heads_ * ranges_ * rows_;
+  max_.resize(partials);
+  sum_.resize(partials);
+  scores_.resize(partials * kAttendTile);
+  out_.resize(partials * head_dim_);
+}
+
+void QueryBlock::attend_unit(std::size_t unit, const Side& k, const Side& v) {
+  const std::size_t kv_head = unit / ranges_;
+  const std::size_t first = unit % ranges_ * range_;
+  const std::size_t capacity = op_.args.kv_capacity;
+  AttendTask task;
+  task.q = q_.data() + kv_head * rows_ * head_dim_;
+  task.q_scale = scale_.data() + kv_head * rows_;
+  task.bias = bias_.data() + kv_head * rows_;
+  task.seen = seen_.data();
+  task.k = k.head(kv_head);
+  task.v = v.head(kv_head);
+  task.rows = rows_;
+  task.head_dim = head_dim_;
+  task.first_age = keys_.begin + first;
+  task.first_slot = (op_.args.ring_start + task.first_age) % capacity;
+  task.count = std::min(range_, keys_.end - task.first_age);
+  task.capacity = capacity;
+  task.softcap = static_cast<double>(op_.args.softcap);
+  task.v_scale = row_scale_;
+  task.scratch_scores = scores_.data() + unit * rows_ * kAttendTile;
+  task.max = max_.data() + unit * rows_;
+  task.sum = sum_.data() + unit * rows_;
+  task.out = out_.data() + unit * rows_ * head_dim_;
+  attend_kernel().run(task);
+}
+
+void QueryBlock::finish(std::size_t query, std::size_t head, BadRows& bad_rows) const {
+  const std::size_t at = (first_query_ + query) * op_.args.num_heads + head;
+  const std::size_t row = head / group_ * rows_ + query * group_ + head % group_;
+  if (std::isnan(scale_[row])) {
+    bad_rows.report(at);
+    return;
+  }
+  merge(row, head, op_.output.data<float>() + at * head_dim_, op_.lse ? op_.lse->data<float>() + at : nullptr);
+}
+
+void QueryBlock::merge(std::size_t row, std::size_t head, float* out, float* lse) const {
+  constexpr double kNone = -std::numeric_limits<double>::infinity();
+  const double sink = op_.sinks ? static_cast<double>(op_.sinks->data<const float>()[head]) : kNone;
+  const QueryRange& seen = seen_[row % rows_];
+  std::memset(out, 0, head_dim_ * sizeof(float));
+  if (seen.begin == seen.end) {
+    if (lse != nullptr) *lse = static_cast<float>(sink);
+    return;
+  }
+  const std::size_t first = first_partial(row);
+  double max = sink;
+  for (std::size_t r = 0; r < ranges_; ++r) max = std::max(max, max_[first + r * rows_]);
+  double sum = sink == kNone ? 0.0 : std::exp(sink - max);
+  for (std::size_t r = 0; r < ranges_; ++r) {
+    const std::size_t at = first + r * rows_;
+    const float weight = std::exp(static_cast<float>(max_[at] - max));
+    sum += sum_[at] * static_cast<double>(weight);
+    const float* partial = out_.data() + at * head_dim_;
+    for (std::size_t j = 0; j < head_dim_; ++j) out[j] += weight * partial[j];
   }
   const float inverse = static_cast<float>(1.0 / sum);
-  for (std::size_t j = 0; j < head_dim; ++j) out[j] *= inverse;
+  for (std::size_t j = 0; j < head_dim_; ++j) out[j] *= inverse;
+  if (op_.fused_undo) unrotate_row(out, head_dim_);
+  if (lse != nullptr) *lse = static_cast<float>(max + std::log(sum));
 }
 
 }  // namespace
 
 void attend(const AttendOp& op, ThreadPool& pool, BadRows& bad_rows) {
-  const TqFlashAttnVecArgs& args = op.args;
-  const std::size_t head_dim = args.head_dim;
-  const std::size_t num_heads = args.num_heads;
-  const std::size_t num_kv_heads = args.num_kv_heads;
-  const std::size_t group = num_heads / num_kv_heads;
-  const std::size_t capacity = args.kv_capacity;
-  const std::size_t norms = norms_per_row(head_dim);
-  const VisibleKeys visible(args);
-  const std::size_t range = range_length(visible.count, num_kv_heads);
-  const std::size_t ranges = (visible.count + range - 1) / range;
-
+  const Side k(op.k_packed, op.k_norms, *op.k_codebook, op);
+  const Side v(op.v_packed, op.v_norms, *op.v_codebook, op);
   // A K row is levels * decode_factor(norm), so this is the norm's constant part.
-  const float row_scale = decode_factor(1.0f, head_dim, args.scale_factor_d512);
-  std::vector<float> q(num_heads * head_dim);
-  std::vector<double> q_scale(num_heads);
-  for (std::size_t h = 0; h < num_heads; ++h) {
-    const double undo = prepare_query(op.q.data<const float>() + h * head_dim, head_dim, args.fuse_fwht_pre == 1,
-                                      q.data() + h * head_dim);
-    q_scale[h] = undo * static_cast<double>(args.scale) * static_cast<double>(row_scale);
+  const float row_scale = decode_factor(1.0f, op.args.head_dim, op.args.scale_factor_d512);
+  const std::size_t heads = op.args.num_heads;
+  for (std::size_t first = 0; first < op.num_queries(); first += kQueryBlock) {
+    const std::size_t queries = std::min<std::size_t>(kQueryBlock, op.num_queries() - first);
+    QueryBlock block(op, row_scale, first, queries);
+    pool.parallel_for(block.num_units(), [&](std::size_t unit) { block.attend_unit(unit, k, v); });
+    pool.parallel_for(queries * heads, [&](std::size_t i) { block.finish(i / heads, i % heads, bad_rows); });
   }
-
-  const LevelTable k_levels(*op.k_codebook);
-  const LevelTable v_levels(*op.v_codebook);
-  const std::size_t units = num_kv_heads * ranges;
-  Partials partials;
-  partials.max.resize(units * group);
-  partials.sum.resize(units * group);
-  partials.out.resize(units * group * head_dim);
-  std::vector<double> scores(units * group * kAttendTile);
-  const IsaKernel& kernel = attend_kernel();
-
-  pool.parallel_for(units, [&](std::size_t unit) {
-    const std::size_t kv_head = unit / ranges;
-    const std::size_t first = unit % ranges * range;
-    AttendTask task;
-    task.q = q.data() + kv_head * group * head_dim;
-    task.q_scale = q_scale.data() + kv_head * group;
-    task.k = {op.k_packed.data<const std::uint8_t>() + kv_head * capacity * head_dim,
-              op.k_norms.data<const float>() + kv_head * capacity * norms, k_levels.levels};
-    task.v = {op.v_packed.data<const std::uint8_t>() + kv_head * capacity * head_dim,
-              op.v_norms.data<const float>() + kv_head * capacity * norms, v_levels.levels};
-    task.group = group;
-    task.head_dim = head_dim;
-    task.first_slot = (visible.first_slot + first) % capacity;
-    task.count = std::min(range, visible.count - first);
-    task.capacity = capacity;
-    task.softcap = static_cast<double>(args.softcap);
-    task.v_scale = row_scale;
-    task.scratch_scores = scores.data() + unit * group * kAttendTile;
-    task.max = partials.max.data() + unit * group;
-    task.sum = partials.sum.data() + unit * group;
-    task.out = partials.out.data() + unit * group * head_dim;
-    kernel.run(task);
-  });
-
-  pool.parallel_for(num_heads, [&](std::size_t h) {
-    if (std::isnan(q_scale[h])) {
-      bad_rows.report(h);
-      return;
-    }
-    float* out = op.output.data<float>() + h * head_dim;
-    merge_ranges(partials, h / group, ranges, group, h % group, head_dim, out);
-    if (op.fused_undo) unrotate_row(out, head_dim);
-  });
 }
 
 }  // namespace tq_hb

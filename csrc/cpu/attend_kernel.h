@@ -1,8 +1,10 @@
-// What an instruction set implements: attention of one KV head's query group over one range of keys.
+// What an instruction set implements: attention of the queries of one KV head over one range of keys.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#include "core/query_range.h"
 
 namespace tq_hb {
 
@@ -11,26 +13,32 @@ constexpr std::size_t kAttendTile = 16;
 
 /// K or V of one KV head.
 struct HeadRows {
-  const std::uint8_t* codes;  ///< [capacity][head_dim]
+  const std::uint8_t* codes;  ///< [capacity][row_bytes]
   const float* norms;         ///< [capacity][norms per row]
   const float* levels;        ///< 256 entries: the codebook repeated, so a code needs no mask
+  std::size_t row_bytes;
+  unsigned high_bits;  ///< width of the high plane: 1 or 2, or 0 where a code is a byte
 };
 
 /// A range of keys, oldest first: slots first_slot, first_slot + 1, ... wrapping at capacity.
+///
+/// A row is one head of one query. All rows share the decoding of a key, also those that do not see it.
 struct AttendTask {
-  const float* q;         ///< [group][head_dim], rotated; each row scaled by a power of two
-  const double* q_scale;  ///< [group]: what turns dot(q, levels) * norm into the scaled score
+  const float* q;          ///< [rows][head_dim], rotated; each row scaled by a power of two
+  const double* q_scale;   ///< [rows]: what turns dot(q, levels) * norm into the scaled score
+  const double* bias;      ///< [rows]: added to the scaled score
+  const QueryRange* seen;  ///< [rows]: ages of the keys that a row sees
   HeadRows k, v;
-  std::size_t group;
+  std::size_t rows;
   std::size_t head_dim;
-  std::size_t first_slot, count, capacity;
+  std::size_t first_age, first_slot, count, capacity;
   double softcap;          ///< 0 for none
   float v_scale;           ///< what a V norm is multiplied by
-  double* scratch_scores;  ///< [group][kAttendTile]
-  // Partial softmax state over the range, one entry or row per query head of the group.
+  double* scratch_scores;  ///< [rows][kAttendTile]
+  // Partial softmax state over the range. A row that sees none of it gets -inf, 0 and zeros.
   double* max;
   double* sum;
-  float* out;  ///< [group][head_dim], not divided by sum
+  float* out;  ///< [rows][head_dim], not divided by sum
 };
 
 struct IsaKernel {

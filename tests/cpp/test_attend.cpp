@@ -37,6 +37,21 @@ TEST_P(Attend, HonoursWindowRingAndSoftcap) {
   }
 }
 
+TEST_P(Attend, OfEveryHeadSizePackingAndNumberOfQueries) {
+  for (const unsigned head_dim : {64u, 128u, 256u, 512u}) {
+    for (const auto& [packing, k_bits, v_bits] :
+         {std::tuple{Packing::kByte, 8u, 6u}, std::tuple{Packing::kPlane, 5u, 6u},
+          std::tuple{Packing::kPlane, 6u, 8u}}) {
+      CacheCase test(6, 2, head_dim, 70, k_bits, v_bits, GetParam(), packing);
+      EXPECT_LT(nmse(test.attend(), test.expected()), kFloat32Nmse) << head_dim << ' ' << k_bits;
+      for (const unsigned queries : {1u, 2u, 7u, 8u, 9u, 17u}) {
+        test.ask(queries);
+        EXPECT_LT(nmse(test.attend(), test.expected()), kFloat32Nmse) << head_dim << ' ' << k_bits << ' ' << queries;
+      }
+    }
+  }
+}
+
 TEST_P(Attend, NeverReadsWhatIsMasked) {
   CacheCase test(2, 1, 256, 40, 8, 8, GetParam());
   test.args.mask_type = 2;

@@ -45,15 +45,18 @@ TEST(CpuAttend, OfEveryInstructionSetAgrees) {
     std::vector<double> want = test.expected();
     const double row_scale = head_dim == 256 ? 1.0 / 16.0 : 1.0;
     for (const IsaKernel* kernel : kernels) {
-      std::vector<double> q_scale(3, static_cast<double>(test.args.scale) * row_scale), max(3), sum(3);
+      std::vector<double> q_scale(3, static_cast<double>(test.args.scale) * row_scale), bias(3), max(3), sum(3);
+      const std::vector<QueryRange> seen(3, QueryRange{0, 50});
       std::vector<double> scores(3 * kAttendTile);
       std::vector<float> out(3 * head_dim);
       AttendTask task{};
       task.q = test.q.data<float>();
       task.q_scale = q_scale.data();
-      task.k = {test.k_packed.data<std::uint8_t>(), test.k_norms.data<float>(), levels.data()};
-      task.v = {test.v_packed.data<std::uint8_t>(), test.v_norms.data<float>(), levels.data()};
-      task.group = 3;
+      task.bias = bias.data();
+      task.seen = seen.data();
+      task.k = {test.k_packed.data<std::uint8_t>(), test.k_norms.data<float>(), levels.data(), head_dim, 0};
+      task.v = {test.v_packed.data<std::uint8_t>(), test.v_norms.data<float>(), levels.data(), head_dim, 0};
+      task.rows = 3;
       task.head_dim = head_dim;
       task.first_slot = 20;  // wraps after 30 keys; the order of keys does not change the sum
       task.count = 50;
