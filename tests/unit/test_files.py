@@ -1,0 +1,552 @@
+"""Saved caches: what is written comes back, is replaced whole or not at all, and nothing wrong is believed."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import re
+import resource
+import stat
+import threading
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import tq_hb
+from files_cases import ARRAYS, MALFORMED, File, make_saved, right_file_caches
+from tq_hb import files
+from tq_hb.files import SavedCache, read_caches, write_caches
+
+HEAD_DIMS = tq_hb.supported_head_dims()
+WIDTHS = tq_hb.supported_bits()
+PACKINGS = ("byte", "plane")
+V1 = Path(__file__).resolve().parents[1] / "data" / "saved_caches_v1.safetensors"
+
+# What the format promises about a malformed file, beside the right error.
+CPU_SECONDS = 0.05
+PEAK_BYTES = 32 << 20
+
+
+def same(a: SavedCache, b: SavedCache) -> bool:
+    """Whether two saved caches agree in every field and every bit."""
+    for field in dataclasses.fields(SavedCache):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        if field.name not in ARRAYS or x is None or y is None:
+            if type(x) is not type(y) or x != y:
+                return False
+        elif (x.dtype, x.shape, x.tobytes()) != (y.dtype, y.shape, y.tobytes()):
+            return False
+    return True
+
+
+def round_trip(path: Path, *caches: SavedCache) -> list[SavedCache]:
+    write_caches("op", path, caches)
+    return read_caches("op", path)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "cache.safetensors"
+
+
+@pytest.fixture(scope="module")
+def right_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("right") / "right"
+    write_caches("op", path, right_file_caches())
+    return path.read_bytes()
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("head_dim", HEAD_DIMS)
+    @pytest.mark.parametrize("packing", PACKINGS)
+    @pytest.mark.parametrize("k_bits", WIDTHS)
+    @pytest.mark.parametrize("v_bits", WIDTHS)
+    def test_every_width_packing_and_head_size(self, path, k_bits, v_bits, packing, head_dim):
+        saved = make_saved(33, num_kv_heads=3, head_dim=head_dim, k_bits=k_bits, v_bits=v_bits, packing=packing)
+        (loaded,) = round_trip(path, saved)
+        assert same(loaded, saved)
+
+    @pytest.mark.parametrize("tokens", [0, 1, 31, 32, 33, 511, 512, 513, 1025])
+    def test_every_length(self, path, tokens):
+        saved = make_saved(tokens, seed=tokens)
+        (loaded,) = round_trip(path, saved)
+        assert same(loaded, saved)
+
+    @pytest.mark.parametrize(
+        "choices",
+        [
+            {"capacity": 1000},
+            {"capacity": 2**32 - 1},
+            {"tokens": 0, "capacity": 1},
+            {"codebook": "mlx_native", "k_bits": 5},
+            {"precision": "strict"},
+            {"k_mean": True},
+            {"k_mean": True, "head_dim": 512},
+            {"tokens": 0, "k_mean": True},
+            {"tokens": 3, "sliding_window": 8},
+            {"tokens": 0, "sliding_window": 8},
+            {"tokens": 8, "sliding_window": 8, "offset": 8},
+            {"tokens": 8, "sliding_window": 8, "offset": 1001},
+            {"tokens": 8, "sliding_window": 8, "offset": 2**63 - 1},
+            {"tokens": 12, "sliding_window": 8, "capacity": 12, "offset": 12345},
+            {"tokens": 9, "sliding_window": 8, "capacity": 12, "offset": 12345},
+            {"tokens": 8, "sliding_window": 8, "capacity": 12, "offset": 11},
+        ],
+        ids=str,
+    )
+    def test_every_choice(self, path, choices):
+        saved = make_saved(**choices)
+        (loaded,) = round_trip(path, saved)
+        assert same(loaded, saved)
+
+    def test_several_caches_keep_their_order(self, path):
+        caches = [
+            make_saved(tokens, head_dim=(256, 512)[tokens % 2], sliding_window=(None, 2)[tokens % 3 == 2], seed=tokens)
+            for tokens in range(13)
+        ]
+        loaded = round_trip(path, *caches)
+        assert len(loaded) == len(caches)
+        assert all(map(same, loaded, caches))
+
+    def test_arrays_need_not_be_contiguous(self, path):
+        saved = make_saved(6)
+        strided = dataclasses.replace(
+            saved, k_codes=np.asfortranarray(saved.k_codes), v_norms=np.repeat(saved.v_norms, 2, axis=1)[:, ::2]
+        )
+        (loaded,) = round_trip(path, strided)
+        assert same(loaded, saved)
+
+    def test_the_same_caches_make_the_same_bytes(self, tmp_path):
+        for name in ("a", "b"):
+            write_caches("op", tmp_path / name, right_file_caches())
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+    def test_paths_may_be_of_any_kind(self, path):
+        saved = make_saved()
+        write_caches("op", os.fspath(path), [saved])
+        assert same(read_caches("op", path)[0], saved)
+
+    def test_as_many_caches_as_a_large_model_has_layers(self, path):
+        loaded = round_trip(path, *[make_saved(0, k_bits=5, v_bits=6, k_mean=True)] * 500)
+        assert len(loaded) == 500
+
+
+class TestTheFile:
+    def test_any_safetensors_reader_reads_the_arrays(self, path):
+        saved = right_file_caches()[1]
+        write_caches("op", path, [saved])
+        tensors = safetensors.numpy.load_file(path)
+        assert tensors.keys() == {f"0.{name}" for name in ARRAYS}
+        for name in ARRAYS:
+            assert np.array_equal(tensors[f"0.{name}"], getattr(saved, name))
+
+    def test_the_checksum_is_that_of_the_file_with_zeros_in_its_place(self, right_file):
+        stated = File.parse(right_file).metadata["checksum"].encode()
+        assert right_file.count(stated) == 1
+        assert hashlib.sha256(right_file.replace(stated, b"0" * 64)).hexdigest() == stated.decode()
+
+    def test_the_metadata_describe_the_caches(self, right_file):
+        metadata = File.parse(right_file).metadata
+        first, second = metadata["caches"]
+        assert (metadata["format"], metadata["version"]) == ("tq_hb.kv_caches", 1)
+        assert set(metadata["tables"]) == {"lloyd_max_5", "lloyd_max_6", "lloyd_max_8"}
+        tables = tq_hb.codebook(6).tobytes() + tq_hb.boundaries(6).tobytes()
+        assert metadata["tables"]["lloyd_max_6"] == hashlib.sha256(tables).hexdigest()
+        assert (first["length"], first["offset"], first["ring_start"], first["sliding_window"]) == (5, 5, 0, None)
+        assert (second["length"], second["offset"], second["ring_start"], second["sliding_window"]) == (6, 22, 2, 4)
+
+    def test_version_1_stays_readable(self):
+        assert V1.stat().st_size < 20 << 10
+        loaded = read_caches("op", V1)
+        assert len(loaded) == len(version_1_caches())
+        assert all(map(same, loaded, version_1_caches()))
+
+    def test_version_1_stays_what_is_written(self, path):
+        write_caches("op", path, version_1_caches())
+        wanted, written = File.parse(V1.read_bytes()), File.parse(path.read_bytes())
+        assert (written.metadata, written.tensors, written.data) == (wanted.metadata, wanted.tensors, wanted.data)
+
+
+def version_1_caches() -> list[SavedCache]:
+    """The content of the checked-in file, by a rule rather than a random generator that may change."""
+
+    def by_rule(saved: SavedCache) -> SavedCache:
+        arrays = {name: getattr(saved, name) for name in ARRAYS if getattr(saved, name) is not None}
+        for index, (name, array) in enumerate(arrays.items()):
+            counted = np.arange(array.size).reshape(array.shape) * 37 + index
+            limit = 256 if saved.packing == "plane" else 2 ** getattr(saved, f"{name[0]}_bits")
+            arrays[name] = (counted % limit).astype(array.dtype)
+        return dataclasses.replace(saved, **arrays)
+
+    return [
+        by_rule(saved)
+        for saved in (
+            make_saved(3, codebook="mlx_native", k_bits=8, v_bits=5, precision="strict"),
+            make_saved(3, sliding_window=2, capacity=4, offset=9, head_dim=512, num_kv_heads=1, k_bits=6, k_mean=True),
+            make_saved(4, capacity=64, packing="plane", k_bits=5, v_bits=6, k_mean=True),
+            make_saved(0),
+        )
+    ]
+
+
+class TestRefusedOnSaving:
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            ({"k_norms": np.full((2, 5), np.nan, np.float32)}, r"caches\[1\]\.k_norms.*finite.*nan"),
+            ({"v_norms": np.full((2, 5), -1, np.float32)}, r"caches\[1\]\.v_norms.*>= 0.*-1"),
+            ({"v_norms": np.ones((2, 5))}, r"caches\[1\]\.v_norms.*float32.*float64"),
+            ({"k_codes": np.zeros((2, 5, 128), np.uint8)}, r"caches\[1\]\.k_codes.*\(2, 5, 256\).*128"),
+            ({"v_codes": np.zeros((2, 4, 256), np.uint8)}, r"caches\[1\]\.v_codes.*\(2, 5, 256\).*4"),
+            ({"v_codes": np.full((2, 5, 256), 64, np.uint8), "v_bits": 6}, r"caches\[1\]\.v_codes.*2\*\*6.*64"),
+            ({"k_mean": np.full((2, 256), np.inf, np.float32)}, r"caches\[1\]\.k_mean.*finite.*inf"),
+            ({"k_mean": np.zeros(256, np.float32)}, r"caches\[1\]\.k_mean.*\(2, 256\).*\(256,\)"),
+            ({"capacity": 4}, r"caches\[1\]\.length.*capacity 4.*5"),
+            ({"offset": 6}, r"caches\[1\]\.offset.*6"),
+            ({"k_bits": 7}, r"caches\[1\]\.k_bits.*5, 6 or 8.*7"),
+            ({"head_dim": np.int64(256)}, r"caches\[1\]\.head_dim.*int.*256"),
+        ],
+        ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+    )
+    def test_what_no_cache_can_be(self, path, change, says):
+        wrong = dataclasses.replace(make_saved(5), **change)
+        with pytest.raises(tq_hb.InvalidArgument, match=f"^KVCache.save: {says}"):
+            write_caches("KVCache.save", path, [make_saved(5), wrong])
+        assert not path.exists()
+
+    def test_no_caches(self, path):
+        with pytest.raises(tq_hb.InvalidArgument, match=r"^save_caches: caches of .* must be at least one, got 0"):
+            write_caches("save_caches", path, [])
+
+    def test_more_caches_than_the_header_holds(self, path):
+        with pytest.raises(tq_hb.InvalidArgument, match=r"^save_caches: header .* at most"):
+            write_caches("save_caches", path, [make_saved(0)] * 1200)
+        assert not path.exists()
+
+
+class TestPaths:
+    @pytest.mark.parametrize("wrong", [0, 1.5, None, b"cache", ["cache"]], ids=repr)
+    def test_must_be_a_path(self, wrong):
+        for call in (lambda: read_caches("op", wrong), lambda: write_caches("op", wrong, [make_saved()])):
+            with pytest.raises(tq_hb.InvalidArgument, match="op: path must be a str or an os.PathLike, got "):
+                call()
+
+    def test_nul(self):
+        with pytest.raises(tq_hb.InvalidArgument, match="op: path must not contain a NUL"):
+            read_caches("op", "cache\0")
+
+    def test_missing(self, path):
+        with pytest.raises(FileNotFoundError):
+            read_caches("op", path)
+        with pytest.raises(FileNotFoundError):
+            write_caches("op", path / "cache", [make_saved()])
+
+    def test_folder(self, tmp_path):
+        with pytest.raises(IsADirectoryError):
+            read_caches("op", tmp_path)
+        with pytest.raises(IsADirectoryError):
+            write_caches("op", tmp_path, [make_saved()])
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
+    def test_unreadable(self, path):
+        path.write_bytes(b"")
+        path.chmod(0)
+        with pytest.raises(PermissionError):
+            read_caches("op", path)
+
+    def test_a_pipe_is_not_waited_for(self, path):
+        os.mkfifo(path)
+        for call in (lambda: read_caches("op", path), lambda: write_caches("op", path, [make_saved()])):
+            with pytest.raises(tq_hb.InvalidArgument, match="op: path must name a regular file, got '.*cache"):
+                call()
+        assert stat.S_ISFIFO(path.stat().st_mode)
+
+    def test_a_symbolic_link_stays_one(self, tmp_path, path):
+        link = tmp_path / "link"
+        link.symlink_to(path)
+        (loaded,) = round_trip(link, make_saved())
+        assert same(loaded, make_saved())
+        assert link.is_symlink()
+        assert path.is_file()
+
+    def test_the_mode_of_the_file_stays(self, path):
+        write_caches("op", path, [make_saved(1)])
+        path.chmod(0o600)
+        write_caches("op", path, [make_saved(2)])
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+    def test_a_new_file_has_the_mode_of_any_new_file(self, path):
+        write_caches("op", path, [make_saved(1)])
+        other = path.with_name("other")
+        other.touch()
+        assert path.stat().st_mode == other.stat().st_mode
+
+
+class TestWholeOrNotAtAll:
+    """Whatever fails, the old file is as it was and no other is left beside it."""
+
+    @pytest.fixture(params=["replacing", "new"])
+    def saving_fails(self, request, path):
+        def check(kind: type[BaseException]) -> None:
+            if request.param == "replacing":
+                write_caches_unhurt(path, [make_saved(3)])
+            before = path.read_bytes() if path.exists() else None
+            with pytest.raises(kind):
+                write_caches("op", path, [make_saved(700)])
+            assert (path.read_bytes() if path.exists() else None) == before
+            assert [p.name for p in path.parent.iterdir()] == [path.name] * (before is not None)
+
+        original = {name: getattr(os, name) for name in ("fsync", "replace", "open")}
+
+        def write_caches_unhurt(path: Path, caches: list[SavedCache]) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                for name, function in original.items():
+                    patch.setattr(os, name, function)
+                write_caches("op", path, caches)
+
+        return check
+
+    @staticmethod
+    def raising(error: BaseException):
+        def function(*args, **keywords):
+            raise error
+
+        return function
+
+    @pytest.mark.parametrize("error", [OSError(errno.EIO, "input/output error"), KeyboardInterrupt()], ids=repr)
+    @pytest.mark.parametrize("function", ["fsync", "replace", "open"])
+    def test_a_step_fails(self, saving_fails, monkeypatch, function, error):
+        monkeypatch.setattr(os, function, self.raising(error))
+        saving_fails(type(error))
+
+    def test_the_disk_takes_no_more(self, saving_fails):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            saving_fails(OSError)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    def test_the_content_is_on_the_disk_before_it_has_the_name(self, path, monkeypatch):
+        steps = []
+        fsync, replace = os.fsync, os.replace
+
+        def logged_fsync(fd):
+            steps.append("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else f"{os.fstat(fd).st_size} bytes")
+            fsync(fd)
+
+        def logged_replace(source, target):
+            steps.append("replace")
+            replace(source, target)
+
+        monkeypatch.setattr(os, "fsync", logged_fsync)
+        monkeypatch.setattr(os, "replace", logged_replace)
+        write_caches("op", path, [make_saved()])
+        assert steps == [f"{path.stat().st_size} bytes", "replace", "folder"]
+
+    @pytest.mark.parametrize(("code", "raises"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+    def test_a_folder_that_cannot_be_synced(self, path, monkeypatch, code, raises):
+        fsync = os.fsync
+
+        def files_only(fd):
+            if stat.S_ISDIR(os.fstat(fd).st_mode):
+                raise OSError(code, os.strerror(code))
+            fsync(fd)
+
+        monkeypatch.setattr(os, "fsync", files_only)
+        if raises:
+            with pytest.raises(OSError, match=os.strerror(code)):
+                write_caches("op", path, [make_saved()])
+        else:
+            write_caches("op", path, [make_saved()])
+        assert same(read_caches("op", path)[0], make_saved())
+        assert list(path.parent.iterdir()) == [path]
+
+    def test_readers_see_one_whole_file_or_another(self, path):
+        caches = [make_saved(tokens, seed=tokens) for tokens in (1, 40)]
+        write_caches("op", path, caches[:1])
+
+        def write(saved: SavedCache) -> None:
+            for _ in range(25):
+                write_caches("op", path, [saved])
+
+        writers = [threading.Thread(target=write, args=(saved,)) for saved in caches]
+        for writer in writers:
+            writer.start()
+        while any(writer.is_alive() for writer in writers):
+            (loaded,) = read_caches("op", path)
+            assert any(same(loaded, saved) for saved in caches)
+        assert list(path.parent.iterdir()) == [path]
+
+
+class TestMalformed:
+    def test_there_are_enough_and_all_differ(self, right_file):
+        contents = {hashlib.sha256(malform(right_file)).digest() for _, malform in MALFORMED.values()}
+        assert len(contents) == len(MALFORMED) >= 40
+
+    def test_taking_a_file_apart_and_together_changes_nothing(self, path, right_file):
+        path.write_bytes(File.parse(right_file).build())
+        assert all(map(same, read_caches("op", path), right_file_caches()))
+
+    @pytest.mark.parametrize("name", MALFORMED)
+    def test_is_refused_quickly_in_little_memory(self, path, right_file, name):
+        says, malform = MALFORMED[name]
+        path.write_bytes(malform(right_file))
+        pattern = re.compile(rf"KVCache.load: .*({says}).* of '.*cache.safetensors' must .*, got ", re.DOTALL)
+
+        def refused() -> float:
+            start = time.process_time()
+            with pytest.raises(tq_hb.InvalidArgument) as info:
+                read_caches("KVCache.load", path)
+            seconds = time.process_time() - start
+            assert pattern.match(str(info.value)), str(info.value)
+            assert len(str(info.value)) < 2000
+            return seconds
+
+        assert min(refused() for _ in range(3)) < CPU_SECONDS
+        tracemalloc.start()
+        try:
+            refused()
+            assert tracemalloc.get_traced_memory()[1] < PEAK_BYTES
+        finally:
+            tracemalloc.stop()
+
+    def test_a_length_that_only_a_sparse_file_has_is_not_read(self, path, right_file):
+        # A terabyte of nothing behind a small header.
+        path.write_bytes(right_file)
+        os.truncate(path, 2**40)
+        with pytest.raises(tq_hb.InvalidArgument, match=r"size of .* must be \d+ bytes after the header, got 1099"):
+            read_caches("op", path)
+
+    def test_every_truncation_is_refused(self, path, right_file):
+        start = 8 + int.from_bytes(right_file[:8], "little")
+        ends = {*range(0, start + 8, 5), *range(start, len(right_file), 997), len(right_file) - 1}
+        for end in ends:
+            path.write_bytes(right_file[:end])
+            with pytest.raises(tq_hb.InvalidArgument):
+                read_caches("op", path)
+
+    def test_a_file_that_changes_while_it_is_read(self, path, right_file, monkeypatch):
+        path.write_bytes(right_file)
+        parse = files._parse
+
+        def parse_while_somebody_shortens_it(header, data_bytes):
+            result = parse(header, data_bytes)
+            os.truncate(path, len(right_file) - 100)
+            return result
+
+        monkeypatch.setattr(files, "_parse", parse_while_somebody_shortens_it)
+        with pytest.raises(tq_hb.InvalidArgument, match="content of .* must not change while it is read"):
+            read_caches("op", path)
+
+    def test_a_file_whose_header_changes_while_it_is_read(self, path, monkeypatch):
+        # A header longer than any buffer that may still hold what was read first.
+        write_caches("op", path, [make_saved(0)] * 300)
+        content, parse = path.read_bytes(), files._parse
+
+        def parse_while_somebody_rewrites_it(header, data_bytes):
+            result = parse(header, data_bytes)
+            at = content.rindex(b"U8")
+            path.write_bytes(content[:at] + b"I" + content[at + 1 :])
+            return result
+
+        monkeypatch.setattr(files, "_parse", parse_while_somebody_rewrites_it)
+        with pytest.raises(tq_hb.InvalidArgument, match="content of .* must not change while it is read"):
+            read_caches("op", path)
+
+    def test_what_the_library_refuses(self, path, right_file, monkeypatch):
+        def load(content):
+            raise safetensors.SafetensorError("no such dtype")
+
+        path.write_bytes(right_file)
+        monkeypatch.setattr(safetensors.numpy, "load", load)
+        with pytest.raises(tq_hb.InvalidArgument, match="content of .* safetensors, got 'no such dtype'"):
+            read_caches("op", path)
+
+    def test_a_newer_version_says_what_to_do(self, path, right_file):
+        path.write_bytes(MALFORMED["a_newer_version_with_other_fields"][1](right_file))
+        with pytest.raises(tq_hb.InvalidArgument, match="version of .* must be 1: .*newer tq_hb.*, got 2"):
+            read_caches("op", path)
+
+    def test_a_file_of_another_program_is_told_apart(self, path):
+        safetensors.numpy.save_file({"weight": np.ones(3, np.float32)}, path, {"format": "pt"})
+        with pytest.raises(tq_hb.InvalidArgument, match="__metadata__ of .* as in saved caches, got .*pt"):
+            read_caches("op", path)
+
+
+@pytest.fixture(scope="module")
+def fuzz_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzz") / "file"
+
+
+def place(size: int) -> st.SearchStrategy[int]:
+    """Anywhere, half of the time near the front, where the header is."""
+    return st.one_of(st.integers(0, min(4000, size)), st.integers(0, size))
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_change_of_bytes_is_believed(fuzz_path, right_file, data):
+    content = bytearray(right_file)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(place(len(content)))
+        match data.draw(st.sampled_from(["flip", "delete", "insert", "overwrite", "truncate"])):
+            case "flip" if at < len(content):
+                content[at] ^= 1 << data.draw(st.integers(0, 7))
+            case "delete":
+                del content[at : at + data.draw(st.integers(1, 64))]
+            case "insert":
+                content[at:at] = data.draw(st.binary(min_size=1, max_size=16))
+            case "overwrite":
+                new = data.draw(st.binary(min_size=1, max_size=16))
+                content[at : at + len(new)] = new
+            case "truncate":
+                del content[at:]
+    assume(content != right_file)
+    fuzz_path.write_bytes(content)
+
+    with pytest.raises(tq_hb.InvalidArgument):
+        read_caches("op", fuzz_path)
+
+
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**64), 2**64),
+    st.integers(-2, 40),
+    st.sampled_from(["", "byte", "plane", "lloyd_max", "mlx_native", "strict", "U8", "F32", 256, 512, 5, 6, 8, 2**32]),
+    st.text(max_size=5),
+    st.lists(st.integers(-3, 6000), max_size=4),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_signed_file_is_refused_or_means_what_it_says(fuzz_path, right_file, data):
+    file = File.parse(right_file)
+    for _ in range(data.draw(st.integers(1, 3))):
+        members = data.draw(st.sampled_from([file.metadata, *file.metadata["caches"], *file.tensors.values()]))
+        members[data.draw(st.sampled_from(sorted(members)))] = data.draw(ODD)
+        assume(isinstance(file.metadata["caches"], list) and all(isinstance(c, dict) for c in file.metadata["caches"]))
+    fuzz_path.write_bytes(file.build())
+
+    try:
+        loaded = read_caches("op", fuzz_path)
+    except tq_hb.InvalidArgument:
+        return
+    write_caches("op", fuzz_path, loaded)
+    again = File.parse(fuzz_path.read_bytes())
+    assert json.dumps(again.metadata["caches"]) == json.dumps(file.metadata["caches"], sort_keys=True)
+    assert (again.tensors, again.data) == (file.tensors, file.data)
