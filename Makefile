@@ -60,6 +60,7 @@ lint: $(STAMP)-lint
 bench: $(STAMP)-demo $(STAMP)-test $(STAMP)-package
 	$(BIN)/tq-hb generate --out bench/results
 	$(BIN)/python -m bench.codec
+	$(BIN)/python -m bench.rate_distortion
 	$(BIN)/python -m bench.cpu
 	$(BIN)/python -m bench.tables
 

@@ -7,6 +7,7 @@ a table that is not the one the results give is an error.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -106,6 +107,26 @@ def codec() -> str:
     return table(header, rows) + _source(report, "codec") + ".\n"
 
 
+def rate_distortion() -> str:
+    """Return every format's size and loss, a table per head size."""
+    report = harness.read("rate_distortion")
+    header = ("format", "bits per value", "above the bound", *_DATA.values())
+    tables = []
+    for head_dim in dict.fromkeys(result["head_dim"] for result in report["results"]):
+        rows = [
+            (
+                result["format"],
+                f"{result['bits_per_value']:.3f}",
+                f"{result['bits_per_value'] + math.log2(result['nmse']['normal']) / 2:.2f}",
+                *(f"{result['nmse'][data]:.2e}" if data in result["nmse"] else "" for data in _DATA),
+            )
+            for result in report["results"]
+            if result["head_dim"] == head_dim
+        ]
+        tables.append(f"D = {head_dim}:\n\n{table(header, rows)}")
+    return "\n".join(tables) + _source(report, "rate_distortion") + ".\n"
+
+
 def append_cpu() -> str:
     """Return the cost of appending, per token."""
     report = harness.read("cpu")
@@ -127,6 +148,12 @@ def append_cpu() -> str:
     return table(header, rows) + _source(report, "cpu") + _machine(report)
 
 
+_DATA = {
+    "normal": "normal",
+    "student_t": "Student's t",
+    "outliers": "outlier channels",
+    "outliers_rotated": "these rotated first",
+}
 _TORCH = ("torch float32", "torch float16", "torch bfloat16")
 _TABLES: dict[str, Callable[[], str]] = {
     "attend_cpu": attend_cpu,
@@ -140,6 +167,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "metal_gpus": metal_tables.gpus,
     "metal_reference": metal_tables.reference,
     "metal_threadgroup": metal_tables.threadgroup,
+    "rate_distortion": rate_distortion,
     "replay": replay,
 }
 

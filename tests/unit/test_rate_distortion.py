@@ -12,7 +12,7 @@ import tq_hb
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench import formats, rate_distortion
+from bench import formats, harness, rate_distortion
 
 HALF_STEP = 0.5 + 2**-4  # and what rounding the scale to float16 can add to the largest code
 
@@ -182,6 +182,28 @@ def test_bits_per_value_of_the_others(head_dim):
     assert counted == {"q8_0": 8.5, "q5_1": 6.0, "q5_0": 5.5, "q4_0": 4.5, **affine}
 
 
+@pytest.mark.parametrize("head_dim", tq_hb.supported_head_dims())
+def test_comparison(monkeypatch, head_dim):
+    monkeypatch.setattr(rate_distortion, "VALUES", 2**14)
+
+    results = rate_distortion.compare(head_dim)
+
+    rows = {row["format"]: row for row in results}
+    assert len(rows) == len(results) == 12 + len(formats.RIVALS)
+    norm_bits = 32 / min(head_dim, 256)
+    for bits in tq_hb.supported_bits():
+        for codebook in ("lloyd_max", "mlx_native"):
+            byte, plane = (rows[f"tq_hb {bits}, `{codebook}`, {packing}"] for packing in ("byte", "plane"))
+            assert byte["bits_per_value"] == 8 + norm_bits
+            assert plane["bits_per_value"] == bits + norm_bits
+            assert byte["nmse"] == plane["nmse"]
+    for row in results:
+        assert row["nmse"]["normal"] > 4 ** -row["bits_per_value"], "beyond what is possible"
+        assert ("outliers_rotated" in row["nmse"]) == (not row["format"].startswith("tq_hb"))
+    # A rotation undoes what outliers do to a block's scale.
+    assert rows["q8_0"]["nmse"]["outliers_rotated"] < rows["q8_0"]["nmse"]["outliers"] / 2
+
+
 def test_relative_error_is_that_of_the_arrays_that_are_kept():
     x = np.full((1, 64), 2.0, np.float32)
 
@@ -205,3 +227,42 @@ def test_outliers_are_a_few_channels(head_dim):
     large = size > 5 * np.median(size)
     assert large.sum() == head_dim // 32
     assert size[large].max() / np.median(size) == pytest.approx(50, rel=0.1)
+
+
+def test_results_cover_what_is_supported():
+    results = harness.read("rate_distortion")["results"]
+
+    rows = [(row["head_dim"], row["format"]) for row in results]
+    want = [(d, form.name) for d in tq_hb.supported_head_dims() for form in rate_distortion.formats(d)]
+    assert rows == want
+
+
+def above_bound(data: str, head_dim: int, name: str) -> float:
+    """How many bits per value more than the bound for normal values, from the results."""
+    for row in harness.read("rate_distortion")["results"]:
+        if row["head_dim"] == head_dim and row["format"] == name:
+            return row["bits_per_value"] + np.log2(row["nmse"].get(data, row["nmse"]["outliers"])) / 2
+    raise LookupError(name)
+
+
+# docs/measurements.md says who wins where.
+@pytest.mark.parametrize(
+    ("data", "head_dim", "least", "most"),
+    [
+        ("normal", 64, -0.26, -0.16),
+        ("normal", 128, -0.05, 0.05),
+        ("normal", 256, 0.1, 0.2),
+        ("normal", 512, 0.1, 0.2),
+        ("outliers", 64, 0.4, 1.2),
+        ("outliers", 512, 0.8, 1.5),
+        ("outliers_rotated", 64, -1.0, -0.7),
+        ("outliers_rotated", 128, -0.45, -0.25),
+        ("outliers_rotated", 256, -0.1, 0),
+        ("outliers_rotated", 512, 0, 0.1),
+    ],
+    ids=str,
+)
+def test_document_tells_who_wins(data, head_dim, least, most):
+    for bits, name in ((5, "q5_0"), (8, "q8_0")):
+        ours = above_bound(data, head_dim, f"tq_hb {bits}, `lloyd_max`, plane")
+        assert least <= above_bound(data, head_dim, name) - ours <= most
