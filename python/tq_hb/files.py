@@ -10,47 +10,28 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
-import math
 import os
-import re
 import reprlib
 import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from tq_hb import _core
+from tq_hb import file_header
 from tq_hb.device import Device, resolve_device
-from tq_hb.options import CODEBOOKS, PACKINGS, PRECISIONS, invalid, norms_shape, one_of
+from tq_hb.file_header import Entry, Refused, require
+from tq_hb.options import invalid
 
 if TYPE_CHECKING:
     from tq_hb import KVCache
 
-FORMAT = "tq_hb.kv_caches"
-VERSION = 1
-
-# All metadata are one string: safetensors writes several in an order that changes from run to run.
-_METADATA_KEY = "tq_hb"
 _SIZE_BYTES = 8  # the length of the header, before the header
-_MAX_HEADER_BYTES = 1 << 20
-# Commas and opening brackets: they bound the time and memory that parsing takes. 500 caches stay below.
-_MAX_HEADER_ITEMS = 1 << 15
-_MAX_DIGITS = 99  # of a number; more than a checksum has
-_AS_ZERO = bytes.maketrans(b"123456789", b"0" * 9)
-_MAX_UINT32 = 2**32 - 1
-_MAX_OFFSET = 2**63 - 1
-_DTYPES: dict[str, np.dtype[Any]] = {"U8": np.dtype(np.uint8), "F32": np.dtype(np.float32)}
-_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "bool": (bool,), "str": (str,), "int | None": (int, type(None))}
-_NO_CHECKSUM = "0" * 64  # holds the checksum's place while it is computed
-
-_Array = npt.NDArray[Any]
 
 _shortened = reprlib.Repr()  # a message quotes no more of a file than this
 _shortened.maxstring = _shortened.maxother = 120
@@ -83,24 +64,11 @@ class SavedCache:
     v_norms: npt.NDArray[np.float32]
 
 
-class _Refused(Exception):  # noqa: N818
-    """A rule that a file or a cache breaks; the caller adds the name of the op and of the file."""
-
-    def __init__(self, field: str, rule: str, value: object) -> None:
-        super().__init__(field, rule, value)
-        self.field, self.rule, self.value = field, rule, value
-
-
-def _require(holds: bool, field: str, rule: str, value: object) -> None:
-    if not holds:
-        raise _Refused(field, rule, value)
-
-
 @contextlib.contextmanager
 def _naming(op: str, name: str) -> Iterator[None]:
     try:
         yield
-    except _Refused as refused:
+    except Refused as refused:
         raise invalid(op, f"{refused.field} of {name!r}", refused.rule, _shortened.repr(refused.value)) from None
 
 
@@ -187,103 +155,6 @@ def load_caches(path: str | os.PathLike[str], device: str | Device | None = None
     return [KVCache._restore(saved, resolved) for saved in read_caches(op, path)]
 
 
-# -- what the header says of a cache -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """Everything about a cache but its arrays, as it stands in the metadata."""
-
-    num_kv_heads: int
-    head_dim: int
-    capacity: int
-    grows: bool
-    k_bits: int
-    v_bits: int
-    sliding_window: int | None
-    codebook: str
-    packing: str
-    precision: str
-    length: int
-    offset: int
-    ring_start: int
-    k_mean: bool
-
-    @classmethod
-    def of(cls, saved: SavedCache) -> _Entry:
-        values = {f.name: getattr(saved, f.name) for f in fields(cls) if hasattr(saved, f.name)}
-        length = saved.k_codes.shape[1]
-        ring_start = 0 if saved.sliding_window is None else (saved.offset - length) % saved.capacity
-        return cls(**values | {"length": length, "ring_start": ring_start, "k_mean": saved.k_mean is not None})
-
-    def check(self, where: str) -> None:
-        """Refuse what no cache can be."""
-
-        def require(holds: bool, field: str, rule: str) -> None:
-            _require(holds, f"{where}.{field}", rule, getattr(self, field))
-
-        for field in fields(self):
-            require(type(getattr(self, field.name)) in _KINDS[str(field.type)], field.name, f"must be {field.type}")
-        require(1 <= self.num_kv_heads <= _MAX_UINT32, "num_kv_heads", f"must be 1 to {_MAX_UINT32}")
-        head_dims = _core.supported_head_dims()
-        require(self.head_dim in head_dims, "head_dim", f"must be {one_of(head_dims)}")
-        widths = _core.supported_bits()
-        require(self.k_bits in widths, "k_bits", f"must be {one_of(widths)}")
-        require(self.v_bits in widths, "v_bits", f"must be {one_of(widths)}")
-        require(self.codebook in CODEBOOKS, "codebook", f"must be one of {', '.join(CODEBOOKS)}")
-        require(self.packing in PACKINGS, "packing", f"must be one of {', '.join(PACKINGS)}")
-        require(self.precision in PRECISIONS, "precision", f"must be one of {', '.join(PRECISIONS)}")
-        require(0 <= self.capacity <= _MAX_UINT32, "capacity", f"must be 0 to {_MAX_UINT32}")
-        require(self.capacity > 0 or self.grows, "capacity", "must be >= 1 unless the cache grows")
-        require(0 <= self.length <= self.capacity, "length", f"must be 0 to the capacity {self.capacity}")
-        require(0 <= self.offset <= _MAX_OFFSET, "offset", f"must be 0 to {_MAX_OFFSET}")
-        window = self.sliding_window
-        if window is None:
-            require(self.offset == self.length, "offset", f"must be the length {self.length} without a window")
-            require(self.ring_start == 0, "ring_start", "must be 0 without a window")
-            return
-        require(1 <= window <= self.capacity, "sliding_window", f"must be 1 to the capacity {self.capacity}")
-        require(not self.grows, "grows", "must be false with a window")
-        require(self.length <= self.offset, "length", f"must be at most the offset {self.offset}")
-        seen = min(self.offset, window)
-        require(self.length >= seen, "length", f"must be at least the {seen} tokens that a query sees")
-        start = (self.offset - self.length) % self.capacity
-        require(self.ring_start == start, "ring_start", f"must be {start} for this offset, length and capacity")
-
-    def arrays(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Return the dtype, in safetensors' words, and the shape of each array."""
-        lead = (self.num_kv_heads, self.length)
-        arrays: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for side, bits in (("k", self.k_bits), ("v", self.v_bits)):
-            arrays[f"{side}_codes"] = "U8", (*lead, _core.row_bytes(self.packing, bits, self.head_dim))
-            arrays[f"{side}_norms"] = "F32", norms_shape(lead, self.head_dim)
-        if self.k_mean:
-            arrays["k_mean"] = "F32", (self.num_kv_heads, self.head_dim)
-        return arrays
-
-    def check_values(self, where: str, arrays: dict[str, _Array]) -> None:
-        """Refuse values that no quantised vector has; dtypes and shapes are right."""
-        for side, bits in (("k", self.k_bits), ("v", self.v_bits)):
-            if self.packing == "byte":
-                largest = int(arrays[f"{side}_codes"].max(initial=0))
-                _require(largest < 2**bits, f"{where}.{side}_codes", f"must be below 2**{bits}", largest)
-            norms = arrays[f"{side}_norms"]
-            bad = norms[~(np.isfinite(norms) & (norms >= 0))]
-            _require(bad.size == 0, f"{where}.{side}_norms", "must be finite and >= 0", bad[:1].tolist())
-        if self.k_mean:
-            bad = arrays["k_mean"][~np.isfinite(arrays["k_mean"])]
-            _require(bad.size == 0, f"{where}.k_mean", "must be finite", bad[:1].tolist())
-
-
-def _tables(entries: Iterable[_Entry]) -> dict[str, str]:
-    """Checksums of the tables that decode the caches: levels, then boundaries."""
-    wanted = {(entry.codebook, bits) for entry in entries for bits in (entry.k_bits, entry.v_bits)}
-    return {
-        f"{name}_{bits}": hashlib.sha256(b"".join(t.tobytes() for t in _core.codebook("files", bits, name))).hexdigest()
-        for name, bits in sorted(wanted)
-    }
-
-
 # -- writing -----------------------------------------------------------------------------------------------
 
 
@@ -302,32 +173,32 @@ def _serialise(caches: Sequence[SavedCache]) -> tuple[bytes, memoryview]:
     """Return what is up to the end of the header, checksum included, and the data after it."""
     from safetensors.numpy import save
 
-    _require(len(caches) > 0, "caches", "must be at least one", len(caches))
-    entries: list[_Entry] = []
-    tensors: dict[str, _Array] = {}
+    require(len(caches) > 0, "caches", "must be at least one", len(caches))
+    entries = []
+    tensors: file_header.Arrays = {}
     for index, saved in enumerate(caches):
         where = f"caches[{index}]"
-        entry = _Entry.of(saved)
+        entry = _entry(saved)
         entry.check(where)
         arrays = {name: np.ascontiguousarray(getattr(saved, name)) for name in entry.arrays()}
-        for name, (dtype, shape) in entry.arrays().items():
-            found = arrays[name].dtype, arrays[name].shape
-            _require(found == (_DTYPES[dtype], shape), f"{where}.{name}", f"must be {_DTYPES[dtype]} {shape}", found)
+        for name, (code, shape) in entry.arrays().items():
+            dtype, found = file_header.DTYPES[code], (arrays[name].dtype, arrays[name].shape)
+            require(found == (dtype, shape), f"{where}.{name}", f"must be {dtype} {shape}", found)
         entry.check_values(where, arrays)
         entries.append(entry)
         tensors |= {f"{index}.{name}": array for name, array in arrays.items()}
-    metadata = {
-        "format": FORMAT,
-        "version": VERSION,
-        "checksum": _NO_CHECKSUM,
-        "tables": _tables(entries),
-        "caches": [asdict(entry) for entry in entries],
-    }
-    content = save(tensors, {_METADATA_KEY: json.dumps(metadata, sort_keys=True, separators=(",", ":"))})
+    content = save(tensors, file_header.describe(entries))
     start = _SIZE_BYTES + int.from_bytes(content[:_SIZE_BYTES], "little")
     head, data = content[:start], memoryview(content)[start:]
-    _check_header(head[_SIZE_BYTES:])
-    return head.replace(_NO_CHECKSUM.encode(), _checksum(head, data).encode()), data
+    file_header.check_size(head[_SIZE_BYTES:])
+    return head.replace(file_header.NO_CHECKSUM.encode(), _checksum(head, data).encode()), data
+
+
+def _entry(saved: SavedCache) -> Entry:
+    values = {f.name: getattr(saved, f.name) for f in fields(Entry) if hasattr(saved, f.name)}
+    length = saved.k_codes.shape[1]
+    ring_start = 0 if saved.sliding_window is None else (saved.offset - length) % saved.capacity
+    return Entry(**values | {"length": length, "ring_start": ring_start, "k_mean": saved.k_mean is not None})
 
 
 def _checksum(head: bytes, data: memoryview) -> str:
@@ -406,25 +277,27 @@ def _read(file: BinaryIO) -> list[SavedCache]:
     from safetensors.numpy import load
 
     size = os.fstat(file.fileno()).st_size
-    _require(size >= _SIZE_BYTES, "size", f"must be at least {_SIZE_BYTES} bytes", size)
+    require(size >= _SIZE_BYTES, "size", f"must be at least {_SIZE_BYTES} bytes", size)
     header_bytes = int.from_bytes(file.read(_SIZE_BYTES), "little")
     start = _SIZE_BYTES + header_bytes
-    _require(start <= size, "header length", f"must be at most the {size - _SIZE_BYTES} bytes after it", header_bytes)
-    _require(header_bytes <= _MAX_HEADER_BYTES, "header length", f"must be at most {_MAX_HEADER_BYTES}", header_bytes)
+    require(start <= size, "header length", f"must be at most the {size - _SIZE_BYTES} bytes after it", header_bytes)
+    limit = file_header.MAX_BYTES
+    require(header_bytes <= limit, "header length", f"must be at most {limit}", header_bytes)
     header = file.read(header_bytes)
-    entries, checksum = _parse(header, size - start)
+    entries, checksum = file_header.parse(header, size - start)
 
     # Read, not mapped: a mapped file that somebody shortens ends the process. The header must still be the one checked.
     file.seek(0)
     content = file.read(size)
     unchanged = len(content) == size and content[:start] == header_bytes.to_bytes(_SIZE_BYTES, "little") + header
-    _require(unchanged, "content", "must not change while it is read", f"{len(content)} bytes")
-    actual = _checksum(content[:start].replace(checksum.encode(), _NO_CHECKSUM.encode()), memoryview(content)[start:])
-    _require(checksum == actual, "checksum", f"must be {actual}, that of the content: the file is damaged", checksum)
+    require(unchanged, "content", "must not change while it is read", f"{len(content)} bytes")
+    zeroed = content[:start].replace(checksum.encode(), file_header.NO_CHECKSUM.encode())
+    actual = _checksum(zeroed, memoryview(content)[start:])
+    require(checksum == actual, "checksum", f"must be {actual}, that of the content: the file is damaged", checksum)
     try:
         tensors = load(content)
     except SafetensorError as error:
-        raise _Refused("content", "must be readable by safetensors", str(error)) from None
+        raise Refused("content", "must be readable by safetensors", str(error)) from None
 
     caches = []
     for index, entry in enumerate(entries):
@@ -433,106 +306,3 @@ def _read(file: BinaryIO) -> list[SavedCache]:
         choices = {f.name: getattr(entry, f.name) for f in fields(SavedCache) if hasattr(entry, f.name)}
         caches.append(SavedCache(**choices | {"k_mean": None} | arrays))
     return caches
-
-
-def _parse(header: bytes, data_bytes: int) -> tuple[list[_Entry], str]:
-    """Return what a header says of its caches, all of it checked, and the checksum that it states."""
-    _check_header(header)
-    tensors = _parse_object("header", header.decode("ascii"))
-    metadata = tensors.pop("__metadata__", None)
-    text = metadata.get(_METADATA_KEY) if isinstance(metadata, dict) and len(metadata) == 1 else None
-    if not isinstance(text, str):
-        raise _Refused("__metadata__", f"must be one string named {_METADATA_KEY}, as in saved caches", metadata)
-    described = _parse_object("metadata", text)
-    _require(described.get("format") == FORMAT, "format", f"must be {FORMAT}", described.get("format"))
-    version = described.get("version")
-    _require(type(version) is int and version >= 1, "version", "must be an int from 1", version)
-    _require(version == VERSION, "version", f"must be {VERSION}: load it with the newer tq_hb that wrote it", version)
-    names = {"format", "version", "checksum", "tables", "caches"}
-    _require(described.keys() == names, "metadata", f"must have exactly the fields {sorted(names)}", sorted(described))
-
-    checksum = described["checksum"]
-    if not (isinstance(checksum, str) and re.fullmatch("[0-9a-f]{64}", checksum)):
-        raise _Refused("checksum", "must be 64 hexadecimal digits", checksum)
-    occurrences = header.count(checksum.encode())
-    _require(occurrences == 1, "checksum", "must occur once in the header", f"{checksum} {occurrences} times")
-
-    listed = described["caches"]
-    if not (isinstance(listed, list) and listed):
-        raise _Refused("caches", "must be a list of at least one", listed)
-    entries = [_parse_entry(f"caches[{index}]", value) for index, value in enumerate(listed)]
-    tables = _tables(entries)
-    _require(described["tables"] == tables, "tables", f"must be those of this version, {tables}", described["tables"])
-    _check_tensors(tensors, entries, data_bytes)
-    return entries, checksum
-
-
-def _check_header(header: bytes) -> None:
-    """Refuse a header that would take long to parse, before it is parsed."""
-    size = len(header)
-    _require(size <= _MAX_HEADER_BYTES, "header length", f"must be at most {_MAX_HEADER_BYTES}", size)
-    _require(header.isascii() and b"\\u" not in header, "header", "must be ASCII without \\u escapes", header)
-    items = sum(map(header.count, (b",", b"{", b"[")))
-    _require(items <= _MAX_HEADER_ITEMS, "header", f"must hold at most {_MAX_HEADER_ITEMS} values", items)
-    long_numbers = header.translate(_AS_ZERO).count(b"0" * (_MAX_DIGITS + 1))
-    _require(long_numbers == 0, "header", f"must have no number of more than {_MAX_DIGITS} digits", long_numbers)
-
-
-def _parse_object(field: str, text: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise _Refused(field, "must not repeat a name", [name for name, _ in pairs])
-        return result
-
-    def refuse(number: str) -> NoReturn:
-        raise _Refused(field, "must have whole numbers only", number)
-
-    try:
-        value = json.loads(text, object_pairs_hook=unique, parse_float=refuse, parse_constant=refuse)
-    except RecursionError:
-        raise _Refused(field, "must not be nested deeply", text) from None
-    except ValueError as error:
-        raise _Refused(field, "must be JSON", str(error)) from None
-    if not isinstance(value, dict):
-        raise _Refused(field, "must be a JSON object", value)
-    return value
-
-
-def _parse_entry(where: str, value: object) -> _Entry:
-    names = {field.name for field in fields(_Entry)}
-    if not (isinstance(value, dict) and value.keys() == names):
-        raise _Refused(where, f"must have exactly the fields {sorted(names)}", value)
-    entry = _Entry(**value)
-    entry.check(where)
-    return entry
-
-
-def _check_tensors(tensors: dict[str, Any], entries: Sequence[_Entry], data_bytes: int) -> None:
-    """Refuse tensors that are not exactly those of the caches, end to end and filling the file."""
-    expected = {f"{i}.{name}": array for i, entry in enumerate(entries) for name, array in entry.arrays().items()}
-    odd = sorted(tensors.keys() ^ expected.keys())
-    _require(not odd, "tensors", f"must be the {len(expected)} of its caches", f"missing or unknown: {odd}")
-    spans: list[tuple[int, int, str]] = []
-    for name, (dtype, shape) in expected.items():
-        tensor = tensors[name]
-        if not (isinstance(tensor, dict) and tensor.keys() == {"dtype", "shape", "data_offsets"}):
-            raise _Refused(name, "must have dtype, shape and data_offsets", tensor)
-        _require(tensor["dtype"] == dtype, f"{name}.dtype", f"must be {dtype}", tensor["dtype"])
-        _require(_integers(tensor["shape"]) == list(shape), f"{name}.shape", f"must be {list(shape)}", tensor["shape"])
-        nbytes = _DTYPES[dtype].itemsize * math.prod(shape)
-        offsets = _integers(tensor["data_offsets"])
-        fits = len(offsets) == 2 and offsets[1] - offsets[0] == nbytes
-        _require(fits, f"{name}.data_offsets", f"must span {nbytes} bytes", tensor["data_offsets"])
-        spans.append((offsets[0], offsets[1], name))
-    position = 0
-    for begin, end, name in sorted(spans):
-        _require(
-            begin == position, f"{name}.data_offsets", f"must begin where the tensor before ends, {position}", begin
-        )
-        position = end
-    _require(position == data_bytes, "size", f"must be {position} bytes after the header", data_bytes)
-
-
-def _integers(value: object) -> list[int]:
-    return value if isinstance(value, list) and all(type(item) is int for item in value) else []

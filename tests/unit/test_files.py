@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 import tq_hb
 from files_cases import ARRAYS, MALFORMED, File, make_saved, right_file_caches
-from tq_hb import files
+from tq_hb import file_header
 from tq_hb.files import SavedCache, read_caches, write_caches
 
 HEAD_DIMS = tq_hb.supported_head_dims()
@@ -97,7 +97,7 @@ class TestRoundTrip:
             {"tokens": 0, "sliding_window": 8},
             {"tokens": 8, "sliding_window": 8, "offset": 8},
             {"tokens": 8, "sliding_window": 8, "offset": 1001},
-            {"tokens": 8, "sliding_window": 8, "offset": 2**63 - 1},
+            {"tokens": 8, "sliding_window": 8, "offset": 2**53},
             {"tokens": 12, "sliding_window": 8, "capacity": 12, "offset": 12345},
             {"tokens": 9, "sliding_window": 8, "capacity": 12, "offset": 12345},
             {"tokens": 8, "sliding_window": 8, "capacity": 12, "offset": 11},
@@ -439,21 +439,21 @@ class TestMalformed:
 
     def test_a_file_that_changes_while_it_is_read(self, path, right_file, monkeypatch):
         path.write_bytes(right_file)
-        parse = files._parse
+        parse = file_header.parse
 
         def parse_while_somebody_shortens_it(header, data_bytes):
             result = parse(header, data_bytes)
             os.truncate(path, len(right_file) - 100)
             return result
 
-        monkeypatch.setattr(files, "_parse", parse_while_somebody_shortens_it)
+        monkeypatch.setattr(file_header, "parse", parse_while_somebody_shortens_it)
         with pytest.raises(tq_hb.InvalidArgument, match="content of .* must not change while it is read"):
             read_caches("op", path)
 
     def test_a_file_whose_header_changes_while_it_is_read(self, path, monkeypatch):
         # A header longer than any buffer that may still hold what was read first.
         write_caches("op", path, [make_saved(0)] * 300)
-        content, parse = path.read_bytes(), files._parse
+        content, parse = path.read_bytes(), file_header.parse
 
         def parse_while_somebody_rewrites_it(header, data_bytes):
             result = parse(header, data_bytes)
@@ -461,7 +461,7 @@ class TestMalformed:
             path.write_bytes(content[:at] + b"I" + content[at + 1 :])
             return result
 
-        monkeypatch.setattr(files, "_parse", parse_while_somebody_rewrites_it)
+        monkeypatch.setattr(file_header, "parse", parse_while_somebody_rewrites_it)
         with pytest.raises(tq_hb.InvalidArgument, match="content of .* must not change while it is read"):
             read_caches("op", path)
 
