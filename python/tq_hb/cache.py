@@ -5,38 +5,27 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from tq_hb import _core, policy
-from tq_hb.device import Device, resolve_device
+from tq_hb.attention_call import AttentionCall
+from tq_hb.cache_format import CacheFormat, positive
+from tq_hb.device import Device
 from tq_hb.encoder import Buffer
-from tq_hb.interop import (
-    Array,
-    Float32Array,
-    as_float32,
-    as_out,
-    finish,
-    require_disjoint,
-    require_rows,
-    result_dtype,
-)
-from tq_hb.options import (
-    check_attention,
-    check_bits,
-    check_format,
-    check_head_dim,
-    check_precision,
-    invalid,
-    norms_shape,
-    unsupported,
-)
+from tq_hb.files import SavedCache, read_caches, write_caches
+from tq_hb.interop import Array, Float32Array, as_float32, require_rows
+from tq_hb.options import invalid
 from tq_hb.staging import Staging
+from tq_hb.visibility import Held, Placement, check_position, last_position, place
 
 _MIN_GROWTH = 64
 
+_Run = tuple[_core.FlashAttnVecTqHbParams, policy.Dispatch]
+_RawNode = tuple[str, str, tuple[int, int, int], tuple[int, int, int], int]
 
 _caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
 
@@ -76,7 +65,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Side:
-    """K or V: codes (num_kv_heads, capacity, head_dim) and norms."""
+    """K or V: codes (num_kv_heads, capacity, bytes per row) and norms."""
 
     packed: Buffer
     norms: Buffer
@@ -97,8 +86,11 @@ class KVCache:
     sliding_window : int, optional
         Makes the cache a ring in which a query sees the newest ``sliding_window`` tokens.
     codebook : "lloyd_max" or "mlx_native"
-    packing : "byte"
-        One byte per code at every width.
+    packing : "byte" or "plane"
+        One byte per code, or 5 and 6 bits in 5 and 6 bits.
+    k_mean : array, shape (num_kv_heads, head_dim), optional
+        Subtracted from every key before it is encoded, and taken into account wherever the keys are read: what
+        is encoded is smaller, so its error is too. Finite; rounded to float32 and copied.
     precision : "default" or "strict"
     device : str or Device, optional
 
@@ -106,8 +98,6 @@ class KVCache:
     ------
     InvalidArgument
         If an argument breaks a rule.
-    UnsupportedError
-        For ``packing="plane"``, ``k_mean`` and head sizes that no backend serves yet.
 
     Examples
     --------
@@ -137,34 +127,39 @@ class KVCache:
         device: str | Device | None = None,
     ) -> None:
         op = "KVCache"
-        self._num_kv_heads = _positive(op, "num_kv_heads", num_kv_heads)
-        self._head_dim = check_head_dim(op, head_dim)
-        self._window = None if sliding_window is None else _positive(op, "sliding_window", sliding_window)
-        self._grows = capacity is None and self._window is None
-        fixed = self._window if capacity is None else _positive(op, "capacity", capacity)
-        if self._window is not None and fixed is not None and fixed < self._window:
-            raise invalid(op, "capacity", f"must be >= sliding_window {self._window}", fixed)
-        self._k_bits = check_bits(op, "k_bits", k_bits)
-        self._v_bits = check_bits(op, "v_bits", v_bits)
-        check_format(op, codebook, packing)
-        check_precision(op, precision)
-        if k_mean is not None:
-            raise unsupported(op, "k_mean")
-        self._codebook, self._packing, self._precision = codebook, packing, precision
-        self._device = resolve_device(op, device)
-        self._lock = threading.RLock()
-        _caches.add(self)
+        form = CacheFormat.check(
+            op, num_kv_heads, head_dim, k_bits, v_bits, codebook, packing, k_mean, precision, device
+        )
+        window = None if sliding_window is None else positive(op, "sliding_window", sliding_window)
+        fixed = window if capacity is None else positive(op, "capacity", capacity)
+        if window is not None and fixed is not None and fixed < window:
+            raise invalid(op, "capacity", f"must be >= sliding_window {window}", fixed)
+        self._set_up(form, fixed or 0, grows=fixed is None, window=window)
+
+    @classmethod
+    def _make(cls, form: CacheFormat, capacity: int, *, grows: bool, window: int | None) -> KVCache:
+        """Make a cache of checked arguments."""
+        cache = cls.__new__(cls)
+        cache._set_up(form, capacity, grows=grows, window=window)
+        return cache
+
+    def _set_up(self, form: CacheFormat, capacity: int, *, grows: bool, window: int | None) -> None:
+        self._form, self._grows, self._window = form, grows, window
         self._len = self._offset = 0
         self._last_plan: Plan | None = None
-        self._allocate(fixed or 0)
+        self._allocate(capacity)
+        self._lock = threading.RLock()
+        _caches.add(self)
 
     def _allocate(self, capacity: int) -> None:
-        codes = (self._num_kv_heads, capacity, self._head_dim)
-        norms = norms_shape(codes[:2], self._head_dim)
-        empty = self._device.empty
+        form = self._form
+
+        def side(bits: int) -> _Side:
+            codes = (form.num_kv_heads, capacity, form.row_bytes(bits))
+            return _Side(form.device.empty(codes, np.uint8), form.device.empty(form.norms_shape(capacity)), bits)
+
         # Allocated before anything is replaced: a cache that cannot grow stays as it was.
-        k = _Side(empty(codes, np.uint8), empty(norms), self._k_bits)
-        v = _Side(empty(codes, np.uint8), empty(norms), self._v_bits)
+        k, v = side(form.k_bits), side(form.v_bits)
         self._k, self._v, self._capacity = k, v, capacity
 
     # -- what it is ------------------------------------------------------------------------------------
@@ -177,7 +172,7 @@ class KVCache:
         >>> tq_hb.KVCache(8, 256).num_kv_heads
         8
         """
-        return self._num_kv_heads
+        return self._form.num_kv_heads
 
     @property
     def head_dim(self) -> int:
@@ -187,7 +182,7 @@ class KVCache:
         >>> tq_hb.KVCache(8, 256).head_dim
         256
         """
-        return self._head_dim
+        return self._form.head_dim
 
     @property
     def k_bits(self) -> int:
@@ -197,7 +192,7 @@ class KVCache:
         >>> tq_hb.KVCache(8, 256, v_bits=5).k_bits
         8
         """
-        return self._k_bits
+        return self._form.k_bits
 
     @property
     def v_bits(self) -> int:
@@ -207,7 +202,7 @@ class KVCache:
         >>> tq_hb.KVCache(8, 256, v_bits=5).v_bits
         5
         """
-        return self._v_bits
+        return self._form.v_bits
 
     @property
     def sliding_window(self) -> int | None:
@@ -227,7 +222,7 @@ class KVCache:
         >>> tq_hb.KVCache(8, 256).codebook
         'lloyd_max'
         """
-        return self._codebook
+        return self._form.codebook
 
     @property
     def packing(self) -> str:
@@ -237,7 +232,18 @@ class KVCache:
         >>> tq_hb.KVCache(8, 256, k_bits=5).packing
         'byte'
         """
-        return self._packing
+        return self._form.packing
+
+    @property
+    def k_mean(self) -> Float32Array | None:
+        """What is subtracted from every key before it is encoded, a copy; None for nothing.
+
+        >>> import numpy as np, tq_hb
+        >>> tq_hb.KVCache(1, 256, k_mean=np.full((1, 256), 0.5)).k_mean.sum()
+        np.float32(128.0)
+        """
+        mean = self._form.k_mean
+        return None if mean is None else mean.copy()
 
     @property
     def precision(self) -> str:
@@ -247,7 +253,7 @@ class KVCache:
         >>> tq_hb.KVCache(8, 256, precision="strict").precision
         'strict'
         """
-        return self._precision
+        return self._form.precision
 
     @property
     def device(self) -> Device:
@@ -257,7 +263,7 @@ class KVCache:
         >>> tq_hb.KVCache(8, 256, device="cpu").device.backend
         'cpu'
         """
-        return self._device
+        return self._form.device
 
     @property
     def capacity(self) -> int:
@@ -291,8 +297,10 @@ class KVCache:
         >>> import tq_hb
         >>> tq_hb.KVCache(8, 256).bytes_per_token  # 2 * 8 * (256 + 4)
         4160
+        >>> tq_hb.KVCache(8, 256, k_bits=5, v_bits=5, packing="plane").bytes_per_token  # 2 * 8 * (160 + 4)
+        2624
         """
-        return self._num_kv_heads * 2 * (self._head_dim + 4 * _core.norms_per_row(self._head_dim))
+        return self._form.bytes_per_token
 
     @property
     def nbytes(self) -> int:
@@ -318,10 +326,11 @@ class KVCache:
         return self._last_plan
 
     def __repr__(self) -> str:
+        form = self._form
         return (
-            f"KVCache(num_kv_heads={self._num_kv_heads}, head_dim={self._head_dim}, capacity={self._capacity}, "
-            f"k_bits={self._k_bits}, v_bits={self._v_bits}, sliding_window={self._window}, len={self._len}, "
-            f"offset={self._offset}, device={self._device.backend!r})"
+            f"KVCache(num_kv_heads={form.num_kv_heads}, head_dim={form.head_dim}, capacity={self._capacity}, "
+            f"k_bits={form.k_bits}, v_bits={form.v_bits}, packing={form.packing!r}, sliding_window={self._window}, "
+            f"len={self._len}, offset={self._offset}, device={form.device.backend!r})"
         )
 
     # -- writing ---------------------------------------------------------------------------------------
@@ -354,51 +363,58 @@ class KVCache:
         tokens = len(rows_k)
         if tokens == 0:
             return
+        rows_k = self._form.residual(rows_k)
         require_rows(op, "k", rows_k)
         require_rows(op, "v", rows_v)
         with self._lock:
-            if self._window is None:
-                self._make_room(op, self._offset + tokens)
-            hp = self._encoder_params(self._offset % self._capacity if self._window else self._offset)
-            staging, encoder = self._start(op)
-            targets = [
-                (key, staging.read(key, rows), side.packed, side.norms, side.bits)
-                for key, rows, side in (("k", rows_k, self._k), ("v", rows_v, self._v))
-            ]
-            encoder.hadamard_quantize(op, hp, targets, self._codebook)
+            self._make_room(op, tokens)
+            core = self._form.device._core
+            staging, encoder = Staging(op, core), core.make_encoder()
+            self._record_append(op, encoder, staging.read("k", rows_k), staging.read("v", rows_v))
             staging.run(encoder)
-            self._offset += tokens
-            self._len = min(self._len + tokens, self._capacity)
-
-    def _start(self, op: str) -> tuple[Staging, _core.CommandEncoder]:
-        core = self._device._core
-        return Staging(op, core), core.make_encoder()
+            self._count(tokens)
 
     def _rows(self, op: str, field: str, x: Array) -> Float32Array:
         rows = as_float32(op, field, x)
         if rows.ndim == 2:
             rows = rows[None]
-        if rows.ndim != 3 or rows.shape[1:] != (self._num_kv_heads, self._head_dim):
-            shape = f"({self._num_kv_heads}, {self._head_dim})"
-            raise invalid(op, field, f"must have shape {shape} or (tokens, {shape[1:]}", rows.shape)
+        heads = (self._form.num_kv_heads, self._form.head_dim)
+        if rows.ndim != 3 or rows.shape[1:] != heads:
+            raise invalid(op, field, f"must have shape {heads} or (tokens, {str(heads)[1:]}", rows.shape)
         return rows
+
+    def _record_append(self, op: str, encoder: _core.CommandEncoder, k: Buffer, v: Buffer) -> None:
+        """Record the encoding of float32 (T, num_kv_heads, head_dim), k less its mean, for which there is room."""
+        targets = [(key, rows, side.packed, side.norms, side.bits) for key, rows, side in self._with_sides(k, v)]
+        hp = self._encoder_params(self._offset % self._capacity if self._window else self._offset)
+        encoder.hadamard_quantize(op, hp, targets, self._form.codebook, self._form.packing)
+
+    def _with_sides(self, k: Buffer, v: Buffer) -> list[tuple[str, Buffer, _Side]]:
+        return [("k", k, self._k), ("v", v, self._v)]
+
+    def _count(self, tokens: int) -> None:
+        """Take note of tokens that have been written."""
+        self._offset += tokens
+        self._len = min(self._len + tokens, self._capacity)
 
     def _encoder_params(self, position: int) -> _core.HadamardQuantizeKvHbParams:
         return _core.HadamardQuantizeKvHbParams(
-            head_dim=self._head_dim,
-            num_kv_heads=self._num_kv_heads,
+            head_dim=self._form.head_dim,
+            num_kv_heads=self._form.num_kv_heads,
             write_pos=position,
             cache_capacity=self._capacity,
             is_sliding=int(self._window is not None),
-            codebook_bits=self._k_bits,
+            codebook_bits=self._form.k_bits,
         )
 
     def _make_room(self, op: str, tokens: int) -> None:
-        if tokens <= self._capacity:
+        """See to it that so many more tokens fit; a ring takes any number."""
+        needed = self._offset + tokens
+        if self._window is not None or needed <= self._capacity:
             return
         if not self._grows:
-            raise invalid(op, "tokens", f"must fit in the capacity of {self._capacity}", tokens)
-        self._resize(max(tokens, 2 * self._capacity, _MIN_GROWTH))
+            raise invalid(op, "tokens", f"must fit in the capacity of {self._capacity}", needed)
+        self._resize(max(needed, 2 * self._capacity, _MIN_GROWTH))
 
     def _resize(self, capacity: int) -> None:
         """Move a linear cache into new memory."""
@@ -479,20 +495,7 @@ class KVCache:
         1
         """
         with self._lock:
-            other = KVCache(
-                self._num_kv_heads,
-                self._head_dim,
-                None if self._grows else self._capacity,
-                k_bits=self._k_bits,
-                v_bits=self._v_bits,
-                sliding_window=self._window,
-                codebook=self._codebook,
-                packing=self._packing,
-                precision=self._precision,
-                device=self._device,
-            )
-            if self._grows:
-                other._allocate(self._capacity)
+            other = KVCache._make(self._form, self._capacity, grows=self._grows, window=self._window)
             for mine, its in ((self._k, other._k), (self._v, other._v)):
                 its.packed.numpy()[...] = mine.packed.numpy()
                 its.norms.numpy()[...] = mine.norms.numpy()
@@ -518,30 +521,41 @@ class KVCache:
         return_lse: bool = False,
         out: Array | None = None,
     ) -> Array:
-        """Attend the newest token's query to everything it sees in the cache.
+        """Attend the newest tokens' queries to what each of them sees in the cache.
 
         Parameters
         ----------
-        q : array, shape (heads, head_dim) or (1, heads, head_dim)
-            Not rotated; ``heads`` is a multiple of ``num_kv_heads``. The token's own key and value are
-            already appended.
+        q : array, shape (heads, head_dim) or (queries, heads, head_dim)
+            Not rotated; ``heads`` is a multiple of ``num_kv_heads``. The queries belong to consecutive tokens, the
+            last of them by default to the newest one; the tokens' own keys and values are already appended.
         scale : float, optional
             Multiplies the scores; ``head_dim ** -0.5`` by default.
         softcap : float
             If positive, scores become ``softcap * tanh(score / softcap)``.
+        sinks : array, shape (heads,), optional
+            One more logit per head in the sum of the weights, without a value; -inf for none.
+        q_offset : int, optional
+            Position of the last query, counted as :attr:`offset` counts; ``offset - 1`` by default. A query sees the
+            keys of positions up to its own, with a window only the newest ``sliding_window`` of those positions. A
+            query that sees no key gives zeros and an lse of -inf (its sink, if it has one). So a part of a split
+            cache can be attended to on its own; see :func:`tq_hb.merge_states`.
+        return_lse : bool
+            Also return the logarithm of the sum of exp(score).
         out : array, optional
-            Where the result is written; shape and dtype of the result.
+            Where the output is written; shape and dtype of the result.
 
         Returns
         -------
-        array, shape, library and floating dtype of ``q`` (float64 gives float32).
+        array, shape, library and floating dtype of ``q`` (float64 gives float32)
+            With ``return_lse`` a pair of it and lse: float32 of the same library, shape (heads,) or
+            (queries, heads), natural logarithm, of scores after scale and softcap, sinks included.
 
         Raises
         ------
         InvalidArgument
-            If an argument breaks a rule, q is not finite, or the cache is empty.
-        UnsupportedError
-            For more than one query, sinks, q_offset and return_lse.
+            If an argument breaks a rule, q is not finite, there are more queries than positions, the cache is empty
+            (without ``q_offset``), or a key that a query should see is not held any more: ``N`` queries on a full
+            ring need a capacity of ``sliding_window + N - 1``.
 
         Examples
         --------
@@ -551,87 +565,78 @@ class KVCache:
         >>> out = cache.attend(np.ones((4, 256), np.float32))
         >>> out.shape, bool(np.abs(out - 1).max() < 0.02)
         ((4, 256), True)
+        >>> out, lse = cache.attend(np.zeros((2, 4, 256), np.float32), return_lse=True)
+        >>> out.shape, np.exp(lse[:, 0]).round(3).tolist()  # the first of two queries sees two keys
+        ((2, 4, 256), [2.0, 3.0])
         """
         op = "KVCache.attend"
-        check_attention(op, precision=self._precision, sinks=sinks, return_lse=return_lse)
-        if q_offset is not None:
-            raise unsupported(op, "q_offset")
-        rows = self._query(op, q)
-        dtype = result_dtype(op, "q", q)
-        writable = None
-        if out is not None:
-            writable = as_out(op, out, rows.shape, dtype)
-            require_disjoint(op, "out", writable, "q", q)
-        result = writable if writable is not None and dtype == "float32" else np.empty(rows.shape, np.float32)
-        require_rows(op, "q", rows, as_query=True)
+        call = AttentionCall(
+            op,
+            self._form,
+            q,
+            batched=False,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            return_lse=return_lse,
+            out=out,
+        )
         with self._lock:
-            if self._len == 0:
-                raise invalid(op, "cache", "must hold at least one token; append k and v before attending", "none")
-            params = self._attention_params(op, rows.shape[-2], scale, softcap)
-            offers_group = self._device._core.offers(policy.AttendKernel.GROUP)
-            dispatch = policy.plan_attention(op, params, offers_group=offers_group)
-            staging, encoder = self._start(op)
-            encoder.flash_attn_vec(
-                op,
-                staging.read("q", rows),
-                self._k.packed,
-                self._k.norms,
-                self._v.packed,
-                self._v.norms,
-                staging.fill("out", result),
-                None,
-                params,
-                dispatch.kernel,
-                dispatch.head_tile,
-                dispatch.nwg,
-                self._v_bits,
-                self._codebook,
-                True,
-            )
-            staging.run(encoder)
-            self._last_plan = self._plan(encoder, params, dispatch)
-        return finish(q, out, writable, result, dtype)
+            run = self._record_attend(op, call, 0, q_offset)
+            call.run()
+            self._last_plan = self._plan(call.encoder.nodes, run)
+        return call.results()
 
-    def _plan(
-        self, encoder: _core.CommandEncoder, params: _core.FlashAttnVecTqHbParams, dispatch: policy.Dispatch
-    ) -> Plan:
-        _, _, _, (_, simdgroups, _), _ = encoder.nodes[0]
+    def _record_attend(self, op: str, call: AttentionCall, index: int, q_offset: int | None) -> _Run | None:
+        """Record attention of a call's sequence on this cache; None if there are no keys to attend to."""
+        if q_offset is not None:
+            q_offset = check_position(op, "q_offset", q_offset)
+        elif self._len == 0:
+            raise invalid(op, "cache", "must hold at least one token; append k and v before attending", "none")
+        held = Held(self._len, self._offset, self._capacity, self._window)
+        last = last_position(op, held, call.num_queries, q_offset)
+        placement = place(held, call.num_queries, last)
+        params = self._attention_params(call, placement)
+        if self._len == 0:
+            params.validate(op)
+            call.leave_empty(index)
+            return None
+        offers_group = self._form.device._core.offers(policy.AttendKernel.GROUP)
+        dispatch = policy.plan_attention(op, params, num_queries=call.num_queries, offers_group=offers_group)
+        sides = (self._k.packed, self._k.norms, self._v.packed, self._v.norms)
+        call.record(index, sides, params, dispatch, placement)
+        return params, dispatch
+
+    def _attention_params(self, call: AttentionCall, placement: Placement) -> _core.FlashAttnVecTqHbParams:
+        return _core.FlashAttnVecTqHbParams(
+            num_heads=call.num_heads,
+            num_kv_heads=self._form.num_kv_heads,
+            head_dim=self._form.head_dim,
+            # An empty cache has its params checked, too.
+            kv_seq_len=max(placement.kv_seq_len, 1),
+            kv_capacity=max(self._capacity, 1),
+            scale=call.scale,
+            mask_type=2 if self._window else 0,
+            sliding_window=self._window or 0,
+            softcap=call.softcap,
+            ring_start=placement.ring_start,
+            codebook_bits=self._form.k_bits,
+            fuse_fwht_pre=1,
+            nsg=policy.compute_nsg(placement.kv_seq_len),
+        )
+
+    def _plan(self, nodes: Sequence[_RawNode], run: _Run | None) -> Plan:
+        """Say what an attention call has launched."""
+        backend, precision = self._form.device.backend, "strict"
+        launched = [node for node in nodes if node[0] != "barrier"]
+        if run is None or not launched:
+            return Plan(backend, (), 0, 0, precision, 0)
+        params, dispatch = run
+        simdgroups = launched[0][3][1]
         # Only the per-head kernel is told how many; and the cpu launches nothing.
         nsg = params.nsg if dispatch.kernel is policy.AttendKernel.PER_HEAD else simdgroups
-        return Plan(self._device.backend, encoder.kernels, nsg, dispatch.nwg, "strict", encoder.threadgroup_bytes)
-
-    def _query(self, op: str, q: Array) -> Float32Array:
-        rows = as_float32(op, "q", q)
-        if rows.ndim not in (2, 3) or rows.shape[-1] != self._head_dim:
-            shape = f"(heads, {self._head_dim}) or (queries, heads, {self._head_dim})"
-            raise invalid(op, "q", f"must have shape {shape}", rows.shape)
-        if rows.shape[-2] == 0 or rows.shape[-2] % self._num_kv_heads != 0:
-            raise invalid(op, "q", f"must have a multiple of {self._num_kv_heads} heads", rows.shape[-2])
-        return rows
-
-    def _attention_params(
-        self, op: str, num_heads: int, scale: float | None, softcap: float
-    ) -> _core.FlashAttnVecTqHbParams:
-        kv_seq_len, ring_start, window = self._len, 0, self._window or 0
-        if self._offset > self._len:
-            # The ring has lost tokens. It counts as full, and the window leaves out the slots of tokens that
-            # were trimmed: they come first in the order of age, and trim keeps a whole window after them.
-            kv_seq_len, ring_start = self._capacity, self._offset % self._capacity
-        return _core.FlashAttnVecTqHbParams(
-            num_heads=num_heads,
-            num_kv_heads=self._num_kv_heads,
-            head_dim=self._head_dim,
-            kv_seq_len=kv_seq_len,
-            kv_capacity=self._capacity,
-            scale=self._head_dim**-0.5 if scale is None else _core.to_float32(op, "scale", scale),
-            mask_type=2 if window else 0,
-            sliding_window=window,
-            softcap=_core.to_float32(op, "softcap", softcap),
-            ring_start=ring_start,
-            codebook_bits=self._k_bits,
-            fuse_fwht_pre=1,
-            nsg=policy.compute_nsg(kv_seq_len),
-        )
+        kernels = tuple(node[1] for node in launched)
+        return Plan(backend, kernels, nsg, dispatch.nwg, precision, max(node[4] for node in launched))
 
     def dequantize(self) -> tuple[Float32Array, Float32Array]:
         """Rebuild what is held.
@@ -650,18 +655,24 @@ class KVCache:
         ((3, 1, 256), 0.0)
         """
         with self._lock:
-            return self._dequantize(self._k), self._dequantize(self._v)
+            k, v = self._dequantize(self._k), self._dequantize(self._v)
+        if self._form.k_mean is not None:
+            k += self._form.k_mean
+        return k, v
 
     def _dequantize(self, side: _Side) -> Float32Array:
         op = "KVCache.dequantize"
-        result: npt.NDArray[np.float32] = np.empty((self._len, self._num_kv_heads, self._head_dim), np.float32)
+        form = self._form
+        result: Float32Array = np.empty((self._len, form.num_kv_heads, form.head_dim), np.float32)
         if self._len == 0:
             return result
         hp = self._encoder_params(0)
         hp.codebook_bits = side.bits
-        staging, encoder = self._start(op)
+        core = form.device._core
+        staging, encoder = Staging(op, core), core.make_encoder()
         out = staging.fill("out", result)
-        encoder.dequantize(op, hp, self._offset - self._len, side.packed, side.norms, out, self._codebook)
+        oldest = self._offset - self._len
+        encoder.dequantize(op, hp, oldest, side.packed, side.norms, out, form.codebook, form.packing)
         encoder.memory_barrier()
         encoder.fwht(op, _core.Fwht.UNDO, out)
         staging.run(encoder)
@@ -670,30 +681,107 @@ class KVCache:
     # -- files -----------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the cache to a file: not served yet, raises UnsupportedError.
+        """Write the cache to a file, which replaces one of that name once it is complete.
 
-        >>> import tq_hb
-        >>> tq_hb.KVCache(1, 256).save("cache.safetensors")
-        Traceback (most recent call last):
-        tq_hb.UnsupportedError: KVCache.save: saving to 'cache.safetensors' is not supported
+        Needs safetensors. :func:`tq_hb.save_caches` writes the caches of all layers to one file.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written.
+
+        Examples
+        --------
+        >>> import numpy as np, pathlib, tempfile, tq_hb
+        >>> cache = tq_hb.KVCache(1, 256, sliding_window=4)
+        >>> cache.append(np.ones((6, 1, 256), np.float32), np.ones((6, 1, 256), np.float32))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "cache.safetensors")
+        ...     cache.save(path)
+        ...     tq_hb.KVCache.load(path)  # doctest: +ELLIPSIS
+        KVCache(num_kv_heads=1, ..., sliding_window=4, len=4, offset=6, ...)
         """
-        raise unsupported("KVCache.save", f"saving to {os.fspath(path)!r}")
+        write_caches("KVCache.save", path, [self._saved()])
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | Device | None = None) -> KVCache:
-        """Read a cache from a file: not served yet, raises UnsupportedError.
+        """Read a cache from a file that :meth:`save` wrote, on any device.
 
-        >>> import tq_hb
-        >>> tq_hb.KVCache.load("cache.safetensors")
-        Traceback (most recent call last):
-        tq_hb.UnsupportedError: KVCache.load: loading from 'cache.safetensors' is not supported
+        Needs safetensors.
+
+        Raises
+        ------
+        InvalidArgument
+            If the file is not what :meth:`save` writes, or holds several caches.
+        OSError
+            If it cannot be read.
+
+        Examples
+        --------
+        >>> import pathlib, tempfile, tq_hb
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "cache.safetensors")
+        ...     tq_hb.KVCache(1, 256, 100, k_bits=5, packing="plane").save(path)
+        ...     cache = tq_hb.KVCache.load(path, device="cpu")
+        >>> cache.capacity, cache.k_bits, cache.packing
+        (100, 5, 'plane')
         """
-        resolve_device("KVCache.load", device)
-        raise unsupported("KVCache.load", f"loading from {os.fspath(path)!r}")
+        op = "KVCache.load"
+        caches = read_caches(op, path)
+        if len(caches) != 1:
+            raise invalid(op, "path", "must hold one cache; tq_hb.load_caches reads several", len(caches))
+        return cls._restore(caches[0], device)
 
+    def _saved(self) -> SavedCache:
+        """Return what a file keeps of the cache."""
+        form = self._form
+        with self._lock:
+            slots = self._slots()
+            k_codes, k_norms, v_codes, v_norms = (
+                buffer.numpy()[:, slots] for side in (self._k, self._v) for buffer in (side.packed, side.norms)
+            )
+            return SavedCache(
+                num_kv_heads=form.num_kv_heads,
+                head_dim=form.head_dim,
+                capacity=self._capacity,
+                grows=self._grows,
+                k_bits=form.k_bits,
+                v_bits=form.v_bits,
+                sliding_window=self._window,
+                codebook=form.codebook,
+                packing=form.packing,
+                precision=form.precision,
+                offset=self._offset,
+                k_mean=form.k_mean,
+                k_codes=k_codes,
+                k_norms=k_norms,
+                v_codes=v_codes,
+                v_norms=v_norms,
+            )
 
-def _positive(op: str, field: str, value: object) -> int:
-    count = _core.to_uint32(op, field, value)
-    if count == 0:
-        raise invalid(op, field, "must be >= 1", count)
-    return count
+    def _slots(self) -> npt.NDArray[np.int64]:
+        """Slots of the tokens held, oldest first."""
+        return np.arange(self._offset - self._len, self._offset) % max(self._capacity, 1)
+
+    @classmethod
+    def _restore(cls, saved: SavedCache, device: str | Device | None) -> KVCache:
+        """Make a cache of what a file has kept, which has been checked."""
+        form = CacheFormat.check(
+            "KVCache.load",
+            saved.num_kv_heads,
+            saved.head_dim,
+            saved.k_bits,
+            saved.v_bits,
+            saved.codebook,
+            saved.packing,
+            saved.k_mean,
+            saved.precision,
+            device,
+        )
+        cache = cls._make(form, saved.capacity, grows=saved.grows, window=saved.sliding_window)
+        cache._len, cache._offset = saved.k_codes.shape[1], saved.offset
+        slots = cache._slots()
+        for side, codes, norms in ((cache._k, saved.k_codes, saved.k_norms), (cache._v, saved.v_codes, saved.v_norms)):
+            side.packed.numpy()[:, slots] = codes
+            side.norms.numpy()[:, slots] = norms
+        return cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,34 +16,137 @@ from cases import cover_pairs
 
 @dataclass(frozen=True)
 class Setting:
-    """One cache, how it is filled, and the query on it."""
+    """One cache, how it is filled, and the queries on it."""
 
     head_dim: int
     heads: tuple[int, int]
     bits: tuple[int, int]
     codebook: str
+    packing: str
+    k_mean: bool
     appends: tuple[int, ...]
     sliding_window: int | None
-    spare: int | None  # capacity beyond what is needed; None lets the cache choose
+    spare: int | None  # capacity beyond what is needed; None lets the cache choose, where it can
+    queries: int | None  # None: a query without that axis
+    stand: str  # where the last query stands
     softcap: float
+    sinks: bool
     scale: float | None
 
     def __str__(self) -> str:
         return ",".join(str(value).replace(" ", "") for value in vars(self).values())
+
+    @property
+    def total(self) -> int:
+        return sum(self.appends)
+
+    @property
+    def num_queries(self) -> int:
+        """No more than there are positions."""
+        return min(self.queries or 1, self.total)
+
+    @property
+    def q_offset(self) -> int | None:
+        """Position of the last query, as the caller gives it."""
+        if self.stand == "newest":
+            return None
+        if self.stand == "back":
+            return max(self.num_queries - 1, self.total - 3)
+        return self.total + {"beyond": 2, "far beyond": 5000}[self.stand]
+
+    @property
+    def last(self) -> int:
+        return self.total - 1 if self.q_offset is None else self.q_offset
+
+    @property
+    def capacity(self) -> int | None:
+        needed = self.total
+        if self.sliding_window is not None:
+            oldest_seen = max(0, self.last - self.num_queries + 2 - self.sliding_window)
+            needed = max(self.sliding_window, self.total - oldest_seen)
+            if self.spare is None and needed == self.sliding_window:
+                return None
+        elif self.spare is None:
+            return None
+        return needed + (self.spare or 0)
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """Positions that each query sees, the end left out."""
+        positions = range(self.last - self.num_queries + 1, self.last + 1)
+        ends = [min(position + 1, self.total) for position in positions]
+        begins = [max(0, p + 1 - self.sliding_window) if self.sliding_window else 0 for p in positions]
+        return [(min(begin, end), end) for begin, end in zip(begins, ends, strict=True)]
+
+    def mean(self) -> np.ndarray | None:
+        if not self.k_mean:
+            return None
+        shape = (self.heads[1], self.head_dim)
+        return 2.0 * np.random.default_rng(2).standard_normal(shape).astype(np.float32)
+
+    def make(self, device: tq_hb.Device) -> tq_hb.KVCache:
+        return tq_hb.KVCache(
+            self.heads[1],
+            self.head_dim,
+            self.capacity,
+            k_bits=self.bits[0],
+            v_bits=self.bits[1],
+            sliding_window=self.sliding_window,
+            codebook=self.codebook,
+            packing=self.packing,
+            k_mean=self.mean(),
+            device=device,
+        )
+
+    def query(self) -> np.ndarray:
+        lead = () if self.queries is None else (self.num_queries,)
+        shape = (*lead, self.heads[0], self.head_dim)
+        return 3.0 * np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+
+    def keywords(self) -> dict[str, Any]:
+        sinks = np.linspace(-3, 6, self.heads[0]).astype(np.float32) if self.sinks else None
+        return {"scale": self.scale, "softcap": self.softcap, "sinks": sinks, "q_offset": self.q_offset}
+
+    def decoded(self, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the bytes of the cache stand for, token-major, in float64."""
+        mean = np.float32(0) if self.mean() is None else self.mean()
+        (k_hat, v_hat) = (
+            reference.unrotate(reference.decode(*reference.encode_float32(x, b, self.codebook), b, self.codebook))
+            for x, b in ((k - mean, self.bits[0]), (v, self.bits[1]))
+        )
+        return k_hat + mean, v_hat
+
+    def expected(self, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Output and lse."""
+        k_hat, v_hat = (x.swapaxes(0, 1) for x in self.decoded(k, v))
+        return reference.attend(
+            self.query(),
+            k_hat,
+            v_hat,
+            scale=self.head_dim**-0.5 if self.scale is None else self.scale,
+            softcap=self.softcap,
+            sinks=self.keywords()["sinks"],
+            ranges=self.ranges(),
+            return_lse=True,
+        )
 
 
 SETTINGS = [
     Setting(**row)
     for row in cover_pairs(
         {
-            "head_dim": (256, 512),
+            "head_dim": (64, 128, 256, 512),
             "heads": ((4, 1), (3, 3), (6, 2), (5, 1)),
             "bits": ((8, 8), (5, 5), (6, 6), (8, 6), (5, 8)),
             "codebook": ("lloyd_max", "mlx_native"),
+            "packing": ("byte", "plane"),
+            "k_mean": (False, True),
             "appends": ((1,), (31, 1), (33,), (20, 12, 1, 1), (513,), (300, 1, 700, 1)),
             "sliding_window": (None, 1, 31, 32, 64, 600),
             "spare": (None, 0, 7),
+            "queries": (None, 1, 2, 8, 11),
+            "stand": ("newest", "back", "beyond", "far beyond"),
             "softcap": (0.0, 5.0),
+            "sinks": (False, True),
             "scale": (None, 0.02),
         }
     )
@@ -59,57 +163,53 @@ def fill(cache: tq_hb.KVCache, appends: tuple[int, ...], seed: int) -> tuple[np.
     return k, v
 
 
+def assert_close(got: np.ndarray, want: np.ndarray) -> None:
+    """Rows of queries that see nothing must be exactly zero, which a ratio of energies would not tell."""
+    nothing = ~want.any(axis=-1)
+    assert not got[nothing].any()
+    if not nothing.all():
+        assert tolerance.nmse(got, want) <= tolerance.ATTEND_NMSE
+
+
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_attend_matches_reference(device, setting):
-    num_heads, num_kv_heads = setting.heads
-    k_bits, v_bits = setting.bits
-    total, window = sum(setting.appends), setting.sliding_window
-    capacity = None if setting.spare is None else setting.spare + (window or total)
-    cache = tq_hb.KVCache(
-        num_kv_heads,
-        setting.head_dim,
-        capacity,
-        k_bits=k_bits,
-        v_bits=v_bits,
-        sliding_window=window,
-        codebook=setting.codebook,
-        device=device,
-    )
-    k, v = fill(cache, setting.appends, seed=total)
-    q = 3.0 * np.random.default_rng(1).standard_normal((num_heads, setting.head_dim)).astype(np.float32)
+    cache = setting.make(device)
+    k, v = fill(cache, setting.appends, seed=setting.total)
+    want, want_lse = setting.expected(k, v)
 
-    got = cache.attend(q, scale=setting.scale, softcap=setting.softcap)
+    got = cache.attend(setting.query(), **setting.keywords())
+    again, lse = cache.attend(setting.query(), **setting.keywords(), return_lse=True)
 
-    def decoded(x: np.ndarray, cbits: int) -> np.ndarray:
-        visible = x[-window:] if window else x
-        codes, norms = reference.encode_float32(visible.swapaxes(0, 1), cbits, setting.codebook)
-        return reference.unrotate(reference.decode(codes, norms, cbits, setting.codebook))
-
-    scale = setting.head_dim**-0.5 if setting.scale is None else setting.scale
-    want = reference.attend(q, decoded(k, k_bits), decoded(v, v_bits), scale=scale, softcap=setting.softcap)
-    assert got.dtype == np.float32
-    assert tolerance.nmse(got, want) <= tolerance.ATTEND_NMSE
+    assert got.dtype == again.dtype == lse.dtype == np.float32
+    assert_close(got, want)
+    assert_close(again, want)
+    assert tolerance.lse_error(lse, want_lse) <= tolerance.LSE_ERROR
 
 
 @pytest.mark.parametrize("setting", SETTINGS[::4], ids=str)
 def test_dequantize_returns_what_is_held_oldest_first(device, setting):
-    num_kv_heads = setting.heads[1]
-    k_bits, v_bits = setting.bits
-    total, window = sum(setting.appends), setting.sliding_window
-    capacity = None if setting.spare is None else setting.spare + (window or total)
-    cache = tq_hb.KVCache(
-        num_kv_heads, setting.head_dim, capacity, k_bits=k_bits, v_bits=v_bits, sliding_window=window,
-        codebook=setting.codebook, device=device,
-    )  # fmt: skip
-    held = min(total, cache.capacity) if window else total
-    appended = fill(cache, setting.appends, seed=total)
+    cache = setting.make(device)
+    held = min(setting.total, cache.capacity)
+    appended = fill(cache, setting.appends, seed=setting.total)
 
     assert len(cache) == held
-    for got, x, cbits in zip(cache.dequantize(), appended, (k_bits, v_bits), strict=True):
-        codes, norms = reference.encode_float32(x[-held:], cbits, setting.codebook)
-        want = reference.unrotate(reference.decode(codes, norms, cbits, setting.codebook))
+    for got, want in zip(cache.dequantize(), setting.decoded(*appended), strict=True):
         assert got.dtype == np.float32
-        assert tolerance.nmse(got, want) <= tolerance.DECODE_UNROTATED_NMSE
+        assert tolerance.nmse(got, want[-held:]) <= tolerance.DECODE_UNROTATED_NMSE
+
+
+@pytest.mark.parametrize("head_dim", tq_hb.supported_head_dims())
+@pytest.mark.parametrize("bits", [(5, 6), (6, 5), (5, 8), (6, 6)], ids=str)
+def test_the_packing_changes_no_bit_of_the_results(device, head_dim, bits):
+    results = set()
+    for packing in ("byte", "plane"):
+        cache = tq_hb.KVCache(
+            3, head_dim, k_bits=bits[0], v_bits=bits[1], sliding_window=40, packing=packing, device=device
+        )
+        fill(cache, (35, 1, 30), seed=4)
+        q = np.random.default_rng(5).standard_normal((6, head_dim)).astype(np.float32)
+        results.add(b"".join(x.tobytes() for x in (*cache.dequantize(), *cache.attend(q, return_lse=True))))
+    assert len(results) == 1
 
 
 @pytest.mark.parametrize("nsg", ["1", "2", "4"])
@@ -140,3 +240,44 @@ def test_prefill_of_a_run_then_decode_steps_equals_one_long_run(device):
     at_once.append(k, v)
 
     assert np.array_equal(stepwise.attend(q), at_once.attend(q))
+
+
+@pytest.mark.parametrize("window", [None, 1, 20])
+def test_several_queries_equal_decode_steps(device, window):
+    """Each of several new tokens sees what it would have seen alone."""
+    rng = np.random.default_rng(8)
+    k, v = rng.standard_normal((2, 60, 2, 128)).astype(np.float32)
+    q = rng.standard_normal((9, 4, 128)).astype(np.float32)
+    capacity = None if window is None else window + 8
+    stepwise, at_once = (tq_hb.KVCache(2, 128, capacity, sliding_window=window, device=device) for _ in range(2))
+    stepwise.append(k[:51], v[:51])
+    steps = []
+    for t in range(9):
+        stepwise.append(k[51 + t], v[51 + t])
+        steps.append(stepwise.attend(q[t]))
+    at_once.append(k, v)
+
+    assert tolerance.nmse(at_once.attend(q), np.stack(steps)) <= tolerance.SPLIT_NMSE
+
+
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+@pytest.mark.parametrize("sinks", [None, np.array([1.0, -np.inf, 30.0, -5.0], np.float32)], ids=["none", "sinks"])
+def test_the_mean_key_makes_the_error_smaller_and_changes_nothing_else(device, softcap, sinks):
+    """Keys with a large common part, of which 5 bits lose a lot."""
+    rng = np.random.default_rng(9)
+    mean = 4 * rng.standard_normal((2, 256)).astype(np.float32)
+    k, v = rng.standard_normal((2, 200, 2, 256)).astype(np.float32)
+    k += mean
+    q = rng.standard_normal((4, 256)).astype(np.float32)
+    want, want_lse = reference.attend(
+        q, k.swapaxes(0, 1), v.swapaxes(0, 1), scale=1 / 16, softcap=softcap, sinks=sinks, return_lse=True
+    )
+    errors = {}
+    for name, k_mean in (("with", mean), ("without", None)):
+        cache = tq_hb.KVCache(2, 256, k_bits=5, v_bits=8, k_mean=k_mean, device=device)
+        cache.append(k, v)
+        got, lse = cache.attend(q, softcap=softcap, sinks=sinks, return_lse=True)
+        errors[name] = tolerance.nmse(got, want), np.abs(lse - want_lse).max()
+
+    assert errors["with"][0] < errors["without"][0] / 3
+    assert errors["with"][1] < errors["without"][1]

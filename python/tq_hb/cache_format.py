@@ -1,0 +1,117 @@
+"""How a cache stores its vectors, and what of a caller's vectors fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tq_hb import _core
+from tq_hb.device import Device, resolve_device
+from tq_hb.interop import Array, Float32Array, as_float32
+from tq_hb.options import (
+    check_bits,
+    check_format,
+    check_head_dim,
+    check_precision,
+    invalid,
+    norms_shape,
+)
+
+
+def positive(op: str, field: str, value: object) -> int:
+    """Return ``value`` as a count of at least one."""
+    count = _core.to_uint32(op, field, value)
+    if count == 0:
+        raise invalid(op, field, "must be >= 1", count)
+    return count
+
+
+@dataclass(frozen=True, eq=False)
+class CacheFormat:
+    """What all sequences of a cache have in common."""
+
+    num_kv_heads: int
+    head_dim: int
+    k_bits: int
+    v_bits: int
+    codebook: str
+    packing: str
+    k_mean: Float32Array | None  # (num_kv_heads, head_dim)
+    precision: str
+    device: Device
+
+    @classmethod
+    def check(
+        cls,
+        op: str,
+        num_kv_heads: int,
+        head_dim: int,
+        k_bits: int,
+        v_bits: int,
+        codebook: str,
+        packing: str,
+        k_mean: Array | None,
+        precision: str,
+        device: str | Device | None,
+    ) -> CacheFormat:
+        """Make a format of a caller's arguments."""
+        heads, size = positive(op, "num_kv_heads", num_kv_heads), check_head_dim(op, head_dim)
+        k_bits, v_bits = check_bits(op, "k_bits", k_bits), check_bits(op, "v_bits", v_bits)
+        check_format(op, codebook, packing)
+        check_precision(op, precision)
+        mean = None if k_mean is None else _check_mean(op, k_mean, (heads, size))
+        return cls(heads, size, k_bits, v_bits, codebook, packing, mean, precision, resolve_device(op, device))
+
+    def row_bytes(self, bits: int) -> int:
+        """Bytes of the codes of one vector."""
+        return _core.row_bytes(self.packing, bits, self.head_dim)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of codes and norms of K and V, all heads."""
+        norms = 2 * 4 * _core.norms_per_row(self.head_dim)
+        return self.num_kv_heads * (self.row_bytes(self.k_bits) + self.row_bytes(self.v_bits) + norms)
+
+    def norms_shape(self, capacity: int) -> tuple[int, ...]:
+        """Shape of the norms of K, or of V."""
+        return norms_shape((self.num_kv_heads, capacity), self.head_dim)
+
+    def check_query(self, op: str, rows: Float32Array, *, batched: bool) -> None:
+        """Accept queries: (H, D) or (N, H, D), behind one more axis if they are for several sequences."""
+        axes, lead = (3, "sequences, ") if batched else (2, "")
+        if rows.ndim not in (axes, axes + 1) or rows.shape[-1] != self.head_dim:
+            one, several = (f"({lead}{queries}heads, {self.head_dim})" for queries in ("", "queries, "))
+            raise invalid(op, "q", f"must have shape {one} or {several}", rows.shape)
+        if rows.ndim == axes + 1 and rows.shape[-3] == 0:
+            raise invalid(op, "q", "must hold at least one query", rows.shape)
+        if rows.shape[-2] == 0 or rows.shape[-2] % self.num_kv_heads != 0:
+            raise invalid(op, "q", f"must have a multiple of {self.num_kv_heads} heads", rows.shape[-2])
+
+    def residual(self, k: Float32Array) -> Float32Array:
+        """Return what of the keys is encoded."""
+        if self.k_mean is None:
+            return k
+        with np.errstate(all="ignore"):
+            return k - self.k_mean
+
+    def score_bias(self, q: Float32Array, scale: float) -> Float32Array | None:
+        """Return what the mean key adds to every score of a query: (..., H), or None without a mean key."""
+        if self.k_mean is None:
+            return None
+        per_kv_head = q.reshape(*q.shape[:-2], self.num_kv_heads, q.shape[-2] // self.num_kv_heads, self.head_dim)
+        with np.errstate(all="ignore"):
+            bias = scale * np.einsum("...ghd,gd->...gh", per_kv_head, self.k_mean, dtype=np.float64)
+            rounded: Float32Array = bias.reshape(q.shape[:-1]).astype(np.float32)
+        return rounded
+
+
+def _check_mean(op: str, k_mean: Array, shape: tuple[int, int]) -> Float32Array:
+    mean = as_float32(op, "k_mean", k_mean)
+    if mean.shape != shape:
+        raise invalid(op, "k_mean", f"must have shape {shape}", mean.shape)
+    finite = np.isfinite(mean)
+    if not finite.all():
+        head, coordinate = np.argwhere(~finite)[0]
+        raise invalid(op, "k_mean", "must be finite", f"{mean[head, coordinate]} at head {head}")
+    return mean.copy()
