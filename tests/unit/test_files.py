@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 import tq_hb
 from files_cases import ARRAYS, MALFORMED, File, make_saved, right_file_caches
 from tq_hb import file_header
-from tq_hb.files import SavedCache, read_caches, write_caches
+from tq_hb.files import SavedCache, load_caches, read_caches, save_caches, write_caches
 
 HEAD_DIMS = tq_hb.supported_head_dims()
 WIDTHS = tq_hb.supported_bits()
@@ -197,6 +197,128 @@ def version_1_caches() -> list[SavedCache]:
             make_saved(0),
         )
     ]
+
+
+class TestKVCaches:
+    """The same through the caches themselves, on every device."""
+
+    @staticmethod
+    def fill(cache: tq_hb.KVCache, tokens: int, seed: int = 0) -> None:
+        shape = (tokens, cache.num_kv_heads, cache.head_dim)
+        k, v = np.random.default_rng(seed).standard_normal((2, *shape)).astype(np.float32)
+        cache.append(k, v)
+
+    @staticmethod
+    def agree(a: tq_hb.KVCache, b: tq_hb.KVCache) -> bool:
+        """Whether two caches hold the same, and answer the same."""
+        names = (
+            *("num_kv_heads", "head_dim", "capacity", "k_bits", "v_bits", "sliding_window", "codebook", "packing"),
+            *("precision", "offset", "bytes_per_token", "nbytes"),
+        )
+        q = np.random.default_rng(1).standard_normal((2 * a.num_kv_heads, a.head_dim)).astype(np.float32)
+        return (
+            all(getattr(a, name) == getattr(b, name) for name in names)
+            and len(a) == len(b)
+            and all(map(np.array_equal, a.dequantize(), b.dequantize()))
+            and (len(a) == 0 or np.array_equal(a.attend(q, softcap=30.0), b.attend(q, softcap=30.0)))
+        )
+
+    @pytest.mark.parametrize("head_dim", HEAD_DIMS)
+    @pytest.mark.parametrize("choices", [{}, {"packing": "plane"}, {"codebook": "mlx_native"}], ids=str)
+    @pytest.mark.parametrize(("k_bits", "v_bits"), [(8, 8), (5, 6), (6, 5)])
+    def test_a_loaded_cache_is_the_saved_one_and_goes_on_as_it(self, device, path, head_dim, k_bits, v_bits, choices):
+        keywords = {"k_bits": k_bits, "v_bits": v_bits, "device": device, **choices}
+        saved = tq_hb.KVCache(3, head_dim, **keywords)
+        self.fill(saved, 33)
+        saved.save(path)
+        loaded = tq_hb.KVCache.load(path, device)
+        assert loaded.device.backend == device.backend
+        assert self.agree(saved, loaded)
+        for cache in (saved, loaded):
+            self.fill(cache, 40, seed=2)
+        assert self.agree(saved, loaded)
+
+    @pytest.mark.parametrize("tokens", [0, 1, 7, 8, 9, 12, 13, 100])
+    @pytest.mark.parametrize("trimmed", [0, 1, 4])
+    def test_rings(self, device, path, tokens, trimmed):
+        saved = tq_hb.KVCache(1, 256, 12, sliding_window=8, precision="strict", device=device)
+        self.fill(saved, tokens)
+        if tokens >= trimmed:
+            saved.trim(trimmed)
+        saved.save(path)
+        loaded = tq_hb.KVCache.load(path, device)
+        assert self.agree(saved, loaded)
+        for cache in (saved, loaded):
+            self.fill(cache, 5, seed=2)
+        assert self.agree(saved, loaded)
+
+    def test_the_mean_of_the_keys(self, device, path):
+        mean = np.random.default_rng(3).standard_normal((2, 256)).astype(np.float32)
+        saved = tq_hb.KVCache(2, 256, 50, k_mean=mean, device=device)
+        self.fill(saved, 50)
+        saved.save(path)
+        assert self.agree(saved, tq_hb.KVCache.load(path, device))
+
+    def test_a_cache_moves_between_devices(self, device, path):
+        saved = tq_hb.KVCache(2, 512, device=device)
+        self.fill(saved, 31)
+        saved.save(path)
+        loaded = tq_hb.KVCache.load(path, "cpu")
+        assert loaded.device.backend == "cpu"
+        loaded.save(path.with_name("again"))
+        assert path.read_bytes() == path.with_name("again").read_bytes()
+
+    def test_what_was_trimmed_or_cleared_is_not_in_the_file(self, path):
+        cache = tq_hb.KVCache(1, 256, 10)
+        self.fill(cache, 10)
+        cache.clear()
+        cache.save(path)
+        empty = path.read_bytes()
+        tq_hb.KVCache(1, 256, 10).save(path)
+        assert path.read_bytes() == empty
+
+    def test_all_layers_of_a_model(self, device, path):
+        layers = [tq_hb.KVCache(1, 256, sliding_window=(None, 4)[i % 2], device=device) for i in range(6)]
+        for i, layer in enumerate(layers):
+            self.fill(layer, i + 1, seed=i)
+        save_caches(path, iter(layers))
+        loaded = load_caches(path, device)
+        assert len(loaded) == 6
+        assert all(map(self.agree, layers, loaded))
+        assert len({id(layer.device) for layer in loaded}) == 1
+
+    def test_load_refuses_several(self, path):
+        save_caches(path, [tq_hb.KVCache(1, 256)] * 2)
+        with pytest.raises(
+            tq_hb.InvalidArgument, match=r"KVCache.load: .* must hold one cache; .*load_caches.*, got 2"
+        ):
+            tq_hb.KVCache.load(path)
+
+    @pytest.mark.parametrize("caches", [[], None, 3, [3], ["cache"], {}], ids=repr)
+    def test_save_refuses_other_things(self, path, caches):
+        with pytest.raises(
+            tq_hb.InvalidArgument, match="save_caches: caches must be a sequence of one or more KVCache"
+        ):
+            save_caches(path, caches)
+
+    def test_save_refuses_a_single_cache(self, path):
+        with pytest.raises(tq_hb.InvalidArgument, match="save_caches: caches must be a sequence .*, got KVCache"):
+            save_caches(path, tq_hb.KVCache(1, 256))
+
+    def test_load_refuses_an_unknown_device_before_it_reads(self, path):
+        with pytest.raises(tq_hb.InvalidArgument, match="load_caches: device"):
+            load_caches(path, "tpu")
+
+    def test_the_error_names_the_call(self, path):
+        path.write_bytes(b"not a cache")
+        for name, call in (("KVCache.load", tq_hb.KVCache.load), ("load_caches", load_caches)):
+            with pytest.raises(tq_hb.InvalidArgument, match=f"^{name}: header length of '.*cache.safetensors' must"):
+                call(path)
+
+    def test_a_capacity_that_does_not_fit_takes_no_memory(self, path):
+        write_caches("op", path, [make_saved(0, capacity=2**32 - 1)])
+        with pytest.raises(tq_hb.OutOfMemoryError):
+            tq_hb.KVCache.load(path, "cpu")
 
 
 class TestRefusedOnSaving:
