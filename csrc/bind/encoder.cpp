@@ -116,6 +116,7 @@ void bind_encoder(py::module_& module) {
       .def_property_readonly("gpu_time", &CommandEncoder::gpu_time)
       .def_property_readonly("kernels", [](const CommandEncoder& self) { return py::tuple(py::cast(self.kernels())); })
       .def_property_readonly("nodes", &nodes)
+      .def_property_readonly("num_nodes", &CommandEncoder::num_nodes)
       .def_property_readonly("threadgroup_bytes", &CommandEncoder::threadgroup_bytes);
 }
 

@@ -123,6 +123,11 @@ std::vector<Node> CommandEncoder::nodes() const {
   return nodes_;
 }
 
+std::size_t CommandEncoder::num_nodes() const {
+  const auto lock = enter("num_nodes");
+  return nodes_.size();
+}
+
 std::vector<std::string> CommandEncoder::kernels() const {
   const auto lock = enter("kernels");
   std::vector<std::string> names;

@@ -4,6 +4,7 @@
 // arguments. Ops run in the order in which memory barriers separate them.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <mutex>
 #include <optional>
@@ -53,6 +54,7 @@ class CommandEncoder {
   double gpu_time() const;
   /// What has been encoded so far, barriers included, in order.
   std::vector<Node> nodes() const;
+  std::size_t num_nodes() const;
   /// Names of the kernels encoded so far.
   std::vector<std::string> kernels() const;
   /// The largest threadgroup memory of any kernel encoded so far.

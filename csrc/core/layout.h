@@ -3,12 +3,7 @@
 
 #include <cstddef>
 
-/// The one list of head sizes that every op accepts.
-#define TQ_HB_FOR_EACH_HEAD_DIM(X) \
-  X(64)                            \
-  X(128)                           \
-  X(256)                           \
-  X(512)
+#include "core/head_dims.h"
 
 namespace tq_hb {
 
