@@ -194,6 +194,15 @@ struct CacheCase {
   std::optional<Buffer> sinks, score_bias, lse;
 };
 
+/// Whether every value is that of float64 up to `limit` times its size, or infinite alike.
+inline bool close(const Buffer& got, const std::vector<double>& want, double limit) {
+  for (std::size_t i = 0; i < want.size(); ++i) {
+    const double value = static_cast<double>(got.data<float>()[i]);
+    if (value != want[i] && !(std::fabs(value - want[i]) <= limit * std::max(1.0, std::fabs(want[i])))) return false;
+  }
+  return got.size() == want.size();
+}
+
 inline double nmse(const std::vector<float>& got, const std::vector<double>& want) {
   double error = 0.0, energy = 0.0;
   for (std::size_t i = 0; i < got.size(); ++i) {

@@ -56,6 +56,10 @@ struct Pinned {
 
 // These pin the format: a change here breaks every cache that has been stored.
 constexpr Pinned kPinned[] = {
+    {64, 5, CodebookName::kLloydMax, 0, 765470562479429303ull},
+    {64, 8, CodebookName::kMlxNative, -100, 17013530155241521957ull},
+    {128, 6, CodebookName::kLloydMax, 0, 9227731377794571845ull},
+    {128, 8, CodebookName::kLloydMax, -59, 5374639840693732893ull},
     {256, 5, CodebookName::kLloydMax, 0, 193337822954143186ull},
     {256, 8, CodebookName::kLloydMax, -100, 11385559339389993765ull},
     {256, 8, CodebookName::kMlxNative, 40, 13352585438343306942ull},
@@ -124,12 +128,13 @@ TEST_P(RoundTrip, StaysWithinTheQuantisersError) {
   EXPECT_GT(error / energy, 0.8 * expected);
 }
 
-INSTANTIATE_TEST_SUITE_P(All, RoundTrip, testing::Combine(testing::Values(256, 512), testing::Values(5, 6, 8)));
+INSTANTIATE_TEST_SUITE_P(All, RoundTrip,
+                         testing::Combine(testing::Values(64, 128, 256, 512), testing::Values(5, 6, 8)));
 
 TEST(Rotation, KeepsNormsAndInverts) {
   std::mt19937 random(2);
   std::normal_distribution<float> normal;
-  for (const std::size_t head_dim : {256u, 512u}) {
+  for (const std::size_t head_dim : {64u, 128u, 256u, 512u}) {
     std::vector<float> row(head_dim);
     for (float& x : row) x = normal(random);
     std::vector<float> turned = row;
@@ -141,7 +146,7 @@ TEST(Rotation, KeepsNormsAndInverts) {
 }
 
 TEST(Encode, ZerosTakeTheMiddleAndDecodeToZero) {
-  for (const std::size_t head_dim : {256u, 512u}) {
+  for (const std::size_t head_dim : {64u, 128u, 256u, 512u}) {
     const std::vector<float> zeros(head_dim, 0.0f);
     std::vector<std::uint8_t> codes(head_dim, 255);
     float norms[2] = {1.0f, 1.0f};
@@ -156,7 +161,7 @@ TEST(Encode, RefusesWhatIsNotFiniteAndWritesNothing) {
   const Codebook& codebook = find_codebook("test", CodebookName::kLloydMax, 8);
   constexpr float kBad[] = {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
                             -std::numeric_limits<float>::infinity(), std::numeric_limits<float>::max(), 4e19f};
-  for (const std::size_t head_dim : {256u, 512u}) {
+  for (const std::size_t head_dim : {64u, 128u, 256u, 512u}) {
     for (const float bad : kBad) {
       std::vector<float> row(head_dim, 1.0f);
       row[head_dim - 1] = bad;

@@ -1,5 +1,6 @@
 #include <limits>
 
+#include "cache_case.h"
 #include "core/params.h"
 #include "expect_error.h"
 
@@ -90,6 +91,99 @@ TEST(AttendParams, RefusesEachBrokenRule) {
   }
   expect_refused(args, &Args::scale_factor_d512, 1e-39f, {"reciprocal"});
   expect_refused(args, &Args::fuse_fwht_pre, 2u, {"fuse_fwht_pre must be 0 or 1"});
+}
+
+template <class Break>
+void expect_call_refused(const CacheCase& test, const Break& breaks, std::initializer_list<const char*> parts) {
+  AttendOp op = test.attend_op();
+  breaks(op);
+  expect_error([&] { validate(op, test.device.get()); }, ErrorCode::kInvalidArgument, parts);
+}
+
+TEST(AttendCall, AcceptsOptionalBuffersOfItsShape) {
+  CacheCase test(4, 2, 128, 8, 5, 6, "cpu", Packing::kPlane);
+  for (const unsigned queries : {0u, 1u, 8u}) {
+    if (queries != 0) test.ask(queries);
+    test.add_sinks();
+    test.add_score_bias();
+    test.add_lse();
+    EXPECT_NO_THROW(validate(test.attend_op(), test.device.get())) << queries;
+  }
+}
+
+TEST(AttendCall, ChecksOptionalBuffers) {
+  CacheCase test(4, 2, 128, 8);
+  test.ask(3);
+  const auto empty = [&](DType dtype, const Shape& shape) { return test.device->empty(dtype, shape); };
+  expect_call_refused(test, [&](AttendOp& op) { op.sinks = empty(DType::kFloat32, {3, 4}); },
+                      {"sinks must have shape (4,)", "(3, 4)"});
+  expect_call_refused(test, [&](AttendOp& op) { op.score_bias = empty(DType::kFloat32, {4}); },
+                      {"score_bias must have shape (3, 4)", "(4,)"});
+  expect_call_refused(test, [&](AttendOp& op) { op.lse = empty(DType::kFloat32, {4}); },
+                      {"lse must have shape (3, 4)", "(4,)"});
+  expect_call_refused(test, [&](AttendOp& op) { op.sinks = empty(DType::kUint8, {4}); }, {"sinks must have dtype"});
+  expect_call_refused(test, [&](AttendOp& op) { op.lse = empty(DType::kUint8, {3, 4}); }, {"lse must have dtype"});
+  expect_call_refused(test, [&](AttendOp& op) { op.output = empty(DType::kFloat32, {4, 128}); },
+                      {"output must have shape (3, 4, 128)"});
+}
+
+TEST(AttendCall, RefusesResultsThatOverlap) {
+  CacheCase test(4, 2, 128, 8);
+  test.ask(2);
+  test.add_sinks();
+  test.add_score_bias();
+  test.add_lse();
+  expect_call_refused(test, [&](AttendOp& op) { op.lse = op.score_bias; }, {"lse must not overlap score_bias"});
+  const std::shared_ptr<Storage> storage = test.device->empty(DType::kFloat32, {1 << 20}).storage();
+  const auto at = [&](std::uint64_t first, const Shape& shape) {
+    return Buffer(storage, DType::kFloat32, shape, first * sizeof(float));
+  };
+  const Buffer output = at(0, {2, 4, 128});
+  for (const std::uint64_t first : {std::uint64_t{0}, std::uint64_t{1023}}) {
+    const auto lse = [&](AttendOp& op) { op.output = output, op.lse = at(first, {2, 4}); };
+    const auto sinks = [&](AttendOp& op) { op.output = output, op.sinks = at(first, {4}); };
+    const auto bias = [&](AttendOp& op) { op.output = output, op.score_bias = at(first, {2, 4}); };
+    const auto tmp = [&](AttendOp& op) { op.tmp = at(0, {1 << 20}), op.lse = at(first, {2, 4}); };
+    expect_call_refused(test, lse, {"lse must not overlap output"});
+    expect_call_refused(test, sinks, {"output must not overlap sinks"});
+    expect_call_refused(test, bias, {"output must not overlap score_bias"});
+    expect_call_refused(test, tmp, {"tmp must not overlap lse"});
+  }
+  AttendOp op = test.attend_op();
+  op.output = output;
+  op.lse = at(1024, {2, 4});
+  op.sinks = at(1032, {4});
+  EXPECT_NO_THROW(validate(op, test.device.get()));
+}
+
+TEST(AttendCall, RefusesMoreQueriesThanPositions) {
+  CacheCase test(4, 2, 128, 8);
+  test.ask(9);
+  expect_call_refused(test, [](AttendOp&) {}, {"q must hold at most 8 queries", "got 9"});
+  expect_call_refused(test, [](AttendOp& op) { op.query_position = 7; }, {"q must hold at most 8 queries"});
+  test.query_position = 8;
+  EXPECT_NO_THROW(validate(test.attend_op(), test.device.get()));
+  test.q = test.device->empty(DType::kFloat32, {0, 4, 128});
+  expect_call_refused(test, [](AttendOp&) {}, {"q must hold at least one query"});
+}
+
+TEST(AttendCall, KnowsTheRowSizeOfEachSidesPlanes) {
+  CacheCase test(4, 2, 128, 8, 5, 6, "cpu", Packing::kPlane);
+  expect_call_refused(test, [](AttendOp& op) { op.packing = Packing::kByte; },
+                      {"k_packed must have shape (2, 8, 128)", "(2, 8, 80)"});
+  expect_call_refused(test, [](AttendOp& op) { op.v_packed = op.k_packed; },
+                      {"v_packed must have shape (2, 8, 96)", "(2, 8, 80)"});
+}
+
+TEST(AttendCall, NeedsRoomForThePartialsOfAllQueries) {
+  CacheCase test(4, 2, 128, 8);
+  test.ask(3);
+  const std::uint64_t floats = 3 * 4 * 32 * 130;
+  expect_call_refused(test, [&](AttendOp& op) { op.tmp = test.device->empty(DType::kFloat32, {floats - 1}); },
+                      {"tmp must hold at least 199680 bytes"});
+  AttendOp op = test.attend_op();
+  op.tmp = test.device->empty(DType::kFloat32, {floats});
+  EXPECT_NO_THROW(validate(op, test.device.get()));
 }
 
 TEST(QuantizeParams, RefusesEachBrokenRule) {
