@@ -9,6 +9,7 @@ from tq_hb._core import (
     OutOfMemoryError,
     UnsupportedError,
 )
+from tq_hb.batch import BatchedKVCache
 from tq_hb.cache import KVCache, Plan
 from tq_hb.device import (
     Device,
@@ -22,6 +23,7 @@ from tq_hb.device import (
     warmup,
 )
 from tq_hb.encoder import Buffer, CommandEncoder, Node
+from tq_hb.files import load_caches, save_caches
 from tq_hb.ops import (
     boundaries,
     codebook,
@@ -44,8 +46,10 @@ from tq_hb.ops import (
     unrotate,
 )
 from tq_hb.policy import compute_nsg, compute_nwg
+from tq_hb.states import merge_states
 
 __all__ = [
+    "BatchedKVCache",
     "Buffer",
     "CommandEncoder",
     "Device",
@@ -76,10 +80,13 @@ __all__ = [
     "fwht_standalone_f32",
     "hadamard_quantize_kv_hb",
     "hadamard_quantize_kv_hb_dual",
+    "load_caches",
+    "merge_states",
     "num_threads",
     "policy",
     "quantize",
     "rotate",
+    "save_caches",
     "set_num_threads",
     "signs",
     "supported_bits",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from tq_hb import _core
@@ -16,11 +14,6 @@ PRECISIONS = ("default", "strict")
 def invalid(op: str, field: str, rule: str, value: object) -> _core.InvalidArgument:
     """Return the error for an argument that breaks a rule: ``op: field rule, got value``."""
     return _core.InvalidArgument(f"{op}: {field} {rule}, got {value}")
-
-
-def unsupported(op: str, what: str) -> _core.UnsupportedError:
-    """Return the error for a right call that no backend serves yet."""
-    return _core.UnsupportedError(f"{op}: {what} is not supported")
 
 
 def one_of(choices: tuple[int, ...]) -> str:
@@ -72,8 +65,8 @@ def check_precision(op: str, precision: str) -> None:
     check_choice(op, "precision", precision, PRECISIONS)
 
 
-def check_attention(op: str, *, precision: str, return_lse: bool, sinks: Any = None) -> None:  # noqa: ARG001
-    """Check the keywords of an attention call but its sinks, which are an array."""
+def check_attention(op: str, *, precision: str, return_lse: bool) -> None:
+    """Check the keywords of an attention call that are no arrays."""
     check_precision(op, precision)
     if not isinstance(return_lse, bool | np.bool_):
         raise invalid(op, "return_lse", "must be True or False", repr(return_lse))

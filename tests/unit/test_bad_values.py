@@ -14,7 +14,7 @@ BAD_ROWS = {
     "-inf": float("-inf"),
     "overflowing norm": 1e19,
 }
-HEAD_DIMS = (256, 512)
+HEAD_DIMS = tq_hb.supported_head_dims()
 
 
 def rows_with_a_bad_one(head_dim: int, value: float, token: int = 1, head: int = 2) -> np.ndarray:
@@ -28,7 +28,7 @@ def rows_with_a_bad_one(head_dim: int, value: float, token: int = 1, head: int =
 
 
 def cache_buffers(head_dim: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.full((4, 5, head_dim), 9, np.uint8), np.full((4, 5) if head_dim == 256 else (4, 5, 2), 9.0, np.float32)
+    return np.full((4, 5, head_dim), 9, np.uint8), np.full(reference.norms_shape(head_dim, 4, 5), 9.0, np.float32)
 
 
 def encode_params(head_dim: int) -> tq_hb.HadamardQuantizeKvHbParams:
@@ -158,6 +158,58 @@ def test_recorded_attend_leaves_the_row_of_a_bad_query(device):
     assert (got[2] == 7.0).all()
     want = tq_hb.codebook(8)[200] / 16
     np.testing.assert_allclose(got[[0, 1, 3]], want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_bad_query_among_several_is_named_by_its_token_and_head(device, value):
+    p = tq_hb.FlashAttnVecTqHbParams(num_heads=4, num_kv_heads=2, head_dim=256, kv_seq_len=3, kv_capacity=3, scale=1.0)
+    packed, norms = np.zeros((2, 3, 256), np.uint8), np.ones((2, 3), np.float32)
+    q, out = np.ones((3, 4, 256), np.float32), np.full((3, 4, 256), 7.0, np.float32)
+    q[1, 2, 255] = value
+
+    with pytest.raises(tq_hb.InvalidArgument, match="flash_attn_vec_tq_hb.*q.*token 1.*head 2"):
+        tq_hb.flash_attn_vec_tq_hb(q, packed, norms, packed, norms, p, out=out, device=device)
+
+    assert (out == 7.0).all()
+
+
+@pytest.mark.parametrize("mode", ["off", "on"])
+def test_recorded_attend_leaves_the_row_of_a_bad_query_among_several(environment, device, mode):
+    environment(TQ_HB_GQA=mode)
+    p = tq_hb.FlashAttnVecTqHbParams(num_heads=4, num_kv_heads=2, head_dim=256, kv_seq_len=3, kv_capacity=3, scale=1.0)
+    packed = device.array(np.full((2, 3, 256), 200, np.uint8))
+    norms = device.array(np.ones((2, 3), np.float32))
+    q = np.ones((3, 4, 256), np.float32)
+    q[1, 2, 5] = q[2, 0, 0] = np.nan
+    output, lse = device.array(np.full(q.shape, 7.0, np.float32)), device.array(np.full((3, 4), 7.0, np.float32))
+    enc = device.encoder()
+    enc.flash_attn_vec_tq_hb(device.array(q), packed, norms, packed, norms, output, None, p, lse=lse)
+
+    with pytest.raises(tq_hb.InvalidArgument, match="token 1.*head 2"):
+        enc.commit_and_wait()
+
+    bad = np.isnan(q).any(-1)
+    assert (output.numpy()[bad] == 7.0).all()
+    assert (lse.numpy()[bad] == 7.0).all()
+    np.testing.assert_allclose(output.numpy()[~bad], tq_hb.codebook(8)[200] / 16, rtol=1e-6)
+    assert (lse.numpy()[~bad] != 7.0).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("form", ["array", "recorded"])
+def test_a_bad_sink_is_named_by_its_head(device, form, value):
+    p = tq_hb.FlashAttnVecTqHbParams(num_heads=4, num_kv_heads=2, head_dim=256, kv_seq_len=1, kv_capacity=1, scale=1.0)
+    inputs = np.ones((4, 256), np.float32), *(np.zeros((2, 1, 256), np.uint8), np.ones((2, 1), np.float32)) * 2
+    sinks = np.array([0.0, -np.inf, value, value], np.float32)
+    forms = {
+        "array": lambda: tq_hb.flash_attn_vec_tq_hb(*inputs, p, sinks=sinks, device=device),
+        "recorded": lambda: device.encoder().flash_attn_vec_tq_hb(
+            *inputs, device.empty((4, 256)), None, p, sinks=sinks
+        ),
+    }
+
+    with pytest.raises(tq_hb.InvalidArgument, match=rf"^flash_attn_vec_tq_hb: sinks must be .*got {value} at head 2$"):
+        forms[form]()
 
 
 @pytest.mark.parametrize("bad", ["k", "v"])

@@ -161,6 +161,15 @@ class TestAutoBarrier:
         enc.commit_and_wait()
         np.testing.assert_allclose(data.numpy(), 1.0, rtol=1e-5)
 
+    def test_a_barrier_is_placed_before_a_reader_of_lse_or_a_writer_of_sinks(self, device):
+        enc = device.encoder(auto_barrier=True)
+        lse = device.empty((2,))
+        attend(enc, device, lse=lse)
+        before = len(enc.nodes)
+        attend(enc, device, sinks=lse)
+        assert enc.nodes[before].kind == "barrier"
+        enc.commit_and_wait()
+
     @pytest.mark.parametrize(("value", "is_on"), [("1", True), ("0", False), ("yes", False)])
     def test_the_variable_turns_it_on(self, device, environment, value, is_on):
         environment(HF2Q_AUTO_BARRIER=value)
@@ -176,7 +185,7 @@ class TestAutoBarrier:
 
 
 class TestStandaloneTransform:
-    @pytest.mark.parametrize("head_dim", [256, 512])
+    @pytest.mark.parametrize("head_dim", tq_hb.supported_head_dims())
     def test_it_is_the_transform_without_the_signs(self, device, head_dim):
         x = np.random.default_rng(0).standard_normal((3, head_dim), np.float32)
         data, enc = device.array(x), device.encoder()

@@ -12,18 +12,17 @@ import tolerance
 import tq_hb
 from cases import Case, expected, make_problem
 
-HEAD_DIMS = (256, 512)
+HEAD_DIMS = tq_hb.supported_head_dims()
 WIDTHS = (5, 6, 8)
 CODEBOOKS = ("lloyd_max", "mlx_native")
 
 
-def norms_shape(head_dim: int, *lead: int) -> tuple[int, ...]:
-    return lead if head_dim == 256 else (*lead, 2)
+PACKINGS = ("byte", "plane")
 
 
 def unit_norms(head_dim: int, *lead: int) -> np.ndarray:
     """Norms under which a decoded value is the level itself."""
-    return np.full(norms_shape(head_dim, *lead), 16.0 if head_dim == 256 else 1.0, np.float32)
+    return np.full(reference.norms_shape(head_dim, *lead), reference.unit_norm(head_dim), np.float32)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -46,12 +45,21 @@ def test_every_coordinate_of_the_query_reaches_the_score(device, head_dim):
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("cbits", WIDTHS)
-def test_every_decoder_uses_the_encoders_table(device, cbits, codebook, head_dim):
+def test_every_decoder_uses_the_encoders_table(device, cbits, packing, codebook, head_dim):
     count = 2**cbits
-    codes = (np.arange(head_dim) % count).astype(np.uint8).reshape(1, 1, head_dim)
+    codes = np.stack([(np.arange(head_dim) + start) % count for start in range(0, count, head_dim)]).astype(np.uint8)
+    keywords = {"codebook": codebook, "packing": packing}
+    for row in codes[:, None, None]:  # small heads need several to have every code once
+        check_every_decoder(device, row, cbits, head_dim, keywords)
+
+
+def check_every_decoder(device, codes, cbits, head_dim, keywords):
     norms = unit_norms(head_dim, 1, 1)
-    want = tq_hb.codebook(cbits, codebook)[codes[0]]
+    want = tq_hb.codebook(cbits, keywords["codebook"])[codes[0]]
+    if keywords["packing"] == "plane":
+        codes = reference.pack_planes(codes, cbits)
     hp = tq_hb.HadamardQuantizeKvHbParams(
         head_dim=head_dim, num_kv_heads=1, write_pos=0, cache_capacity=1, codebook_bits=cbits
     )
@@ -60,9 +68,9 @@ def test_every_decoder_uses_the_encoders_table(device, cbits, codebook, head_dim
     )
     q = np.zeros((1, head_dim), np.float32)
 
-    standalone = tq_hb.tq_dequantize_hb_kv(codes, norms, hp, pos=0, codebook=codebook, device=device)
-    attention = tq_hb.flash_attn_vec_tq_hb(q, codes, norms, codes, norms, p, codebook=codebook, device=device)
-    whole = tq_hb.dequantize(codes, norms, cbits, head_dim=head_dim, codebook=codebook, rotated=True)
+    standalone = tq_hb.tq_dequantize_hb_kv(codes, norms, hp, pos=0, device=device, **keywords)
+    attention = tq_hb.flash_attn_vec_tq_hb(q, codes, norms, codes, norms, p, device=device, **keywords)
+    whole = tq_hb.dequantize(codes, norms, cbits, head_dim=head_dim, rotated=True, **keywords)
 
     np.testing.assert_allclose(standalone, want, rtol=tolerance.DECODE_RTOL)
     np.testing.assert_allclose(attention, want, rtol=tolerance.DECODE_RTOL)
@@ -94,8 +102,9 @@ def test_decoders_ignore_the_unused_high_bits_of_a_code(device, head_dim):
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize(("k_bits", "v_bits"), list(itertools.product(WIDTHS, WIDTHS)), ids=str)
-def test_every_entry_point_takes_every_width(device, head_dim, k_bits, v_bits):
+def test_every_entry_point_takes_every_width(device, head_dim, k_bits, v_bits, packing):
     rng = np.random.default_rng(k_bits * 10 + v_bits)
     k, v = rng.standard_normal((2, 3, 1, head_dim)).astype(np.float32)
     q = rng.standard_normal((2, head_dim)).astype(np.float32)
@@ -109,19 +118,25 @@ def test_every_entry_point_takes_every_width(device, head_dim, k_bits, v_bits):
     hp = tq_hb.HadamardQuantizeKvHbParams(
         head_dim=head_dim, num_kv_heads=1, write_pos=0, cache_capacity=3, codebook_bits=k_bits
     )
-    k_packed, v_packed = np.zeros((2, 1, 3, head_dim), np.uint8)
-    kn, vn = np.zeros((2, *norms_shape(head_dim, 1, 3)), np.float32)
-    tq_hb.hadamard_quantize_kv_hb_dual(k, v, k_packed, v_packed, kn, vn, hp, v_bits=v_bits, device=device)
+    k_packed, v_packed = (
+        np.zeros((1, 3, head_dim if packing == "byte" else head_dim * b // 8), np.uint8) for b in (k_bits, v_bits)
+    )
+    kn, vn = np.zeros((2, *reference.norms_shape(head_dim, 1, 3)), np.float32)
+    tq_hb.hadamard_quantize_kv_hb_dual(
+        k, v, k_packed, v_packed, kn, vn, hp, v_bits=v_bits, packing=packing, device=device
+    )
     p = tq_hb.FlashAttnVecTqHbParams(
         num_heads=2, num_kv_heads=1, head_dim=head_dim, kv_seq_len=3, kv_capacity=3, scale=head_dim**-0.5,
         codebook_bits=k_bits, fuse_fwht_pre=1,
     )  # fmt: skip
-    by_op = tq_hb.flash_attn_vec_tq_hb_with_fused_undo(q, k_packed, kn, v_packed, vn, p, v_bits=v_bits, device=device)
-    cache = tq_hb.KVCache(1, head_dim, k_bits=k_bits, v_bits=v_bits, device=device)
+    by_op = tq_hb.flash_attn_vec_tq_hb_with_fused_undo(
+        q, k_packed, kn, v_packed, vn, p, v_bits=v_bits, packing=packing, device=device
+    )
+    cache = tq_hb.KVCache(1, head_dim, k_bits=k_bits, v_bits=v_bits, packing=packing, device=device)
     cache.append(k, v)
 
-    assert np.array_equal(k_packed[0], k_codes[:, 0])
-    assert np.array_equal(v_packed[0], v_codes[:, 0])
+    for rows, codes, cbits in ((k_packed, k_codes, k_bits), (v_packed, v_codes, v_bits)):
+        assert np.array_equal(rows[0], codes[:, 0] if packing == "byte" else reference.pack_planes(codes[:, 0], cbits))
     assert tolerance.nmse(by_op, want) <= tolerance.ATTEND_NMSE
     assert tolerance.nmse(cache.attend(q), want) <= tolerance.ATTEND_NMSE
 
@@ -164,7 +179,7 @@ def test_the_quantiser_sees_unit_variance(device, head_dim, codebook):
 def test_the_dequantiser_and_the_attention_kernel_agree(device, head_dim):
     rng = np.random.default_rng(2)
     codes = rng.integers(0, 256, (2, 1, head_dim)).astype(np.uint8)
-    norms = rng.uniform(0.5, 30.0, norms_shape(head_dim, 2, 1)).astype(np.float32)
+    norms = rng.uniform(0.5, 30.0, reference.norms_shape(head_dim, 2, 1)).astype(np.float32)
     hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=head_dim, num_kv_heads=2, write_pos=0, cache_capacity=1)
     # With a single key the softmax weight is 1 and the output is the decoded value.
     p = tq_hb.FlashAttnVecTqHbParams(
@@ -236,15 +251,16 @@ def test_a_zero_vector_takes_the_code_below_the_middle_and_decodes_to_zero(devic
 
 
 def test_a_value_on_a_boundary_takes_the_lower_code(device):
-    """Exact ties: the rotation of e0 is +-1/16 everywhere, so it hits 0 only when cancelled by e1."""
-    x = np.zeros(256, np.float32)
-    x[:2] = 1.0
+    """Exact ties: the rotation of e0 has one magnitude everywhere, so it hits 0 only when cancelled by e1."""
+    for head_dim in HEAD_DIMS:
+        x = np.zeros(head_dim, np.float32)
+        x[:2] = 1.0
 
-    codes, _ = tq_hb.quantize(x, 8, device=device)
+        codes, _ = tq_hb.quantize(x, 8, device=device)
 
-    rotated = reference.rotate(x)
-    assert (rotated == 0.0).sum() == 128
-    assert (codes[rotated == 0.0] == 127).all()
+        rotated = reference.rotate(x)
+        assert (rotated == 0.0).sum() == head_dim // 2
+        assert (codes[rotated == 0.0] == 127).all()
 
 
 def test_values_beyond_the_table_take_the_outermost_codes(device):

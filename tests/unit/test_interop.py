@@ -410,6 +410,40 @@ class TestBuffers:
         assert np.array_equal(np.from_dlpack(buf), x)
 
 
+def test_lse_and_converted_codes_are_in_the_callers_library(x):
+    torch = library("torch")
+    p = tq_hb.FlashAttnVecTqHbParams(num_heads=2, num_kv_heads=2, head_dim=256, kv_seq_len=6, kv_capacity=6, scale=1.0)
+    codes, norms = tq_hb.quantize(torch.from_numpy(x.swapaxes(0, 1).copy()), 5)
+    q, sinks = torch.from_numpy(x[0]).to(torch.bfloat16), torch.tensor([1.0, -float("inf")], dtype=torch.float16)
+    planes = tq_hb.convert_packing(codes, 5, head_dim=256, source="byte", target="plane")
+    assert (type(planes), planes.dtype, planes.shape) == (torch.Tensor, torch.uint8, (2, 6, 160))
+    p.codebook_bits = 5
+
+    out, lse = tq_hb.flash_attn_vec_tq_hb(
+        q, planes, norms, planes, norms, p, packing="plane", sinks=sinks, return_lse=True
+    )
+
+    assert (type(out), out.dtype) == (type(lse), lse.dtype) == (torch.Tensor, torch.float32)
+    want, want_lse = tq_hb.flash_attn_vec_tq_hb(
+        q.to(torch.float32).numpy(), codes.numpy(), norms.numpy(), codes.numpy(), norms.numpy(), p,
+        sinks=sinks.to(torch.float32).numpy(), return_lse=True,
+    )  # fmt: skip
+    assert np.array_equal(out.numpy(), want)
+    assert np.array_equal(lse.numpy(), want_lse)
+
+
+def test_several_queries_come_back_in_out(x):
+    p = tq_hb.FlashAttnVecTqHbParams(num_heads=2, num_kv_heads=2, head_dim=256, kv_seq_len=6, kv_capacity=6, scale=1.0)
+    codes, norms = tq_hb.quantize(np.ascontiguousarray(x.swapaxes(0, 1)), 8)
+    out = np.empty((3, 2, 256), np.float32)
+
+    got, lse = tq_hb.flash_attn_vec_tq_hb(x[:3], codes, norms, codes, norms, p, return_lse=True, out=out)
+
+    assert got is out
+    assert lse.shape == (3, 2)
+    assert np.array_equal(out, tq_hb.flash_attn_vec_tq_hb(x[:3], codes, norms, codes, norms, p))
+
+
 def test_numpy_results_of_the_op_keep_the_querys_library(x):
     p = tq_hb.FlashAttnVecTqHbParams(num_heads=2, num_kv_heads=2, head_dim=256, kv_seq_len=6, kv_capacity=6, scale=1.0)
     codes, norms = tq_hb.quantize(np.ascontiguousarray(x.swapaxes(0, 1)), 8)

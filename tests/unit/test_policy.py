@@ -163,8 +163,10 @@ def params(group=4, kv_heads=4, kv_len=4096, head_dim=256, window=0):
     )  # fmt: skip
 
 
-def plan(*, offers_group=True, nwg=None, tmp_bytes=None, **shape):
-    dispatch = policy.plan_attention("op", params(**shape), offers_group=offers_group, nwg=nwg, tmp_bytes=tmp_bytes)
+def plan(*, queries=1, offers_group=True, nwg=None, tmp_bytes=None, **shape):
+    dispatch = policy.plan_attention(
+        "op", params(**shape), num_queries=queries, offers_group=offers_group, nwg=nwg, tmp_bytes=tmp_bytes
+    )
     is_group = dispatch.kernel is policy.AttendKernel.GROUP
     return (dispatch.head_tile if is_group else "per head", dispatch.nwg)
 
@@ -230,6 +232,51 @@ class TestPlan:
         assert plan(kv_len=65, group=1) == ("per head", 16)
         assert plan(kv_len=65, nwg=3) == ("per head", 3)
         assert plan(kv_len=65, offers_group=False) == ("per head", 16)
+
+    @pytest.mark.parametrize(
+        ("shape", "expected"),
+        [
+            ({"group": 1, "queries": 2}, (2, 64)),
+            ({"group": 1, "queries": 3}, (4, 64)),
+            ({"group": 1, "queries": 8}, (8, 64)),
+            ({"group": 2, "queries": 4}, (8, 64)),
+            ({"group": 2, "queries": 5}, (8, 32)),  # two tiles per KV head
+            ({"group": 4, "queries": 9}, (8, 13)),  # five
+            ({"group": 4, "queries": 1024}, (8, 1)),
+            ({"group": 4, "queries": 4, "window": 61}, ("per head", 4)),  # 64 keys for four queries are too few
+            ({"group": 4, "queries": 8, "window": 57}, (8, 1)),  # for eight they are not
+            ({"group": 4, "queries": 8, "window": 58}, (8, 2)),
+            ({"group": 1, "queries": 8, "kv_len": 63}, ("per head", 8)),
+            ({"group": 1, "queries": 8, "kv_len": 64}, (8, 1)),
+        ],
+        ids=str,
+    )
+    def test_queries_share_a_decode_as_heads_do(self, shape, expected):
+        assert plan(**shape) == expected
+
+    @pytest.mark.parametrize(
+        ("queries", "nwg"), [(1, 32), (2, 8), (3, 6), (8, 2), (16, 1), (10_000, 1)], ids=lambda n: str(n)
+    )
+    def test_many_queries_need_fewer_workgroups(self, queries, nwg):
+        assert plan(queries=queries, offers_group=False) == ("per head", nwg)
+
+    @pytest.mark.parametrize("queries", [1, 8, 512])
+    def test_a_number_of_workgroups_that_was_asked_for_is_kept(self, environment, queries):
+        assert plan(queries=queries, nwg=31) == ("per head", 31)
+        environment(HF2Q_TQ_NWG="30")
+        assert plan(queries=queries) == ("per head", 30)
+
+    @pytest.mark.parametrize("queries", [1, 2, 9, 4096])
+    @pytest.mark.parametrize("offers_group", [False, True])
+    def test_working_storage_stays_small(self, queries, offers_group):
+        _, splits = plan(queries=queries, offers_group=offers_group, kv_len=100_000, group=2, kv_heads=8)
+        rows = 16 * queries
+        assert rows * splits <= max(rows, 8 * policy.TARGET_THREADGROUPS + rows)
+
+    def test_the_callers_storage_is_shared_by_the_queries(self):
+        held = tq_hb.tmp_buffer_bytes(16, 256, num_queries=2, splits=40)
+        assert plan(queries=2, tmp_bytes=held) == (8, 40)
+        assert plan(queries=2, tmp_bytes=held - 4) == (8, 39)
 
     @pytest.mark.parametrize("splits", [32, 33, 64, 500])
     def test_the_callers_storage_limits_the_splits(self, splits):

@@ -35,8 +35,8 @@ class AttendCall:
 
     def __post_init__(self):
         head_dim = self.params.get("head_dim", 256)
-        width = head_dim if head_dim in (256, 512) else 256
-        norms = (2, 12) if width == 256 else (2, 12, 2)
+        width = head_dim if head_dim in tq_hb.supported_head_dims() else 256
+        norms = (2, 12, 2) if width == 512 else (2, 12)
         self.arrays = {
             "q": np.zeros((4, width), np.float32),
             "k_packed": np.zeros((2, 12, width), np.uint8),
@@ -63,6 +63,14 @@ class AttendCall:
 
     def assert_untouched(self):
         assert (self.out == 7.0).all()
+
+
+def test_the_classes_of_errors():
+    assert issubclass(tq_hb.InvalidArgument, ValueError)
+    assert issubclass(tq_hb.UnsupportedError, NotImplementedError)
+    assert issubclass(tq_hb.DeviceError, RuntimeError)
+    assert issubclass(tq_hb.OutOfMemoryError, tq_hb.DeviceError)
+    assert issubclass(tq_hb.OutOfMemoryError, MemoryError)
 
 
 def test_the_unchanged_call_is_accepted():
@@ -207,6 +215,9 @@ BAD_ATTEND_KEYWORDS = [
     ("codebook", "gaussian", "lloyd_max"),
     ("packing", "nibble", "byte"),
     ("precision", "fast", "default"),
+    ("return_lse", 1, "True or False"),
+    ("return_lse", None, "True or False"),
+    ("return_lse", "yes", "True or False"),
 ]
 
 
@@ -246,6 +257,65 @@ def test_attend_refuses_a_bad_buffer(name, how):
         call.run()
 
     call.assert_untouched()
+
+
+@pytest.mark.parametrize(
+    ("sinks", "rule"),
+    [
+        (np.zeros(3, np.float32), "must have shape (4,)"),
+        (np.zeros(5, np.float32), "must have shape (4,)"),
+        (np.zeros((1, 4), np.float32), "must have shape (4,)"),
+        (np.float32(0), "must have shape (4,)"),
+        (np.zeros(4, np.int32), "dtype"),
+        ([0.0] * 4, "array"),
+        (1.0, "array"),
+        (np.array([0, 0, 0, 1e300]), "must be finite or -inf"),
+    ],
+    ids=["short", "long", "2d", "scalar", "int32", "list", "number", "beyond float32"],
+)
+def test_attend_refuses_bad_sinks(sinks, rule):
+    call = AttendCall(keywords={"sinks": sinks})
+
+    with refusal(ATTEND, "sinks", rule, "got"):
+        call.run()
+
+    call.assert_untouched()
+
+
+@pytest.mark.parametrize(
+    "sinks", [np.zeros(4), np.zeros(8, np.float16)[::2], np.full(4, -np.inf)], ids=["float64", "float16", "-inf"]
+)
+def test_sinks_may_be_any_floating_array(sinks):
+    AttendCall(keywords={"sinks": sinks}).run()
+
+
+def test_attend_refuses_no_queries():
+    call = AttendCall(buffers={"q": np.zeros((0, 4, 256), np.float32)}, keywords={"out": None})
+    with refusal(ATTEND, "q", "at least one query", "got 0"):
+        call.run()
+
+
+def test_there_is_a_query_for_every_token_at_most():
+    AttendCall(buffers={"q": np.zeros((10, 4, 256), np.float32)}, keywords={"out": None}).run()
+    with refusal(ATTEND, "q", "at most 10 queries", "got 11"):
+        AttendCall(buffers={"q": np.zeros((11, 4, 256), np.float32)}, keywords={"out": None}).run()
+
+
+@pytest.mark.parametrize("name", ["k_packed", "v_packed"])
+@pytest.mark.parametrize(("cbits", "row_bytes"), [(5, 160), (6, 192)])
+def test_rows_have_the_size_of_their_packing(name, cbits, row_bytes):
+    planes = np.zeros((2, 12, row_bytes), np.uint8)
+    both = {"k_packed": planes, "v_packed": planes}
+    AttendCall({"codebook_bits": cbits}, buffers=both, keywords={"packing": "plane"}).run()
+    wrong_for_planes = AttendCall(
+        {"codebook_bits": cbits},
+        buffers={**both, name: np.zeros((2, 12, 256), np.uint8)},
+        keywords={"packing": "plane"},
+    )
+    with refusal(ATTEND, name, f"must have shape (2, 12, {row_bytes})", "got (2, 12, 256)"):
+        wrong_for_planes.run()
+    with refusal(ATTEND, name, "must have shape (2, 12, 256)", f"got (2, 12, {row_bytes})"):
+        AttendCall({"codebook_bits": cbits}, buffers={name: planes}).run()
 
 
 @pytest.mark.parametrize("name", ["k_norms", "v_norms"])
@@ -547,6 +617,35 @@ class TestCodec:
             tq_hb.quantize(np.ones((2, 256), np.float32), cbits)
 
     @pytest.mark.parametrize(
+        ("changes", "name", "rule"),
+        [
+            ({"bits": 7}, "bits", "5, 6 or 8"),
+            ({"bits": 5.5}, "bits", ""),
+            ({"head_dim": 96}, "head_dim", "64, 128, 256 or 512"),
+            ({"head_dim": 512}, "codes", "512"),
+            ({"source": "nibble"}, "source", "byte, plane"),
+            ({"target": None}, "target", "byte, plane"),
+            ({"source": "plane"}, "codes", "160"),
+            ({"codes": np.zeros((3, 256), np.int8)}, "codes", "uint8"),
+            ({"codes": np.uint8(3)}, "codes", "last axis"),
+            ({"codes": "codes"}, "codes", "array"),
+        ],
+        ids=str,
+    )
+    def test_convert_packing_refuses_what_does_not_fit(self, changes, name, rule):
+        good = {"codes": np.zeros((3, 256), np.uint8), "bits": 5, "head_dim": 256, "source": "byte", "target": "plane"}
+        values = {**good, **changes}
+        with refusal("convert_packing", name, rule, "got"):
+            tq_hb.convert_packing(values.pop("codes"), values.pop("bits"), **values)
+
+    def test_dequantize_refuses_rows_of_the_other_packing(self):
+        norms = np.zeros(3, np.float32)
+        with refusal("dequantize", "codes", "160 bytes", "got (3, 256)"):
+            tq_hb.dequantize(np.zeros((3, 256), np.uint8), norms, 5, head_dim=256, packing="plane")
+        with refusal("dequantize", "codes", "256 bytes", "got (3, 160)"):
+            tq_hb.dequantize(np.zeros((3, 160), np.uint8), norms, 5, head_dim=256)
+
+    @pytest.mark.parametrize(
         ("codes", "norms"),
         [
             (np.zeros((3, 256), np.uint8), np.zeros(4, np.float32)),
@@ -569,25 +668,30 @@ class TestCodec:
                 np.zeros((3, 512), np.uint8), np.zeros((3, 2), np.float32), 8, head_dim=512, scale_factor_d512=factor
             )
 
-    @pytest.mark.parametrize("head_dim", [256, 512])
-    def test_empty_leading_shapes_give_empty_results(self, head_dim):
+    @pytest.mark.parametrize("packing", ["byte", "plane"])
+    @pytest.mark.parametrize("head_dim", tq_hb.supported_head_dims())
+    def test_empty_leading_shapes_give_empty_results(self, head_dim, packing):
         x = np.zeros((3, 0, head_dim), np.float32)
 
-        codes, norms = tq_hb.quantize(x, 6)
+        codes, norms = tq_hb.quantize(x, 6, packing=packing)
 
-        assert codes.shape == x.shape
+        assert codes.shape == (3, 0, head_dim if packing == "byte" else head_dim * 6 // 8)
         assert codes.dtype == np.uint8
-        assert norms.shape == ((3, 0) if head_dim == 256 else (3, 0, 2))
-        assert tq_hb.dequantize(codes, norms, 6, head_dim=head_dim).shape == x.shape
+        assert norms.shape == ((3, 0, 2) if head_dim == 512 else (3, 0))
+        assert tq_hb.dequantize(codes, norms, 6, head_dim=head_dim, packing=packing).shape == x.shape
         assert tq_hb.rotate(x).shape == tq_hb.unrotate(x).shape == x.shape
+        other = tq_hb.convert_packing(codes, 6, head_dim=head_dim, source=packing, target="byte")
+        assert other.shape == x.shape
 
-    @pytest.mark.parametrize("head_dim", [256, 512])
-    def test_a_single_vector_needs_no_leading_axis(self, head_dim):
-        codes, norms = tq_hb.quantize(np.ones(head_dim, np.float32), 8)
+    @pytest.mark.parametrize("packing", ["byte", "plane"])
+    @pytest.mark.parametrize("head_dim", tq_hb.supported_head_dims())
+    def test_a_single_vector_needs_no_leading_axis(self, head_dim, packing):
+        codes, norms = tq_hb.quantize(np.ones(head_dim, np.float32), 5, packing=packing)
 
-        assert codes.shape == (head_dim,)
-        assert norms.shape == (() if head_dim == 256 else (2,))
-        assert tq_hb.dequantize(codes, norms, 8, head_dim=head_dim).shape == (head_dim,)
+        assert codes.shape == (head_dim if packing == "byte" else head_dim * 5 // 8,)
+        assert norms.shape == ((2,) if head_dim == 512 else ())
+        assert tq_hb.dequantize(codes, norms, 5, head_dim=head_dim, packing=packing).shape == (head_dim,)
+        assert tq_hb.convert_packing(codes, 5, head_dim=head_dim, source=packing, target="byte").shape == (head_dim,)
 
 
 class TestTmpBufferBytes:
@@ -698,6 +802,50 @@ class TestRecorded:
         buffers["output"] = np.zeros((4, 256), np.float32)
         with refusal(ATTEND, "output", "got"):
             device.encoder().flash_attn_vec_tq_hb(*buffers.values(), self.params())
+
+    def test_return_lse_needs_a_buffer_to_write(self, device, buffers):
+        enc = device.encoder()
+        with refusal(ATTEND, "return_lse", "lse=", "got True"):
+            enc.flash_attn_vec_tq_hb(*buffers.values(), self.params(), return_lse=True)
+        with refusal(ATTEND, "lse", "must be a Buffer", "got ndarray"):
+            enc.flash_attn_vec_tq_hb(*buffers.values(), self.params(), lse=np.zeros(4, np.float32))
+        assert enc.kernels == ()
+
+    @pytest.mark.parametrize("return_lse", [False, True])
+    def test_lse_is_written_where_there_is_a_buffer(self, device, buffers, return_lse):
+        lse = device.array(np.full(4, 7.0, np.float32))
+        enc = device.encoder()
+        enc.flash_attn_vec_tq_hb(*buffers.values(), self.params(), lse=lse, return_lse=return_lse)
+        enc.commit_and_wait()
+        np.testing.assert_allclose(lse.numpy(), np.log(10.0), rtol=1e-6)
+
+    @pytest.mark.parametrize("name", ["sinks", "lse"])
+    @pytest.mark.parametrize(
+        ("shape", "dtype"), [((3,), np.float32), ((1, 4), np.float32), ((4,), np.int32)], ids=["short", "2d", "int32"]
+    )
+    def test_optional_buffers_that_do_not_fit(self, device, buffers, name, shape, dtype):
+        enc = device.encoder()
+        with refusal(ATTEND, name, "got"):
+            enc.flash_attn_vec_tq_hb(*buffers.values(), self.params(), **{name: device.empty(shape, dtype)})
+        assert enc.kernels == ()
+
+    def test_lse_may_not_overlap(self, device, buffers):
+        storage = device.array(np.full((3, 4), 7.0, np.float32))
+        enc = device.encoder()
+        with refusal(ATTEND, "lse", "must not overlap sinks", "got"):
+            enc.flash_attn_vec_tq_hb(*buffers.values(), self.params(), sinks=storage[1], lse=storage[1])
+        enc.flash_attn_vec_tq_hb(*buffers.values(), self.params(), sinks=storage[0], lse=storage[1])
+        enc.commit_and_wait()
+        assert (storage.numpy()[[0, 2]] == 7.0).all()
+
+    def test_tmp_grows_with_the_queries(self, device, buffers):
+        buffers["q"] = device.array(np.ones((3, 4, 256), np.float32))
+        buffers["output"] = device.array(np.full((3, 4, 256), 7.0, np.float32))
+        self.refuse(device, buffers, "tmp", str(tq_hb.tmp_buffer_bytes(4, 256, num_queries=3)), "got")
+
+    def test_no_queries(self, device, buffers):
+        buffers["q"] = device.empty((0, 4, 256))
+        self.refuse(device, buffers, "q", "at least one query", "got 0")
 
     @pytest.mark.parametrize("op", ["fwht_sign_premult_f32", "fwht_sign_undo_f32"])
     def test_rotations_take_float32_rows_of_a_known_size(self, device, op):
