@@ -169,6 +169,20 @@ def test_any_number_of_queries(device, num_queries):
     assert_matches(case, problem, run(case, problem, device), unrotated=False)
 
 
+@pytest.mark.parametrize("num_queries", [None, 9])
+def test_the_number_of_threads_changes_no_bit(device, num_queries):
+    case = Case(num_queries=num_queries, num_heads=6, kv_seq_len=513, kv_capacity=513, sinks="some", nwg=None)
+    problem = make_problem(case)
+    before, results = tq_hb.num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            tq_hb.set_num_threads(threads)
+            results.append(run(case, problem, device, return_lse=True))
+    finally:
+        tq_hb.set_num_threads(before)
+    assert all(np.array_equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
+
+
 def test_sinks_of_minus_infinity_are_no_sinks(device):
     plain, off = Case(return_lse=True), Case(return_lse=True, sinks="off")
     problem = make_problem(off)
@@ -285,9 +299,11 @@ def test_scores_that_overflow_exp_are_handled_by_the_running_maximum(device):
         for packed, norms in ((problem.k_packed, problem.k_norms), (problem.v_packed, problem.v_norms))
     )
 
-    got = tq_hb.flash_attn_vec_tq_hb(*problem.buffers(), params, **case.keywords(), device=device)
+    out, lse = tq_hb.flash_attn_vec_tq_hb(*problem.buffers(), params, nwg=case.nwg, return_lse=True, device=device)
 
-    assert tolerance.nmse(got, reference.attend(problem.q, k, v, scale=1000.0)) <= tolerance.ATTEND_NMSE
+    want, want_lse = reference.attend(problem.q, k, v, scale=1000.0, return_lse=True)
+    assert tolerance.nmse(out, want) <= tolerance.ATTEND_NMSE
+    assert tolerance.lse_error(lse, want_lse) <= tolerance.LSE_ERROR
 
 
 @pytest.mark.parametrize("cbits", [5, 6])
