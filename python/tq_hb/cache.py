@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tq_hb import _core, policy
 from tq_hb.attention_call import AttentionCall
 from tq_hb.cache_format import CacheFormat, positive
-from tq_hb.device import Device
+from tq_hb.device import Device, resolve_device
 from tq_hb.encoder import Buffer
 from tq_hb.files import SavedCache, read_caches, write_caches
 from tq_hb.interop import Array, Float32Array, as_float32, require_rows
@@ -727,10 +727,11 @@ class KVCache:
         (100, 5, 'plane')
         """
         op = "KVCache.load"
+        where = resolve_device(op, device)
         caches = read_caches(op, path)
         if len(caches) != 1:
             raise invalid(op, "path", "must hold one cache; tq_hb.load_caches reads several", len(caches))
-        return cls._restore(caches[0], device)
+        return cls._restore(caches[0], where)
 
     def _saved(self) -> SavedCache:
         """Return what a file keeps of the cache."""

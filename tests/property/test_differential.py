@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +11,7 @@ from hypothesis.extra import numpy as arrays
 import reference
 import tolerance
 import tq_hb
-from cases import Case, expected, make_problem
+from cases import SINKS, Case, expected_with_lse, make_problem
 
 WIDTHS = st.sampled_from([5, 6, 8])
 
@@ -22,10 +20,11 @@ WIDTHS = st.sampled_from([5, 6, 8])
 def attend_cases(draw: st.DrawFn) -> Case:
     """Any valid call of the attention op on a small cache."""
     kv_seq_len = draw(st.integers(1, 200))
+    num_queries = draw(st.none() | st.integers(1, min(kv_seq_len, 11)))
     num_kv_heads = draw(st.integers(1, 4))
     is_full = draw(st.booleans())
     return Case(
-        head_dim=draw(st.sampled_from([256, 512])),
+        head_dim=draw(st.sampled_from(tq_hb.supported_head_dims())),
         num_heads=num_kv_heads * draw(st.integers(1, 6)),
         num_kv_heads=num_kv_heads,
         kv_seq_len=kv_seq_len,
@@ -36,6 +35,10 @@ def attend_cases(draw: st.DrawFn) -> Case:
         k_bits=draw(WIDTHS),
         v_bits=draw(WIDTHS),
         codebook=draw(st.sampled_from(["lloyd_max", "mlx_native"])),
+        packing=draw(st.sampled_from(["byte", "plane"])),
+        num_queries=num_queries,
+        sinks=draw(st.sampled_from(["none", *SINKS])),
+        return_lse=draw(st.booleans()),
         scale_factor_d512=draw(st.sampled_from([1.0, 0.7, 16.0])),
         fuse_fwht_pre=draw(st.integers(0, 1)),
         nsg=draw(st.sampled_from([1, 2, 4])),
@@ -47,7 +50,15 @@ def attend_cases(draw: st.DrawFn) -> Case:
 def attend(device, case, fused_undo, **changed):
     op = tq_hb.flash_attn_vec_tq_hb_with_fused_undo if fused_undo else tq_hb.flash_attn_vec_tq_hb
     problem = make_problem(case)
-    return problem, op(*problem.buffers(), case.params(), device=device, **{**case.keywords(), **changed})
+    keywords = {**case.keywords(), "sinks": problem.sinks, **changed}
+    return problem, op(*problem.buffers(), case.params(), device=device, **keywords)
+
+
+def assert_matches(case, problem, got, *, unrotated):
+    out, lse = got if case.return_lse else (got, None)
+    want, want_lse = expected_with_lse(case, problem, unrotated=unrotated)
+    assert tolerance.nmse(out, want) <= tolerance.ATTEND_NMSE
+    assert lse is None or tolerance.lse_error(lse, want_lse) <= tolerance.LSE_ERROR
 
 
 @settings(max_examples=60, deadline=None)
@@ -55,7 +66,7 @@ def attend(device, case, fused_undo, **changed):
 def test_attention_on_any_valid_call(device, case, fused_undo):
     problem, got = attend(device, case, fused_undo)
 
-    assert tolerance.nmse(got, expected(case, problem, unrotated=fused_undo)) <= tolerance.ATTEND_NMSE
+    assert_matches(case, problem, got, unrotated=fused_undo)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +85,7 @@ def _groups_always():
 def test_attention_of_groups_on_any_valid_call(device, case, fused_undo):
     problem, got = attend(device, case, fused_undo, nwg=None)
 
-    assert tolerance.nmse(got, expected(case, problem, unrotated=fused_undo)) <= tolerance.ATTEND_NMSE
+    assert_matches(case, problem, got, unrotated=fused_undo)
 
 
 @settings(max_examples=30, deadline=None)
@@ -83,13 +94,15 @@ def test_slots_that_a_query_does_not_see_never_matter(device, case, nwg_is_given
     problem = make_problem(case)
     unseen = np.ones(case.kv_capacity, bool)
     unseen[case.visible.slots()] = False
-    other = {f.name: getattr(problem, f.name).copy() for f in dataclasses.fields(problem)}
+    other = dict(zip(("q", "k_packed", "k_norms", "v_packed", "v_norms"), map(np.copy, problem.buffers()), strict=True))
     for name in ("k_packed", "v_packed"):
         other[name][:, unseen] ^= 0x55
     for name in ("k_norms", "v_norms"):
         other[name][:, unseen] = np.inf
 
-    keywords = case.keywords() if nwg_is_given else {**case.keywords(), "nwg": None}
+    keywords = {**case.keywords(), "sinks": problem.sinks, "return_lse": False}
+    if not nwg_is_given:
+        keywords["nwg"] = None
     got, again = (
         tq_hb.flash_attn_vec_tq_hb(*buffers, case.params(), device=device, **keywords)
         for buffers in (problem.buffers(), other.values())
@@ -99,7 +112,9 @@ def test_slots_that_a_query_does_not_see_never_matter(device, case, nwg_is_given
 
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
-ROWS = st.one_of(*(arrays.arrays(np.float32, (2, d), elements=FLOATS, fill=FLOATS) for d in (256, 512)))
+ROWS = st.one_of(
+    *(arrays.arrays(np.float32, (2, d), elements=FLOATS, fill=FLOATS) for d in tq_hb.supported_head_dims())
+)
 
 
 @settings(max_examples=150, deadline=None)

@@ -67,7 +67,7 @@ class TestConstruction:
             ("capacity", 0), ("capacity", -1), ("capacity", 2.5), ("capacity", 2**40),
             ("k_bits", 4), ("k_bits", 7), ("k_bits", 8.5), ("v_bits", 0), ("v_bits", -5), ("v_bits", 16),
             ("sliding_window", 0), ("sliding_window", -1), ("sliding_window", 1.5),
-            ("codebook", "uniform"), ("packing", "nibble"), ("precision", "fast"),
+            ("codebook", "uniform"), ("packing", "nibble"), ("packing", None), ("precision", "fast"),
         ],
     )  # fmt: skip
     def test_refusals(self, name, value):
@@ -77,6 +77,73 @@ class TestConstruction:
     def test_a_ring_must_hold_its_window(self):
         with pytest.raises(tq_hb.InvalidArgument, match="KVCache.*capacity.*sliding_window.*got 31"):
             tq_hb.KVCache(1, 256, 31, sliding_window=32)
+
+
+class TestMeanKey:
+    def test_it_is_copied_on_the_way_in_and_out(self):
+        mean = tokens(1)[0]
+        kept = mean.copy()
+        cache = tq_hb.KVCache(2, 256, k_mean=mean)
+        mean[:] = 7
+        assert np.array_equal(cache.k_mean, kept)
+        cache.k_mean[:] = 7
+        assert np.array_equal(cache.k_mean, kept)
+        assert tq_hb.KVCache(2, 256).k_mean is None
+
+    @pytest.mark.parametrize("dtype", [np.float16, np.float64, ">f4"])
+    def test_it_is_rounded_to_float32(self, dtype):
+        mean = tokens(1)[0].astype(dtype)
+        got = tq_hb.KVCache(2, 256, k_mean=np.asfortranarray(mean)).k_mean
+        assert got.dtype == np.float32
+        assert np.array_equal(got, mean.astype(np.float32))
+
+    @pytest.mark.parametrize("shape", [(256,), (1, 256), (2, 255), (1, 2, 256), (2, 256, 1)], ids=str)
+    def test_shapes_are_checked(self, shape):
+        with pytest.raises(tq_hb.InvalidArgument, match=r"^KVCache: k_mean must have shape \(2, 256\), got"):
+            tq_hb.KVCache(2, 256, k_mean=np.zeros(shape, np.float32))
+
+    @pytest.mark.parametrize(
+        "value", [0.0, "mean", [[0.0] * 256] * 2, np.zeros((2, 256), int)], ids=["0", "str", "list", "int"]
+    )
+    def test_it_must_be_an_array_of_floats(self, value):
+        with pytest.raises(tq_hb.InvalidArgument, match="^KVCache: k_mean must .*got"):
+            tq_hb.KVCache(2, 256, k_mean=value)
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e39])
+    def test_it_must_be_finite_in_float32(self, value):
+        mean = np.zeros((2, 256))
+        mean[1, 3] = value
+        with pytest.raises(tq_hb.InvalidArgument, match="^KVCache: k_mean must be finite, got .* at head 1"):
+            tq_hb.KVCache(2, 256, k_mean=mean)
+
+    def test_what_is_encoded_is_the_difference_in_float32(self):
+        mean, x = 3 * tokens(1, seed=1)[0], tokens(5)
+        cache, plain = tq_hb.KVCache(2, 256, k_bits=5, k_mean=mean), tq_hb.KVCache(2, 256, k_bits=5)
+        cache.append(x, x)
+        plain.append(x - mean, x)
+        (k, v), (plain_k, plain_v) = cache.dequantize(), plain.dequantize()
+        assert np.array_equal(k, plain_k + mean)
+        assert np.array_equal(v, plain_v)
+
+    def test_plain_attention_takes_the_same_bits_as_without(self):
+        """Nothing else enters the softmax, so the mean key may stay out."""
+        mean, x, q = 3 * tokens(1, seed=1)[0], tokens(5), tokens(3, 4, seed=2)
+        cache, plain = tq_hb.KVCache(2, 256, k_mean=mean), tq_hb.KVCache(2, 256)
+        cache.append(x, x)
+        plain.append(x - mean, x)
+        assert np.array_equal(cache.attend(q), plain.attend(q))
+
+    def test_a_difference_that_overflows_is_refused(self):
+        cache = tq_hb.KVCache(2, 256, k_mean=np.full((2, 256), -3e38, np.float32))
+        with pytest.raises(tq_hb.InvalidArgument, match="append: k"):
+            cache.append(np.full((2, 256), 3e38, np.float32), np.ones((2, 256), np.float32))
+        assert len(cache) == 0
+
+    def test_a_copy_has_it(self):
+        cache = tq_hb.KVCache(2, 256, k_mean=tokens(1)[0])
+        cache.append(tokens(3), tokens(3))
+        assert np.array_equal(cache.copy().k_mean, tokens(1)[0])
+        assert content(cache.copy()) == content(cache)
 
 
 class TestAppend:
@@ -189,7 +256,7 @@ class TestAttend:
         with pytest.raises(tq_hb.InvalidArgument, match=f"^KVCache.attend: {name} .*got"):
             filled(3).attend(np.ones((4, 256), np.float32), **{name: value})
 
-    @pytest.mark.parametrize("shape", [(3, 256), (4, 512), (0, 256), (256,), (1, 1, 4, 256)], ids=str)
+    @pytest.mark.parametrize("shape", [(3, 256), (4, 512), (0, 256), (256,), (1, 1, 4, 256), (0, 4, 256)], ids=str)
     def test_queries_that_do_not_fit_are_refused(self, shape):
         with pytest.raises(tq_hb.InvalidArgument, match="attend.*(q|num_heads).*got"):
             filled(3).attend(np.ones(shape, np.float32))
@@ -248,6 +315,124 @@ class TestAttend:
         assert plan.threadgroup_bytes >= 0
         with pytest.raises(AttributeError):
             plan.nsg = 2
+
+    @pytest.mark.parametrize("shape", [(4, 256), (3, 4, 256)], ids=str)
+    def test_lse_has_a_value_for_each_query_and_head(self, shape):
+        cache, q = filled(5), np.zeros(shape, np.float32)
+        out, lse = cache.attend(q, return_lse=True)
+        assert (out.shape, lse.shape, lse.dtype) == (shape, shape[:-1], np.float32)
+        seen = np.full(shape[:-1], 5.0) if len(shape) == 2 else np.repeat([[3.0], [4.0], [5.0]], 4, axis=1)
+        assert np.allclose(lse, np.log(seen))
+
+    def test_asking_for_lse_does_not_change_the_output(self):
+        cache, q = filled(40), tokens(3, 4, seed=1)
+        assert np.array_equal(cache.attend(q), cache.attend(q, return_lse=True)[0])
+
+    def test_out_and_lse_together(self):
+        cache, q = filled(5), tokens(2, 4)
+        out = np.zeros(q.shape, np.float32)
+        got, lse = cache.attend(q, out=out, return_lse=True)
+        want, want_lse = cache.attend(q, return_lse=True)
+        assert got is out
+        assert np.array_equal(out, want)
+        assert np.array_equal(lse, want_lse)
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+    def test_lse_comes_in_the_library_of_q_and_in_float32(self, dtype):
+        torch = pytest.importorskip("torch")
+        q = torch.from_numpy(tokens(2, 4)).to(getattr(torch, dtype))
+        out, lse = filled(5).attend(q, return_lse=True, sinks=torch.zeros(4, dtype=q.dtype))
+        assert (type(lse), lse.dtype, tuple(lse.shape)) == (torch.Tensor, torch.float32, (2, 4))
+        assert out.dtype == (torch.float32 if dtype == "float64" else q.dtype)
+
+    @pytest.mark.parametrize(
+        "sinks",
+        [np.zeros(3, np.float32), np.zeros((1, 4), np.float32), np.zeros(4, int), 0.0, [0.0] * 4,
+         np.array([0, np.nan, 0, 0], np.float32), np.array([0, 0, np.inf, 0], np.float32), np.array([0, 0, 1e39, 0])],
+        ids=str,
+    )  # fmt: skip
+    def test_bad_sinks_are_refused(self, sinks):
+        with pytest.raises(tq_hb.InvalidArgument, match="^KVCache.attend: sinks must.*got"):
+            filled(3).attend(np.ones((4, 256), np.float32), sinks=sinks)
+
+    def test_a_sink_of_minus_infinity_is_none(self):
+        cache, q = filled(40), tokens(2, 4, seed=1)
+        with_lse = cache.attend(q, sinks=np.full(4, -np.inf, np.float32), return_lse=True)
+        assert [np.array_equal(a, b) for a, b in zip(with_lse, cache.attend(q, return_lse=True), strict=True)] == [
+            True,
+            True,
+        ]
+
+    @pytest.mark.parametrize("value", [None, 1, "yes", np.ones(2, bool)], ids=str)
+    def test_return_lse_is_a_flag(self, value):
+        with pytest.raises(tq_hb.InvalidArgument, match="^KVCache.attend: return_lse must be True or False"):
+            filled(3).attend(np.ones((4, 256), np.float32), return_lse=value)
+
+
+class TestPositions:
+    @pytest.mark.parametrize("value", [-1, 1.5, "1", 2**63, [1], np.zeros(2, int)], ids=str)
+    def test_what_is_no_position_is_refused(self, value):
+        with pytest.raises(tq_hb.InvalidArgument, match="^KVCache.attend: q_offset must be an integer from 0.*got"):
+            filled(3).attend(np.ones((4, 256), np.float32), q_offset=value)
+
+    @pytest.mark.parametrize("q_offset", [2, np.int32(2), np.uint8(2), np.array(2)], ids=repr)
+    def test_the_newest_by_default(self, q_offset):
+        cache, q = filled(3), tokens(2, 4)
+        assert np.array_equal(cache.attend(q), cache.attend(q, q_offset=q_offset))
+
+    def test_more_queries_than_positions_are_refused(self):
+        cache, out = filled(3), np.zeros((4, 4, 256), np.float32)
+        with pytest.raises(tq_hb.InvalidArgument, match="^KVCache.attend: q must hold at most 3 queries.*got 4"):
+            cache.attend(tokens(4, 4), out=out)
+        with pytest.raises(tq_hb.InvalidArgument, match="^KVCache.attend: q must hold at most 2 queries.*got 4"):
+            cache.attend(tokens(4, 4), q_offset=1, out=out)
+        assert not out.any()
+        cache.attend(tokens(4, 4), q_offset=3)
+
+    @pytest.mark.parametrize("keywords", [{}, {"capacity": 9}, {"sliding_window": 9}], ids=str)
+    def test_looking_back_equals_a_trimmed_cache(self, keywords):
+        cache, q = filled(9, **keywords), tokens(2, 4, seed=1)
+        back = cache.attend(q, q_offset=5)
+        cache.trim(3)
+        assert np.array_equal(cache.attend(q), back)
+
+    @pytest.mark.parametrize(("window", "capacity", "queries"), [(8, 8, 1), (8, 12, 5), (1, 1, 1), (1, 4, 4)])
+    def test_a_full_ring_serves_as_many_queries_as_it_has_spare_slots(self, window, capacity, queries):
+        cache = filled(40, capacity, sliding_window=window)
+        cache.attend(tokens(queries, 4))
+        with pytest.raises(tq_hb.InvalidArgument, match=f"^KVCache.attend: q must see only.*a capacity of {window} "):
+            cache.attend(tokens(queries + 1, 4))
+        with pytest.raises(tq_hb.InvalidArgument, match="attend: q must see only keys that are still held"):
+            cache.attend(tokens(queries, 4), q_offset=38)
+        cache.attend(tokens(queries + 1, 4), q_offset=40)
+
+    def test_an_empty_cache_with_a_position_gives_nothing(self, device):
+        for cache in (tq_hb.KVCache(2, 256, device=device), tq_hb.KVCache(2, 256, 10, device=device)):
+            q, out = tokens(3, 4), np.ones((3, 4, 256), np.float32)
+            got, lse = cache.attend(q, q_offset=7, out=out, return_lse=True)
+            assert got is out
+            assert not out.any()
+            assert (lse == -np.inf).all()
+            sinks = np.array([1, -np.inf, 0, -2], np.float32)
+            assert np.array_equal(cache.attend(q, q_offset=7, sinks=sinks, return_lse=True)[1], np.tile(sinks, (3, 1)))
+            assert cache.last_plan == tq_hb.Plan(device.backend, (), 0, 0, "strict", 0)
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("scale", float("nan")), ("softcap", -1.0), ("q_offset", 1), ("sinks", np.zeros(3))]
+    )
+    def test_an_empty_cache_checks_its_arguments_too(self, name, value):
+        out = np.ones((3, 4, 256), np.float32)
+        with pytest.raises(tq_hb.InvalidArgument, match="^KVCache.attend"):
+            tq_hb.KVCache(2, 256).attend(tokens(3, 4), **{"q_offset": 7, "out": out, name: value})
+        assert (out == 1).all()
+
+    def test_a_cleared_cache_counts_from_zero(self):
+        cache = filled(12, sliding_window=8)
+        cache.clear()
+        cache.append(tokens(2), -tokens(2))
+        assert np.array_equal(cache.attend(tokens(2, 4)), filled(2).attend(tokens(2, 4)))
+        with pytest.raises(tq_hb.InvalidArgument, match="at most 2 queries"):
+            cache.attend(tokens(3, 4))
 
 
 class TestTrim:
@@ -331,13 +516,12 @@ class TestClearCopyReserve:
 
     @pytest.mark.parametrize("keywords", [{}, {"capacity": 20}, {"sliding_window": 8}], ids=str)
     def test_a_copy_is_independent(self, keywords):
-        cache = filled(12, k_bits=6, v_bits=5, codebook="mlx_native", **keywords)
+        cache = filled(12, k_bits=6, v_bits=5, codebook="mlx_native", packing="plane", precision="strict", **keywords)
         before = content(cache)
         twin = cache.copy()
         assert content(twin) == before
-        assert (twin.k_bits, twin.v_bits, twin.codebook, twin.sliding_window, twin.capacity) == (
-            cache.k_bits, cache.v_bits, cache.codebook, cache.sliding_window, cache.capacity,
-        )  # fmt: skip
+        for name in ("k_bits", "v_bits", "codebook", "packing", "precision", "sliding_window", "capacity", "nbytes"):
+            assert getattr(twin, name) == getattr(cache, name)
 
         twin.append(tokens(3), tokens(3))
         assert content(cache) == before
@@ -400,6 +584,15 @@ class TestSizes:
         cache = tq_hb.KVCache(heads, head_dim, 1000)
         assert cache.bytes_per_token == per_head * heads
         assert 1.0 <= cache.nbytes / (cache.capacity * cache.bytes_per_token) <= 1.1
+
+    @pytest.mark.parametrize("head_dim", tq_hb.supported_head_dims())
+    @pytest.mark.parametrize(("k_bits", "v_bits"), [(8, 8), (8, 6), (6, 5), (5, 5)])
+    def test_planes_take_their_bits(self, head_dim, k_bits, v_bits):
+        cache = tq_hb.KVCache(3, head_dim, 1000, k_bits=k_bits, v_bits=v_bits, packing="plane")
+        norms = 2 * 4 * (head_dim // 256 or 1)
+        assert cache.bytes_per_token == 3 * (head_dim * (k_bits + v_bits) // 8 + norms)
+        assert 1.0 <= cache.nbytes / (cache.capacity * cache.bytes_per_token) <= 1.1
+        assert tq_hb.KVCache(3, head_dim, k_bits=k_bits, v_bits=v_bits).bytes_per_token == 3 * (2 * head_dim + norms)
 
     def test_an_empty_growing_cache_takes_no_memory(self):
         cache = tq_hb.KVCache(1, 256)

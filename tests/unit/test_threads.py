@@ -30,14 +30,16 @@ def filled_cache(count: int, seed: int = 0, **keywords) -> tq_hb.KVCache:
 
 
 @pytest.mark.parametrize("count", [33, 513, 2500])
-def test_the_same_bits_for_any_number_of_threads(restore_threads, count):
-    cache = filled_cache(count)
-    q = np.random.default_rng(1).standard_normal((6, 256)).astype(np.float32)
+@pytest.mark.parametrize("queries", [1, 2, 9])
+def test_the_same_bits_for_any_number_of_threads(restore_threads, count, queries):
+    cache = filled_cache(count, k_bits=6, v_bits=5, packing="plane")
+    q = np.random.default_rng(1).standard_normal((queries, 6, 256)).astype(np.float32)
     results = set()
     for n in (1, 2, 3, 5):
         tq_hb.set_num_threads(n)
         for _ in range(3):
-            results.add(cache.attend(q).tobytes())
+            out, lse = cache.attend(q, sinks=np.zeros(6, np.float32), return_lse=True)
+            results.add(out.tobytes() + lse.tobytes())
     assert len(results) == 1
 
 
@@ -233,9 +235,21 @@ def test_the_process_may_end_while_daemon_threads_work():
     assert (run.returncode, run.stderr) == (0, "")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_forked_child_can_use_a_cache_that_another_thread_was_inside_of():
+def a_cache() -> tuple[tq_hb.KVCache, tq_hb.KVCache]:
     cache = tq_hb.KVCache(1, 256, device="cpu")
+    return cache, cache
+
+
+def a_sequence_of_a_batch() -> tuple[tq_hb.BatchedKVCache, tq_hb.KVCache]:
+    batch = tq_hb.BatchedKVCache(2, 1, 256, 10, device="cpu")
+    return batch, batch[1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("make", [a_cache, a_sequence_of_a_batch])
+def test_a_forked_child_can_use_a_cache_that_another_thread_was_inside_of(make):
+    owner, cache = make()
     rows = np.ones((1, 256), np.float32)
     cache.append(rows, rows)
     inside, leave = threading.Event(), threading.Event()
@@ -250,7 +264,10 @@ def test_a_forked_child_can_use_a_cache_that_another_thread_was_inside_of():
     inside.wait()
     child = os.fork()
     if child == 0:
-        cache.append(rows, rows)
+        if owner is cache:
+            cache.append(rows, rows)
+        else:
+            owner.append([1, 0], rows[None, None][[0, 0]], rows[None, None][[0, 0]])
         os._exit(0 if len(cache) == 2 else 1)
     _, status = os.waitpid(child, 0)
     leave.set()
