@@ -1,0 +1,78 @@
+"""The examples run, and do what they say."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import reference
+import tolerance
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_there_are_examples():
+    assert SCRIPTS
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_example_runs(script):
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout
+
+
+def test_the_recent_window_reports_a_smaller_error_than_packing_everything():
+    script = EXAMPLES / "recent_window.py"
+    text = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True).stdout
+    mixed, packed = (float(number) for number in re.findall(r"relative error ([\d.]+)", text))
+    assert 0 < mixed < packed
+
+
+@pytest.mark.parametrize("appends", [(1,), (100,), (128,), (129, 1), (300, 3), (5, 124, 200, 1, 1)], ids=str)
+@pytest.mark.parametrize("queries", [1, 4])
+def test_the_recent_window_keeps_the_newest_tokens_exact(appends, queries):
+    """Against float64 attention to the newest 128 tokens as they came and the history as it is stored."""
+    rng = np.random.default_rng(sum(appends))
+    cache, total = load("recent_window").RecentWindow(2, 64), sum(appends)
+    queries = min(queries, total)
+    k, v = rng.standard_normal((2, total, 2, 64)).astype(np.float32)
+    start = 0
+    for count in appends:
+        cache.append(k[start : start + count], v[start : start + count])
+        start += count
+    q = 3 * rng.standard_normal((queries, 6, 64)).astype(np.float32)
+
+    got = cache.attend(q)
+
+    old = max(0, total - 128)
+    assert (len(cache), len(cache.history), len(cache.k)) == (total, old, total - old)
+    stored = [
+        np.concatenate([h, x[old:]]).swapaxes(0, 1) for h, x in zip(cache.history.dequantize(), (k, v), strict=True)
+    ]
+    ranges = [(0, total - queries + 1 + i) for i in range(queries)]
+    assert tolerance.nmse(got, reference.attend(q, *stored, scale=1 / 8, ranges=ranges)) <= tolerance.ATTEND_NMSE
+
+
+def test_a_query_before_the_recent_tokens_is_served_by_the_history():
+    cache = load("recent_window").RecentWindow(1, 64, recent=2)
+    x = np.random.default_rng(0).standard_normal((10, 1, 64)).astype(np.float32)
+    cache.append(x, x)
+    q = np.random.default_rng(1).standard_normal((5, 2, 64)).astype(np.float32)
+    stored = [np.concatenate([h, x[8:]]).swapaxes(0, 1) for h in cache.history.dequantize()]
+    want = reference.attend(q, *stored, scale=1 / 8, ranges=[(0, 6 + i) for i in range(5)])
+    assert tolerance.nmse(cache.attend(q), want) <= tolerance.ATTEND_NMSE
