@@ -1,8 +1,8 @@
 """Seeds the faults of ``mutants.toml`` in the sources, one at a time, and shows which test catches each.
 
 Works on a copy of the tree under ``build/mutants``: builds it, puts the extension beside its Python sources and runs
-the tests there. A full run writes ``docs/mutants.md``; it fails if a fault is not caught, does not compile, or replaces
-a text that is no longer there.
+the tests there. What it finds goes into ``docs/mutants.md``, where the rows of faults that were not chosen stay as
+they are. It fails if a fault is not caught, does not compile, or replaces a text that is no longer there.
 
     python tests/mutants/run.py [NAME ...]      only the faults whose names contain one of the words
 """
@@ -78,8 +78,7 @@ def main() -> None:
         caught.append((mutant, failure))
         print(f"[{number}/{len(chosen)}] {mutant.name}: {failure or 'NOT CAUGHT'}", flush=True)
 
-    if not words:
-        write_report(caught)
+    write_report(mutants, caught)
     missed = sum(failure is None for _, failure in caught)
     print(f"{len(caught) - missed} caught, {missed} not caught")
     sys.exit(missed > 0)
@@ -170,8 +169,10 @@ def tool(name: str) -> str:
     return path or sys.exit(f"{name} is not installed")
 
 
-def write_report(caught: list[tuple[Mutant, str | None]]) -> None:
-    """Write the table of faults and the tests that caught them."""
+def write_report(mutants: list[Mutant], caught: list[tuple[Mutant, str | None]]) -> None:
+    """Bring the table of faults and the tests that caught them up to date."""
+    before = re.findall(r"^\| (.*) \| `.*` \| (.*) \|$", REPORT.read_text(), re.MULTILINE)
+    results = {**dict(before), **{m.name: f"`{failure}`" if failure else "**none**" for m, failure in caught}}
     lines = [
         "# Seeded faults",
         "",
@@ -180,7 +181,7 @@ def write_report(caught: list[tuple[Mutant, str | None]]) -> None:
         "",
         "| fault | file | first test that failed |",
         "| --- | --- | --- |",
-        *(f"| {m.name} | `{m.file}` | {f'`{failure}`' if failure else '**none**'} |" for m, failure in caught),
+        *(f"| {m.name} | `{m.file}` | {results.get(m.name, 'not run yet')} |" for m in mutants),
     ]
     REPORT.write_text("\n".join(lines) + "\n")
 
