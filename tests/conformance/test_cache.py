@@ -281,3 +281,36 @@ def test_the_mean_key_makes_the_error_smaller_and_changes_nothing_else(device, s
 
     assert errors["with"][0] < errors["without"][0] / 3
     assert errors["with"][1] < errors["without"][1]
+
+
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_mean_key_a_hundred_times_the_rest_costs_no_accuracy(device, queries, with_sinks):
+    """What is the same in all scores of a query must not swallow the last bits of what differs."""
+    rng = np.random.default_rng(10)
+    mean = 100 * rng.standard_normal((2, 256)).astype(np.float32)
+    k, v = rng.standard_normal((2, 300, 2, 256)).astype(np.float32)
+    q = rng.standard_normal((queries, 4, 256)).astype(np.float32)
+    cache = tq_hb.KVCache(2, 256, k_mean=mean, device=device)
+    cache.append(k + mean, v)
+    shift = np.einsum("nghd,gd->ngh", q.reshape(queries, 2, 2, 256), mean, dtype=np.float64).reshape(queries, 4) / 16
+    # Sinks that weigh about as much as the keys of the last query.
+    sinks = (shift[-1] + 5).astype(np.float32) if with_sinks else None
+    plain = tq_hb.KVCache(2, 256, device=device)
+    plain.append((k + mean) - mean, v)
+    k_hat, v_hat = (x.swapaxes(0, 1).astype(np.float64) for x in plain.dequantize())
+
+    got, lse = cache.attend(q, sinks=sinks, return_lse=True)
+
+    want, want_lse = reference.attend(
+        q,
+        k_hat,
+        v_hat,
+        scale=1 / 16,
+        bias=shift,
+        sinks=sinks,
+        ranges=[(0, 300 - queries + 1 + i) for i in range(queries)],
+        return_lse=True,
+    )
+    assert tolerance.nmse(got, want) <= tolerance.ATTEND_NMSE
+    assert tolerance.lse_error(lse, want_lse) <= tolerance.LSE_ERROR
