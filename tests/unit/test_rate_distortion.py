@@ -266,3 +266,10 @@ def test_document_tells_who_wins(data, head_dim, least, most):
     for bits, name in ((5, "q5_0"), (8, "q8_0")):
         ours = above_bound(data, head_dim, f"tq_hb {bits}, `lloyd_max`, plane")
         assert least <= above_bound(data, head_dim, name) - ours <= most
+
+
+def test_document_tells_how_fp8_compares():
+    rows = {(row["head_dim"], row["format"]): row["nmse"] for row in harness.read("rate_distortion")["results"]}
+    for head_dim in tq_hb.supported_head_dims():
+        fp8, ours = rows[head_dim, "FP8 E4M3"], rows[head_dim, "tq_hb 6, `lloyd_max`, plane"]
+        assert all(fp8[data] > ours[data] for data in ours)
