@@ -154,7 +154,7 @@ def describe(entries: Sequence[Entry]) -> dict[str, str]:
 
 def parse(header: bytes, data_bytes: int) -> tuple[list[Entry], str]:
     """Return what a header says of its caches, all of it checked, and the checksum that it states."""
-    check_size(header)
+    check_text(header)
     tensors = _parse_object("header", header.decode("ascii"))
     metadata = tensors.pop("__metadata__", None)
     text = metadata.get(METADATA_KEY) if isinstance(metadata, dict) and len(metadata) == 1 else None
@@ -184,10 +184,8 @@ def parse(header: bytes, data_bytes: int) -> tuple[list[Entry], str]:
     return entries, checksum
 
 
-def check_size(header: bytes) -> None:
-    """Refuse a header that would take long to parse, before it is parsed."""
-    size = len(header)
-    require(size <= MAX_BYTES, "header length", f"must be at most {MAX_BYTES}", size)
+def check_text(header: bytes) -> None:
+    """Refuse a header that would take long to parse, before it is parsed; its length is checked before it is read."""
     require(header.isascii() and b"\\u" not in header, "header", "must be ASCII without \\u escapes", header)
     items = sum(map(header.count, (b",", b"{", b"[")))
     require(items <= _MAX_ITEMS, "header", f"must hold at most {_MAX_ITEMS} values", items)

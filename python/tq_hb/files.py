@@ -190,7 +190,7 @@ def _serialise(caches: Sequence[SavedCache]) -> tuple[bytes, memoryview]:
     content = save(tensors, file_header.describe(entries))
     start = _SIZE_BYTES + int.from_bytes(content[:_SIZE_BYTES], "little")
     head, data = content[:start], memoryview(content)[start:]
-    file_header.check_size(head[_SIZE_BYTES:])
+    file_header.check_text(head[_SIZE_BYTES:])
     return head.replace(file_header.NO_CHECKSUM.encode(), _checksum(head, data).encode()), data
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import resource
 import stat
+import sys
 import threading
 import time
 import tracemalloc
@@ -543,6 +544,18 @@ class TestMalformed:
             assert tracemalloc.get_traced_memory()[1] < PEAK_BYTES
         finally:
             tracemalloc.stop()
+
+    def test_a_long_number_is_not_converted_even_where_python_would(self, path, right_file):
+        path.write_bytes(MALFORMED["header_of_one_number"][1](right_file))
+        limit = sys.get_int_max_str_digits()
+        sys.set_int_max_str_digits(0)
+        try:
+            start = time.process_time()
+            with pytest.raises(tq_hb.InvalidArgument, match="header of .* must have no number of more than 99 digits"):
+                read_caches("op", path)
+            assert time.process_time() - start < CPU_SECONDS
+        finally:
+            sys.set_int_max_str_digits(limit)
 
     def test_a_length_that_only_a_sparse_file_has_is_not_read(self, path, right_file):
         # A terabyte of nothing behind a small header.
