@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 #include <utility>
 
 #include "core/device.h"
@@ -11,6 +12,7 @@
 #include "metal/bad_rows.h"
 #include "metal/command_stream.h"
 #include "metal/kernels/attend_layout.h"
+#include "metal/kernels/slots.h"
 #include "metal/scratch.h"
 #include "metal/storage.h"
 
@@ -20,10 +22,21 @@ namespace {
 /// Rows are loaded in vectors of up to this many bytes.
 constexpr std::uint64_t kRowAlignment = 16;
 
-void check_aligned(const std::string& op, const std::string& field, const Buffer& rows) {
-  if (rows.offset() % kRowAlignment != 0) {
-    throw invalid(op, field, "must start at a multiple of 16 bytes in its storage", rows.offset());
-  }
+void check_aligned(const std::string& op, const std::string& field, const Buffer& rows,
+                   std::uint64_t alignment = kRowAlignment) {
+  if (rows.offset() % alignment == 0) return;
+  throw invalid(op, field, "must start at a multiple of " + std::to_string(alignment) + " bytes in its storage",
+                rows.offset());
+}
+
+/// Codes may start wherever a row of a larger buffer may: at a multiple of 8 bytes where rows have 40.
+void check_codes_aligned(const std::string& op, const std::string& field, const Buffer& packed) {
+  check_aligned(op, field, packed, std::gcd(kRowAlignment, packed.shape().back()));
+}
+
+/// Whether the pipeline is one for planes.
+bool uses_planes(Packing packing, unsigned k_cbits, unsigned v_cbits) {
+  return has_planes(packing, k_cbits) || has_planes(packing, v_cbits);
 }
 
 /// Kernels count rows in 32 bits, and one value is taken.
@@ -79,7 +92,7 @@ class MetalEncoder final : public CommandEncoder {
   void encode(QuantizeOp op) override {
     for (const QuantizeTarget& target : op.targets) {
       check_aligned(op.name, target.src_name(), target.src);
-      check_aligned(op.name, target.packed_name(), target.packed);
+      check_codes_aligned(op.name, target.packed_name(), target.packed);
     }
     TqHadamardQuantizeArgs args = op.args;
     const std::uint64_t tokens = op.num_tokens();
@@ -104,7 +117,8 @@ class MetalEncoder final : public CommandEncoder {
                      std::uint64_t skipped) {
     const QuantizeTarget& target = op.targets[0];
     const unsigned cbits = target.codebook->cbits;
-    const Pipeline quantize = pipeline({Kernel::kQuantize, args.head_dim, cbits, cbits});
+    const Pipeline quantize =
+        pipeline({Kernel::kQuantize, args.head_dim, cbits, cbits, false, uses_planes(op.packing, cbits, cbits)});
     const Buffer status = bad_rows_.watch(op.name, {target.src_name()}, args.num_kv_heads, skipped * args.num_kv_heads);
     stream_.set_pipeline(quantize.state);
     stream_.bind(TQ_QUANTIZE_SRC, target.src);
@@ -119,7 +133,10 @@ class MetalEncoder final : public CommandEncoder {
                    std::uint64_t skipped) {
     const QuantizeTarget& k = op.targets[0];
     const QuantizeTarget& v = op.targets[1];
-    const Pipeline quantize = pipeline({Kernel::kQuantizeDual, args.head_dim, k.codebook->cbits, v.codebook->cbits});
+    const unsigned k_cbits = k.codebook->cbits;
+    const unsigned v_cbits = v.codebook->cbits;
+    const Pipeline quantize = pipeline(
+        {Kernel::kQuantizeDual, args.head_dim, k_cbits, v_cbits, false, uses_planes(op.packing, k_cbits, v_cbits)});
     const Buffer status =
         bad_rows_.watch(op.name, {k.src_name(), v.src_name()}, args.num_kv_heads, skipped * args.num_kv_heads);
     stream_.set_pipeline(quantize.state);
@@ -135,7 +152,7 @@ class MetalEncoder final : public CommandEncoder {
   }
 
   void encode(DequantizeOp op) override {
-    check_aligned(op.name, "packed", op.packed);
+    check_codes_aligned(op.name, "packed", op.packed);
     check_aligned(op.name, "output", op.output);
     TqHadamardQuantizeArgs args = op.args;
     const std::uint64_t tokens = op.num_tokens();
@@ -143,7 +160,8 @@ class MetalEncoder final : public CommandEncoder {
     if (tokens == 0) return;
     args.write_pos = static_cast<TqU32>(op.first_position % args.cache_capacity);
     const unsigned cbits = op.codebook->cbits;
-    const Pipeline dequantize = pipeline({Kernel::kDequantize, 0, cbits, cbits});
+    const Pipeline dequantize =
+        pipeline({Kernel::kDequantize, 0, cbits, cbits, false, uses_planes(op.packing, cbits, cbits)});
     stream_.set_pipeline(dequantize.state);
     stream_.bind(TQ_DEQUANTIZE_PACKED, op.packed);
     stream_.bind(TQ_DEQUANTIZE_NORMS, op.norms);
@@ -154,15 +172,18 @@ class MetalEncoder final : public CommandEncoder {
 
   void encode(AttendOp op) override {
     check_aligned(op.name, "q", op.q);
-    check_aligned(op.name, "k_packed", op.k_packed);
-    check_aligned(op.name, "v_packed", op.v_packed);
+    check_codes_aligned(op.name, "k_packed", op.k_packed);
+    check_codes_aligned(op.name, "v_packed", op.v_packed);
     check_aligned(op.name, "output", op.output);
     if (op.tmp) check_aligned(op.name, "tmp", *op.tmp);
     const TqFlashAttnVecArgs& args = op.args;
     const bool is_group = op.kernel == AttendKernel::kGroup;
-    const bool direct = !is_group && args.nwg == 1 && !op.fused_undo;
-    const Pipeline attend = pipeline({is_group ? group_kernel(op.head_tile) : Kernel::kAttend, args.head_dim,
-                                      op.k_codebook->cbits, op.v_codebook->cbits, direct});
+    checked_rows(op.name, std::uint64_t{args.num_queries} * args.num_heads);
+    const bool direct = !is_group && args.nwg == 1 && !op.fused_undo && !op.sinks && !op.lse;
+    const unsigned k_cbits = op.k_codebook->cbits;
+    const unsigned v_cbits = op.v_codebook->cbits;
+    const Pipeline attend = pipeline({is_group ? group_kernel(op.head_tile) : Kernel::kAttend, args.head_dim, k_cbits,
+                                      v_cbits, direct, uses_planes(op.packing, k_cbits, v_cbits)});
     if (direct) {
       const Buffer status = bad_rows_.watch(op.name, {"q"}, args.num_heads, 0);
       bind_attend(attend, op, op.output);
@@ -172,7 +193,7 @@ class MetalEncoder final : public CommandEncoder {
     }
     const Pipeline merge = pipeline({merge_kernel(op), args.head_dim});
     std::shared_ptr<Storage> own_tmp;
-    if (!op.tmp) own_tmp = scratch_.take(tmp_buffer_bytes(args.num_heads, args.head_dim, 1, args.nwg));
+    if (!op.tmp) own_tmp = scratch_.take(tmp_buffer_bytes(args.num_heads, args.head_dim, args.num_queries, args.nwg));
     const Buffer tmp = op.tmp ? *op.tmp : Buffer(own_tmp, DType::kUint8, {own_tmp->size()});
     const Buffer status = bad_rows_.watch(op.name, {"q"}, args.num_heads, 0);
     bind_attend(attend, op, tmp);
@@ -192,6 +213,8 @@ class MetalEncoder final : public CommandEncoder {
     stream_.bind(TQ_ATTEND_V_PACKED, op.v_packed);
     stream_.bind(TQ_ATTEND_V_NORMS, op.v_norms);
     stream_.bind(TQ_ATTEND_DST, dst);
+    // Something has to be bound where there is no bias; it is not read.
+    stream_.bind(TQ_ATTEND_SCORE_BIAS, op.score_bias ? *op.score_bias : op.q);
   }
 
   void launch_attend(const Pipeline& attend, const AttendOp& op) {
@@ -199,12 +222,12 @@ class MetalEncoder final : public CommandEncoder {
     const unsigned k_cbits = op.k_codebook->cbits;
     const unsigned v_cbits = op.v_codebook->cbits;
     if (op.kernel == AttendKernel::kGroup) {
-      const unsigned group = args.num_heads / args.num_kv_heads;
-      const unsigned tiles = group / op.head_tile + (group % op.head_tile != 0 ? 1 : 0);
+      const std::uint64_t rows = std::uint64_t{args.num_heads} / args.num_kv_heads * args.num_queries;
+      const std::uint64_t tiles = rows / op.head_tile + (rows % op.head_tile != 0 ? 1 : 0);
       launch(attend, NodeKind::kSdpa, {tiles, args.num_kv_heads, args.nwg}, {32, group_simdgroups(args.head_dim), 1},
              group_threadgroup_bytes(args.head_dim, op.head_tile, k_cbits, v_cbits));
     } else {
-      launch(attend, NodeKind::kSdpa, {1, args.num_heads, args.nwg}, {32, args.nsg, 1},
+      launch(attend, NodeKind::kSdpa, {args.num_queries, args.num_heads, args.nwg}, {32, args.nsg, 1},
              per_head_threadgroup_bytes(args.head_dim, args.nsg, k_cbits, v_cbits));
     }
   }
@@ -212,16 +235,19 @@ class MetalEncoder final : public CommandEncoder {
   void merge_partials(const Pipeline& merge, const AttendOp& op, const Buffer& tmp, const Buffer& status) {
     const TqFlashAttnVecArgs& args = op.args;
     stream_.set_pipeline(merge.state);
-    stream_.bind_bytes(TQ_REDUCE_NUM_HEADS, args.num_heads);
+    stream_.bind_bytes(TQ_REDUCE_ARGS, args);
     stream_.bind(TQ_REDUCE_TMP, tmp);
     stream_.bind(TQ_REDUCE_OUTPUT, op.output);
-    stream_.bind_bytes(TQ_REDUCE_SPLITS, args.nwg);
+    // Again, something has to be bound; nothing is read or written there.
+    stream_.bind(TQ_REDUCE_SINKS, op.sinks ? *op.sinks : tmp);
+    stream_.bind(TQ_REDUCE_LSE, op.lse ? *op.lse : op.output);
     stream_.bind(TQ_REDUCE_STATUS, status);
+    const std::uint64_t rows = std::uint64_t{args.num_queries} * args.num_heads;
     if (op.kernel == AttendKernel::kGroup) {
-      launch(merge, NodeKind::kSdpa, {args.num_heads, 1, 1}, {32 * kMergeSimdgroups, 1, 1},
+      launch(merge, NodeKind::kSdpa, {rows, 1, 1}, {32 * kMergeSimdgroups, 1, 1},
              merge_threadgroup_bytes(args.head_dim));
     } else {
-      launch(merge, NodeKind::kSdpa, {args.num_heads, 1, 1}, {32 * args.nwg, 1, 1},
+      launch(merge, NodeKind::kSdpa, {rows, 1, 1}, {32 * args.nwg, 1, 1},
              op.fused_undo ? args.head_dim * sizeof(float) : 0);
     }
   }

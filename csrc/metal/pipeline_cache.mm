@@ -18,9 +18,11 @@ MTLFunctionConstantValues* constants_of(const PipelineKey& key) {
   const int k_cbits = static_cast<int>(key.k_cbits);
   const int v_cbits = static_cast<int>(key.v_cbits);
   const bool direct = key.direct;
+  const bool plane = key.plane;
   [constants setConstantValue:&k_cbits type:MTLDataTypeInt atIndex:TQ_CONSTANT_K_CBITS];
   [constants setConstantValue:&v_cbits type:MTLDataTypeInt atIndex:TQ_CONSTANT_V_CBITS];
   [constants setConstantValue:&direct type:MTLDataTypeBool atIndex:TQ_CONSTANT_DIRECT];
+  [constants setConstantValue:&plane type:MTLDataTypeBool atIndex:TQ_CONSTANT_PLANE];
   return constants;
 }
 

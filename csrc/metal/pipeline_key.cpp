@@ -3,9 +3,14 @@
 #include "core/layout.h"
 #include "core/params.h"
 #include "metal/kernels/attend_layout.h"
+#include "metal/kernels/row_shape.h"
 
 namespace tq_hb {
 namespace {
+
+#define TQ_CHECK(head_dim) static_assert(norm_blocks(head_dim) == norms_per_row(head_dim), "one rule for norms");
+TQ_HB_FOR_EACH_HEAD_DIM(TQ_CHECK)
+#undef TQ_CHECK
 
 const char* name_prefix(Kernel kernel) noexcept {
   switch (kernel) {
@@ -48,7 +53,8 @@ std::size_t PipelineKeyHash::operator()(const PipelineKey& key) const noexcept {
   hash = hash * 1024 + key.head_dim;
   hash = hash * 16 + key.k_cbits;
   hash = hash * 16 + key.v_cbits;
-  return hash * 2 + (key.direct ? 1 : 0);
+  hash = hash * 2 + (key.direct ? 1 : 0);
+  return hash * 2 + (key.plane ? 1 : 0);
 }
 
 std::string kernel_name(const PipelineKey& key) {
@@ -76,21 +82,35 @@ unsigned max_threads(const PipelineKey& key) noexcept {
 }
 
 std::vector<PipelineKey> all_pipelines(const std::vector<unsigned>& cbits) {
+  struct Format {
+    unsigned k, v;
+    bool plane;
+  };
+  std::vector<Format> formats;
   std::vector<PipelineKey> keys;
-  for (const unsigned k : cbits) keys.push_back({Kernel::kDequantize, 0, k, k});
+  for (const bool plane : {false, true}) {
+    for (const unsigned k : cbits) {
+      if (plane && k == 8) continue;
+      keys.push_back({Kernel::kDequantize, 0, k, k, false, plane});
+    }
+    for (const unsigned k : cbits) {
+      for (const unsigned v : cbits) {
+        if (!plane || k < 8 || v < 8) formats.push_back({k, v, plane});
+      }
+    }
+  }
 #define TQ_ADD(head_dim)                                                                                    \
   for (const Kernel kernel : {Kernel::kFwhtPremult, Kernel::kFwhtUndo, Kernel::kFwhtPlain, Kernel::kReduce, \
                               Kernel::kReduceUndo, Kernel::kMerge, Kernel::kMergeUndo}) {                   \
     keys.push_back({kernel, head_dim});                                                                     \
   }                                                                                                         \
-  for (const unsigned k : cbits) {                                                                          \
-    keys.push_back({Kernel::kQuantize, head_dim, k, k});                                                    \
-    for (const unsigned v : cbits) {                                                                        \
-      keys.push_back({Kernel::kAttend, head_dim, k, v, true});                                              \
-      for (const Kernel kernel :                                                                            \
-           {Kernel::kQuantizeDual, Kernel::kAttend, Kernel::kGroup2, Kernel::kGroup4, Kernel::kGroup8}) {   \
-        keys.push_back({kernel, head_dim, k, v});                                                           \
-      }                                                                                                     \
+  for (const Format& format : formats) {                                                                    \
+    const auto [k, v, plane] = format;                                                                      \
+    if (k == v) keys.push_back({Kernel::kQuantize, head_dim, k, k, false, plane});                          \
+    keys.push_back({Kernel::kAttend, head_dim, k, v, true, plane});                                         \
+    for (const Kernel kernel :                                                                              \
+         {Kernel::kQuantizeDual, Kernel::kAttend, Kernel::kGroup2, Kernel::kGroup4, Kernel::kGroup8}) {     \
+      keys.push_back({kernel, head_dim, k, v, false, plane});                                               \
     }                                                                                                       \
   }
   TQ_HB_FOR_EACH_HEAD_DIM(TQ_ADD)

@@ -30,10 +30,11 @@ struct PipelineKey {
   unsigned k_cbits = 0;  ///< also the only tensor's; 0 for kernels that see no codes
   unsigned v_cbits = 0;
   bool direct = false;  ///< attention that writes the output itself
+  bool plane = false;   ///< codes of 5 and 6 bits lie in planes
 
   bool operator==(const PipelineKey& other) const noexcept {
     return kernel == other.kernel && head_dim == other.head_dim && k_cbits == other.k_cbits &&
-           v_cbits == other.v_cbits && direct == other.direct;
+           v_cbits == other.v_cbits && direct == other.direct && plane == other.plane;
   }
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/abi.h"
+#include "core/query_range.h"
 #include "metal/kernels/attend_layout.h"
 #include "metal/kernels/rotation.h"
 #include "metal/kernels/tables.h"
@@ -13,7 +14,7 @@ constant float kLargestScore = 1e38f;
 /// In place of a sum of weights: the query could not be used.
 constant float kBadQuery = -1.0f;
 
-/// The keys that a query sees, oldest first: `count` slots from `first_slot` on, wrapping at the capacity.
+/// A run of keys, oldest first: `count` slots from `first_slot` on, wrapping at the capacity.
 struct VisibleKeys {
   uint count;
   uint first_slot;
@@ -22,33 +23,47 @@ struct VisibleKeys {
   uint slot(uint age) const { return age < capacity - first_slot ? first_slot + age : age - (capacity - first_slot); }
 };
 
-inline VisibleKeys visible_keys(constant TqFlashAttnVecArgs& args) {
+/// The keys of ages begin ... end - 1.
+inline VisibleKeys visible_keys(constant TqFlashAttnVecArgs& args, uint begin, uint end) {
   VisibleKeys keys;
-  const bool windowed = args.mask_type == 2 && args.sliding_window < args.kv_seq_len;
-  keys.count = windowed ? args.sliding_window : args.kv_seq_len;
+  keys.count = end - begin;
   keys.capacity = args.kv_capacity;
   keys.first_slot = args.ring_start;
-  keys.first_slot = keys.slot(args.kv_seq_len - keys.count);
+  keys.first_slot = keys.slot(begin);
   return keys;
+}
+
+/// What a threadgroup knows about a row of q, which is one head of one query.
+struct QueryRow {
+  float exponent;  // the row is in units of 2^exponent; NaN if it cannot be used
+  float bias;      // added to its scores
+  uint begin;      // it sees the keys of ages begin ... end - 1
+  uint end;
+};
+
+inline ulong num_rows(constant TqFlashAttnVecArgs& args) {
+  return ulong(args.num_queries) * args.num_heads;
 }
 
 /// What turns a dot product of codes into a score: a factor with an exponent range beyond float's.
 struct ScoreScale {
   float mantissa;
   int exponent;
+  float bias;
   float softcap;
 
   float apply(float dot) const {
-    const float score = clamp(ldexp(dot * mantissa, exponent), -kLargestScore, kLargestScore);
+    const float score = clamp(ldexp(dot * mantissa, exponent) + bias, -kLargestScore, kLargestScore);
     return softcap > 0.0f ? softcap * precise::tanh(score / softcap) : score;
   }
 };
 
-inline ScoreScale score_scale(constant TqFlashAttnVecArgs& args, int query_exponent) {
+inline ScoreScale score_scale(constant TqFlashAttnVecArgs& args, threadgroup const QueryRow* row) {
   ScoreScale scale;
   int exponent;
   scale.mantissa = frexp(args.scale, exponent);
-  scale.exponent = exponent + query_exponent;
+  scale.exponent = exponent + int(row->exponent);
+  scale.bias = row->bias;
   scale.softcap = args.softcap;
   return scale;
 }
@@ -56,7 +71,7 @@ inline ScoreScale score_scale(constant TqFlashAttnVecArgs& args, int query_expon
 /// The constant part of the factor between a code's level and the value: the rest is the row's norm.
 template <int D>
 inline float row_scale(constant TqFlashAttnVecArgs& args) {
-  return D == 512 ? precise::divide(1.0f, args.scale_factor_d512) : rotation_scale<D / 32>();
+  return tq_hb::norm_blocks(D) == 2 ? precise::divide(1.0f, args.scale_factor_d512) : rotation_scale(D);
 }
 
 /// The exponent of the SIMD group's largest value, which is then below 2 in the unit 2^exponent.
@@ -98,16 +113,26 @@ inline bool load_query(device const float* q, bool rotated, ushort lane, thread 
   return true;
 }
 
-/// Puts a query head into threadgroup memory in units of 2^exponent; the exponent is NaN if a value is not finite.
+/// Puts a row of q into threadgroup memory, and what there is to know about it; zeros for a row that cannot be used.
 template <int D>
-inline void stage_query(device const float* q, bool rotated, threadgroup float* staged, threadgroup float* exponent,
-                        ushort lane) {
+inline void stage_query(constant TqFlashAttnVecArgs& args, device const float* q, device const float* score_bias,
+                        uint query, uint head, threadgroup float* staged, threadgroup QueryRow* about, ushort lane) {
   constexpr int E = D / 32;
+  const ulong row = ulong(query) * args.num_heads + head;
   float y[E];
-  int own_exponent;
-  const bool finite = load_query<D>(q, rotated, lane, y, own_exponent);
-  for (int i = 0; i < E; ++i) staged[lane * E + i] = finite ? y[i] : 0.0f;
-  if (lane == 0) *exponent = finite ? float(own_exponent) : NAN;
+  int exponent;
+  const bool is_finite = load_query<D>(q + row * D, args.fuse_fwht_pre == 0, lane, y, exponent);
+  const float bias = (args.flags & TQ_HAS_SCORE_BIAS) != 0 ? score_bias[row] : 0.0f;
+  const bool is_usable = is_finite && isfinite(bias);
+  for (int i = 0; i < E; ++i) staged[lane * E + i] = is_usable ? y[i] : 0.0f;
+  if (lane > 0) return;
+  const uint position = args.query_position - (args.num_queries - 1 - query);
+  const uint window = args.mask_type == 2 ? args.sliding_window : 0;
+  const tq_hb::QueryRange range = tq_hb::query_range(position, args.kv_seq_len, window);
+  about->exponent = is_usable ? float(exponent) : NAN;
+  about->bias = bias;
+  about->begin = range.begin;
+  about->end = range.end;
 }
 
 /// Puts `copies` copies of a codebook into threadgroup memory, those of one level side by side.
@@ -137,11 +162,11 @@ inline LevelTable level_table(threadgroup const float* table, uint cbits, uint c
   return view;
 }
 
-/// Sums N values over the SIMD group at once: lane t gets the sum of value t % N.
+/// Sums N values over every kLanes lanes at once: lane t gets the sum of value t % N.
 ///
 /// Each step halves the values a lane has and doubles the lanes each stands for: N - 1 shuffles and one for
-/// each doubling of 32 / N, instead of 5 N.
-template <int N>
+/// each doubling of kLanes / N, instead of N log2(kLanes).
+template <int N, int kLanes>
 inline float simd_sum_scatter(thread float (&values)[N], ushort lane) {
   for (ushort half_count = N / 2; half_count > 0; half_count /= 2) {
     const bool upper = (lane & half_count) != 0;
@@ -152,6 +177,25 @@ inline float simd_sum_scatter(thread float (&values)[N], ushort lane) {
     }
   }
   float sum = values[0];
-  for (ushort mask = N; mask < 32; mask *= 2) sum += simd_shuffle_xor(sum, mask);
+  for (ushort mask = N; mask < kLanes; mask *= 2) sum += simd_shuffle_xor(sum, mask);
   return sum;
+}
+
+/// Sums over the rows that the SIMD group has at a time, where a row has but some of its lanes.
+template <int D>
+inline float4 sum_over_rows(float4 value) {
+  for (ushort mask = tq_hb::stripe_lanes(D); mask < 32; mask *= 2) value += simd_shuffle_xor(value, mask);
+  return value;
+}
+
+/// A row's sink, one more score: -infinity where there is none.
+inline float sink_score(constant TqFlashAttnVecArgs& args, device const float* sinks, uint row) {
+  if ((args.flags & TQ_HAS_SINKS) == 0) return -INFINITY;
+  const float sink = sinks[row % args.num_heads];
+  return isfinite(sink) ? clamp(sink, -kLargestScore, kLargestScore) : sink;
+}
+
+/// The logarithm of the sum of exp(score), from the scores' maximum and the sum of exp(score - maximum).
+inline void store_lse(constant TqFlashAttnVecArgs& args, device float* lse, uint row, float maximum, float total) {
+  if ((args.flags & TQ_HAS_LSE) != 0) lse[row] = total > 0.0f ? maximum + log(total) : -INFINITY;
 }

@@ -4,17 +4,18 @@
 #pragma once
 
 #include "core/abi.h"
+#include "metal/kernels/row_shape.h"
 
 namespace tq_hb {
 
 // Enumerators, since a variable out here would have to name an address space in MSL, which C++ lacks.
 enum : TqU32 {
-  /// Coordinates of a row that one SIMD group owns at a time: four per lane.
-  kStripe = 128,
   kBlock = TQ_BLOCK,
-  /// Words between the scores of one head and the next: odd, so that writing a key's scores of all heads and reading
-  /// a head's scores of all keys both spread over the memory banks.
+  /// Words between the scores of one row and the next: odd, so that writing a key's scores of all rows and reading
+  /// a row's scores of all keys both spread over the memory banks.
   kScoresStride = kBlock + 1,
+  /// What a threadgroup knows about a row of q: QueryRow in attend_common.h.
+  kQueryRowWords = 4,
   /// SIMD groups of the merge kernel.
   kMergeSimdgroups = 8,
 };
@@ -30,10 +31,10 @@ constexpr TqU32 tables_words(TqU32 k_words, TqU32 v_words, bool same) {
   return same ? k_words : k_words + v_words;
 }
 
-// --- flash_attn_vec_tq_hb_dk*: q and its exponent, tables, then each SIMD group's accumulator, sum and maximum --
+// --- flash_attn_vec_tq_hb_dk*: q and its QueryRow, tables, then each SIMD group's accumulator, sum and maximum ---
 
 constexpr TqU32 per_head_query_words(TqU32 head_dim) {
-  return head_dim + 4;  // padded to 16 bytes
+  return head_dim + kQueryRowWords;
 }
 
 constexpr TqU32 per_head_tables_words(TqU32 k_cbits, TqU32 v_cbits) {
@@ -49,11 +50,11 @@ constexpr TqU32 per_head_threadgroup_bytes(TqU32 head_dim, TqU32 nsg, TqU32 k_cb
               nsg * per_head_state_words(head_dim));
 }
 
-// --- flash_attn_vec_tq_hb_gqa*: an exponent per head, then the staged queries, which make way for tables,
-//     two buffers of partial scores [stripe][head][key], and two of norms [K | V][norm block][key] --------------
+// --- flash_attn_vec_tq_hb_gqa*: a QueryRow per row of the tile, then the staged queries, which make way for tables,
+//     two buffers of partial scores [stripe][row][key], and two of norms [K | V][norm block][key] ----------------
 
 constexpr TqU32 group_simdgroups(TqU32 head_dim) {
-  return 2 * head_dim / kStripe;
+  return 2 * stripes(head_dim);
 }
 
 constexpr TqU32 group_tables_words(TqU32 k_cbits, TqU32 v_cbits) {
@@ -61,11 +62,11 @@ constexpr TqU32 group_tables_words(TqU32 k_cbits, TqU32 v_cbits) {
 }
 
 constexpr TqU32 group_scores_words(TqU32 head_dim, TqU32 tile) {
-  return head_dim / kStripe * tile * kScoresStride;
+  return stripes(head_dim) * tile * kScoresStride;
 }
 
 constexpr TqU32 group_norms_words(TqU32 head_dim) {
-  return 2 * (head_dim / 256) * kBlock;
+  return 2 * norm_blocks(head_dim) * kBlock;
 }
 
 constexpr TqU32 group_working_words(TqU32 head_dim, TqU32 tile, TqU32 k_cbits, TqU32 v_cbits) {
@@ -73,12 +74,19 @@ constexpr TqU32 group_working_words(TqU32 head_dim, TqU32 tile, TqU32 k_cbits, T
 }
 
 constexpr TqU32 group_threadgroup_bytes(TqU32 head_dim, TqU32 tile, TqU32 k_cbits, TqU32 v_cbits) {
-  return 4 * (TQ_GQA_MAX_TILE + (tile * head_dim > group_working_words(head_dim, tile, k_cbits, v_cbits)
-                                     ? tile * head_dim
-                                     : group_working_words(head_dim, tile, k_cbits, v_cbits)));
+  return 4 *
+         (TQ_GQA_MAX_TILE * kQueryRowWords + (tile * head_dim > group_working_words(head_dim, tile, k_cbits, v_cbits)
+                                                  ? tile * head_dim
+                                                  : group_working_words(head_dim, tile, k_cbits, v_cbits)));
 }
 
-static_assert(group_threadgroup_bytes(512, TQ_GQA_MAX_TILE, 8, 6) <= 32768, "a threadgroup has 32 KiB");
+#define TQ_CHECK(head_dim)                                                               \
+  static_assert(group_threadgroup_bytes(head_dim, TQ_GQA_MAX_TILE, 8, 6) <= 32768 &&     \
+                    group_threadgroup_bytes(head_dim, TQ_GQA_MAX_TILE, 6, 8) <= 32768 && \
+                    per_head_threadgroup_bytes(head_dim, 4, 8, 6) <= 32768,              \
+                "a threadgroup has 32 KiB");
+TQ_HB_FOR_EACH_HEAD_DIM(TQ_CHECK)
+#undef TQ_CHECK
 
 // --- flash_attn_vec_merge_tq_hb*: a weight per split, the merged row, and one word per SIMD group for each of
 //     three reductions ----------------------------------------------------------------------------------------

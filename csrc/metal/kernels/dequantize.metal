@@ -4,6 +4,8 @@
 
 #include "core/abi.h"
 #include "metal/kernels/cache_slot.h"
+#include "metal/kernels/packing.h"
+#include "metal/kernels/rotation.h"
 #include "metal/kernels/tables.h"
 
 kernel void tq_dequantize_hb_kv(device const uchar* packed [[buffer(TQ_DEQUANTIZE_PACKED)]],
@@ -13,14 +15,14 @@ kernel void tq_dequantize_hb_kv(device const uchar* packed [[buffer(TQ_DEQUANTIZ
                                 uint3 group [[threadgroup_position_in_grid]],
                                 ushort lane [[thread_index_in_simdgroup]]) {
   const uint head_dim = args.head_dim;
-  const uint blocks = head_dim == 512 ? 2 : 1;
+  const uint blocks = tq_hb::norm_blocks(head_dim);
   const ulong row = ulong(group.x) * args.cache_capacity + encode_slot(args, group.y);
   constant float* levels = codebook_levels(args.codebook, k_cbits());
-  const uint mask = (1u << k_cbits()) - 1;
+  device const uchar* codes = packed + row * row_bytes(head_dim, k_cbits());
   device float* out = output + (ulong(group.y) * args.num_kv_heads + group.x) * head_dim;
   for (uint j = lane; j < head_dim; j += 32) {
-    const float norm = norms[row * blocks + j / 256];
-    const float factor = blocks == 1 ? norm * 0.0625f : precise::divide(norm, args.scale_factor_d512);
-    out[j] = levels[packed[row * head_dim + j] & mask] * factor;
+    const float norm = norms[row * blocks + j / tq_hb::kNormDim];
+    const float factor = blocks == 1 ? norm * rotation_scale(head_dim) : precise::divide(norm, args.scale_factor_d512);
+    out[j] = levels[load_code(codes, head_dim, k_cbits(), j)] * factor;
   }
 }

@@ -8,6 +8,7 @@
 
 #include "core/abi.h"
 #include "metal/kernels/cache_slot.h"
+#include "metal/kernels/packing.h"
 #include "metal/kernels/rotation.h"
 #include "metal/kernels/tables.h"
 
@@ -20,6 +21,12 @@
 constant float kFlushBelow = 8.67361738e-19f;  // 2^-60
 constant float kSmallestNorm = 1e-10f;
 constant float kBlockRms = 0.0625f;  // 1 / sqrt(256): turns a block's L2 norm into its RMS
+
+/// sqrt(D): gives the coordinates of a row of length 1 the variance 1.
+template <int D>
+inline float to_unit_variance() {
+  return D == 64 ? 8.0f : D == 128 ? 11.3137085f : 16.0f;
+}
 
 /// One tensor: where rows come from and go to.
 struct EncodeTarget {
@@ -46,7 +53,7 @@ template <int D>
 inline float block_energy(thread const float (&y)[D / 32]) {
   float sum = 0.0f;
   for (int i = 0; i < D / 32; ++i) sum += y[i] * y[i];
-  constexpr ushort kLanesPerBlock = D == 512 ? 16 : 32;
+  constexpr ushort kLanesPerBlock = 32 / tq_hb::norm_blocks(D);
   for (ushort mask = 1; mask < kLanesPerBlock; mask *= 2) sum += simd_shuffle_xor(sum, mask);
   return sum;
 }
@@ -54,6 +61,7 @@ inline float block_energy(thread const float (&y)[D / 32]) {
 template <int D>
 inline void encode_row(EncodeTarget target, constant TqHadamardQuantizeArgs& args, uint head, uint token, ushort lane) {
   constexpr int E = D / 32;
+  constexpr bool kHasTwoNorms = tq_hb::norm_blocks(D) == 2;
   const ulong src_row = ulong(token) * args.num_kv_heads + head;
   float y[E];
   load_row<E>(target.src + src_row * D, lane, y);
@@ -61,27 +69,23 @@ inline void encode_row(EncodeTarget target, constant TqHadamardQuantizeArgs& arg
   for (int i = 0; i < E; ++i) y[i] = fabs(y[i]) < kFlushBelow ? 0.0f : y[i];
 
   const float length = precise::sqrt(block_energy<D>(y));
-  const float norm = D == 512 ? length * kBlockRms : length;
+  const float norm = kHasTwoNorms ? length * kBlockRms : length;
   if (!simd_all(isfinite(norm))) {
     if (lane == 0) atomic_fetch_min_explicit(target.status, uint(src_row), memory_order_relaxed);
     return;
   }
   const float inverse = norm > kSmallestNorm ? precise::divide(1.0f, norm) : 0.0f;
 
-  uint words[E / 4];
-  for (int i = 0; i < E / 4; ++i) {
-    uint word = 0;
-    for (int c = 0; c < 4; ++c) {
-      const float v = D == 512 ? y[4 * i + c] * inverse * args.scale_factor_d512 : y[4 * i + c] * (inverse * 16.0f);
-      word |= index_of(v, target.boundaries, target.cbits) << (8 * c);
-    }
-    words[i] = word;
+  uint codes[(E + 3) / 4];
+  for (int i = 0; i < E; ++i) {
+    const float v = kHasTwoNorms ? y[i] * inverse * args.scale_factor_d512 : y[i] * (inverse * to_unit_variance<D>());
+    const uint code = index_of(v, target.boundaries, target.cbits) << (i % 4 * 8);
+    codes[i / 4] = i % 4 == 0 ? code : codes[i / 4] | code;
   }
 
   const ulong row = ulong(head) * args.cache_capacity + encode_slot(args, token);
-  device uint* codes = (device uint*)(target.packed + row * D) + uint(lane) * (E / 4);
-  for (int i = 0; i < E / 4; ++i) codes[i] = words[i];
-  if (D == 512) {
+  store_codes<D>(codes, target.packed + row * row_bytes(D, target.cbits), target.cbits, lane);
+  if (kHasTwoNorms) {
     if (lane % 16 == 0) target.norms[row * 2 + lane / 16] = norm;
   } else {
     if (lane == 0) target.norms[row] = norm;
@@ -124,6 +128,5 @@ kernel void hadamard_quantize_kv_hb_dual(device const float* src_k [[buffer(TQ_Q
   template [[host_name("hadamard_quantize_kv_hb_dual_d" #D)]] kernel void hadamard_quantize_kv_hb_dual<D>(             \
       device const float*, device const float*, device uchar*, device uchar*, device float*, device float*,            \
       constant TqHadamardQuantizeArgs&, device atomic_uint*, uint3, ushort);
-TQ_INSTANTIATE(256)
-TQ_INSTANTIATE(512)
+TQ_HB_FOR_EACH_HEAD_DIM(TQ_INSTANTIATE)
 #undef TQ_INSTANTIATE

@@ -4,6 +4,7 @@
 
 #include "core/abi.h"
 #include "metal/kernels/rotation.h"
+#include "metal/kernels/row_shape.h"
 
 enum class Transform { kPremult, kUndo, kPlain };
 
@@ -21,18 +22,18 @@ kernel void fwht_rows(device float* data [[buffer(TQ_FWHT_DATA)]], constant TqFw
     unrotate_row<E>(y, lane);
   } else {
     hadamard<E>(y, lane);
-    for (int i = 0; i < E; ++i) y[i] *= rotation_scale<E>();
+    for (int i = 0; i < E; ++i) y[i] *= rotation_scale(D);
   }
   store_row<E>(at, lane, y);
 }
 
-#define TQ_INSTANTIATE(name, D, transform)                                                  \
+#define TQ_INSTANTIATE_ONE(name, D, transform)                                              \
   template [[host_name(#name "_f32_d" #D)]] kernel void fwht_rows<D, Transform::transform>( \
       device float*, constant TqFwhtArgs&, uint, ushort);
-TQ_INSTANTIATE(fwht_sign_premult, 256, kPremult)
-TQ_INSTANTIATE(fwht_sign_premult, 512, kPremult)
-TQ_INSTANTIATE(fwht_sign_undo, 256, kUndo)
-TQ_INSTANTIATE(fwht_sign_undo, 512, kUndo)
-TQ_INSTANTIATE(fwht_standalone, 256, kPlain)
-TQ_INSTANTIATE(fwht_standalone, 512, kPlain)
+#define TQ_INSTANTIATE(D)                            \
+  TQ_INSTANTIATE_ONE(fwht_sign_premult, D, kPremult) \
+  TQ_INSTANTIATE_ONE(fwht_sign_undo, D, kUndo)       \
+  TQ_INSTANTIATE_ONE(fwht_standalone, D, kPlain)
+TQ_HB_FOR_EACH_HEAD_DIM(TQ_INSTANTIATE)
 #undef TQ_INSTANTIATE
+#undef TQ_INSTANTIATE_ONE

@@ -1,6 +1,6 @@
 // Merges the partials of flash_attn_vec_tq_hb_gqa* over any number of splits, and un-rotates the row if asked.
 //
-// Grid:        (heads, 1, 1) threadgroups of (256, 1, 1) threads.
+// Grid:        (rows of q, 1, 1) threadgroups of (256, 1, 1) threads.
 // Work:        thread s weighs split s, then thread t sums coordinate t, then the first SIMD group un-rotates.
 // Threadgroup: attend_layout.h.
 
@@ -8,6 +8,7 @@
 #include "metal/kernels/attend_common.h"
 #include "metal/kernels/attend_layout.h"
 #include "metal/kernels/rotation.h"
+#include "metal/kernels/slots.h"
 
 /// The maximum of one value per thread, in every thread. `words` holds one word for each SIMD group.
 inline float threadgroup_max(float value, threadgroup float* words, ushort simdgroup, ushort lane) {
@@ -30,38 +31,43 @@ inline float threadgroup_sum(float value, threadgroup float* words, ushort simdg
 
 template <int D, bool kUndo>
 kernel void flash_attn_vec_merge_tq_hb(
-    constant uint& num_heads [[buffer(TQ_REDUCE_NUM_HEADS)]], device const float* tmp [[buffer(TQ_REDUCE_TMP)]],
-    device float* output [[buffer(TQ_REDUCE_OUTPUT)]], constant uint& splits [[buffer(TQ_REDUCE_SPLITS)]],
-    device atomic_uint* status [[buffer(TQ_REDUCE_STATUS)]], threadgroup float* shared [[threadgroup(0)]],
-    uint head [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
-    ushort simdgroup [[simdgroup_index_in_threadgroup]], ushort lane [[thread_index_in_simdgroup]]) {
+    constant TqFlashAttnVecArgs& args [[buffer(TQ_REDUCE_ARGS)]], device const float* tmp [[buffer(TQ_REDUCE_TMP)]],
+    device float* output [[buffer(TQ_REDUCE_OUTPUT)]], device const float* sinks [[buffer(TQ_REDUCE_SINKS)]],
+    device float* lse [[buffer(TQ_REDUCE_LSE)]], device atomic_uint* status [[buffer(TQ_REDUCE_STATUS)]],
+    threadgroup float* shared [[threadgroup(0)]], uint row [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]], ushort simdgroup [[simdgroup_index_in_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
   threadgroup float* weights = shared;
-  threadgroup float* row = weights + TQ_GQA_MAX_SPLITS;
-  threadgroup float* words = row + D;
+  threadgroup float* merged_row = weights + TQ_GQA_MAX_SPLITS;
+  threadgroup float* words = merged_row + D;
 
-  device const float* states = tmp + ulong(splits) * num_heads * D;
+  const uint splits = args.nwg;
+  device const float* states = tmp + splits * num_rows(args) * D;
   const bool takes_part = thread_index < splits;
-  const ulong at = ulong(thread_index) * num_heads + head;
+  const ulong at = thread_index * num_rows(args) + row;
   const float sum = takes_part ? states[2 * at] : 0.0f;
   const float is_bad = threadgroup_max(sum == kBadQuery ? 1.0f : 0.0f, words, simdgroup, lane);
   if (is_bad > 0.0f) {
-    if (thread_index == 0) atomic_fetch_min_explicit(status, head, memory_order_relaxed);
+    if (thread_index == 0) atomic_fetch_min_explicit(status, row, memory_order_relaxed);
     return;
   }
   const float own_maximum = takes_part ? states[2 * at + 1] : kNoScore;
-  const float maximum = threadgroup_max(own_maximum, words + tq_hb::kMergeSimdgroups, simdgroup, lane);
+  const float sink = sink_score(args, sinks, row);
+  const float maximum = max(sink, threadgroup_max(own_maximum, words + tq_hb::kMergeSimdgroups, simdgroup, lane));
   const float weight = takes_part ? exp(own_maximum - maximum) : 0.0f;
   weights[thread_index] = weight;
-  const float total = threadgroup_sum(sum * weight, words + 2 * tq_hb::kMergeSimdgroups, simdgroup, lane);
+  const float total =
+      threadgroup_sum(sum * weight, words + 2 * tq_hb::kMergeSimdgroups, simdgroup, lane) + exp(sink - maximum);
+  if (thread_index == 0) store_lse(args, lse, row, maximum, total);
   const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
 
   for (uint d = thread_index; d < D; d += 32 * tq_hb::kMergeSimdgroups) {
     float merged = 0.0f;
-    for (uint s = 0; s < splits; ++s) merged += weights[s] * tmp[(ulong(s) * num_heads + head) * D + d];
+    for (uint s = 0; s < splits; ++s) merged += weights[s] * tmp[(s * num_rows(args) + row) * D + d];
     if (kUndo) {
-      row[d] = merged * inverse;
+      merged_row[d] = merged * inverse;
     } else {
-      output[ulong(head) * D + d] = merged * inverse;
+      output[ulong(row) * D + d] = merged * inverse;
     }
   }
   if (!kUndo) return;
@@ -70,17 +76,18 @@ kernel void flash_attn_vec_merge_tq_hb(
   if (simdgroup > 0) return;
   constexpr int E = D / 32;
   float y[E];
-  for (int i = 0; i < E; ++i) y[i] = row[lane * E + i];
+  for (int i = 0; i < E; ++i) y[i] = merged_row[lane * E + i];
   unrotate_row<E>(y, lane);
-  store_row<E>(output + ulong(head) * D, lane, y);
+  store_row<E>(output + ulong(row) * D, lane, y);
 }
 
-#define TQ_INSTANTIATE(name, D, undo)                                                                              \
-  template [[host_name(name #D)]] kernel void flash_attn_vec_merge_tq_hb<D, undo>(                                 \
-      constant uint&, device const float*, device float*, constant uint&, device atomic_uint*, threadgroup float*, \
-      uint, uint, ushort, ushort);
-TQ_INSTANTIATE("flash_attn_vec_merge_tq_hb_dk", 256, false)
-TQ_INSTANTIATE("flash_attn_vec_merge_tq_hb_dk", 512, false)
-TQ_INSTANTIATE("flash_attn_vec_merge_tq_hb_undo_dk", 256, true)
-TQ_INSTANTIATE("flash_attn_vec_merge_tq_hb_undo_dk", 512, true)
+#define TQ_INSTANTIATE_ONE(name, D, undo)                                                                   \
+  template [[host_name(name #D)]] kernel void flash_attn_vec_merge_tq_hb<D, undo>(                          \
+      constant TqFlashAttnVecArgs&, device const float*, device float*, device const float*, device float*, \
+      device atomic_uint*, threadgroup float*, uint, uint, ushort, ushort);
+#define TQ_INSTANTIATE(D)                                       \
+  TQ_INSTANTIATE_ONE("flash_attn_vec_merge_tq_hb_dk", D, false) \
+  TQ_INSTANTIATE_ONE("flash_attn_vec_merge_tq_hb_undo_dk", D, true)
+TQ_HB_FOR_EACH_HEAD_DIM(TQ_INSTANTIATE)
 #undef TQ_INSTANTIATE
+#undef TQ_INSTANTIATE_ONE

@@ -6,10 +6,9 @@
 
 #include "metal/kernels/tables.h"
 
-/// sqrt(1 / D) for a row of D = 32 * E coordinates, as the host's codec rounds it.
-template <int E>
-inline float rotation_scale() {
-  return E == 8 ? 0.0625f : 0.0441941731f;
+/// sqrt(1 / head_dim), as the host's codec rounds it.
+inline float rotation_scale(uint head_dim) {
+  return head_dim == 64 ? 0.125f : head_dim == 128 ? 0.0883883461f : head_dim == 256 ? 0.0625f : 0.0441941731f;
 }
 
 /// Natural-order butterflies with strides 1, 2, 4, ...: inside the lane, then across lanes. Unscaled.
@@ -48,28 +47,35 @@ template <int E>
 inline void rotate_row(thread float (&y)[E], ushort lane) {
   flip_signs<E>(y, lane);
   hadamard<E>(y, lane);
-  for (int i = 0; i < E; ++i) y[i] *= rotation_scale<E>();
+  for (int i = 0; i < E; ++i) y[i] *= rotation_scale(32 * E);
 }
 
 /// The inverse of R: butterflies, scale, signs.
 template <int E>
 inline void unrotate_row(thread float (&y)[E], ushort lane) {
   hadamard<E>(y, lane);
-  for (int i = 0; i < E; ++i) y[i] *= rotation_scale<E>();
+  for (int i = 0; i < E; ++i) y[i] *= rotation_scale(32 * E);
   flip_signs<E>(y, lane);
 }
 
+/// Rows move in vectors of four, the shortest in vectors of two.
 template <int E>
 inline void load_row(device const float* row, ushort lane, thread float (&y)[E]) {
-  device const float4* from = (device const float4*)row + uint(lane) * (E / 4);
-  for (int i = 0; i < E / 4; ++i) {
-    const float4 four = from[i];
-    for (int c = 0; c < 4; ++c) y[4 * i + c] = four[c];
+  constexpr int kWidth = E < 4 ? E : 4;
+  device const vec<float, kWidth>* from = (device const vec<float, kWidth>*)row + uint(lane) * (E / kWidth);
+  for (int i = 0; i < E / kWidth; ++i) {
+    const vec<float, kWidth> values = from[i];
+    for (int c = 0; c < kWidth; ++c) y[kWidth * i + c] = values[c];
   }
 }
 
 template <int E>
 inline void store_row(device float* row, ushort lane, thread const float (&y)[E]) {
-  device float4* to = (device float4*)row + uint(lane) * (E / 4);
-  for (int i = 0; i < E / 4; ++i) to[i] = float4(y[4 * i], y[4 * i + 1], y[4 * i + 2], y[4 * i + 3]);
+  constexpr int kWidth = E < 4 ? E : 4;
+  device vec<float, kWidth>* to = (device vec<float, kWidth>*)row + uint(lane) * (E / kWidth);
+  for (int i = 0; i < E / kWidth; ++i) {
+    vec<float, kWidth> values;
+    for (int c = 0; c < kWidth; ++c) values[c] = y[kWidth * i + c];
+    to[i] = values;
+  }
 }
