@@ -605,7 +605,7 @@ def flash_attn_vec_tq_hb(
     sinks : array, shape (num_heads,), optional
         One more logit per head in the softmax's denominator, as it is: neither scaled nor capped. -inf for none.
     precision : "default" or "strict"
-        Accuracy class. The cpu computes in float32 for both.
+        Accuracy class. Every backend so far computes as for "strict" in both.
     return_lse : bool
         Whether to return the logarithm of the softmax's denominator too.
     out : float32 array, optional
