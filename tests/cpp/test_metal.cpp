@@ -19,6 +19,7 @@ namespace tq_hb {
 namespace {
 
 constexpr double kFloat32Nmse = 1e-11;
+constexpr double kLse = 1e-5;
 
 std::vector<std::uint8_t> bytes_of(const Buffer& buffer) {
   return {buffer.data<std::uint8_t>(), buffer.data<std::uint8_t>() + buffer.nbytes()};
@@ -29,6 +30,7 @@ struct EncodeCase {
   CodebookName name;
   float scale_factor;
   float magnitude;
+  Packing packing = Packing::kByte;
 };
 
 /// Encodes K and V on a device, in one op or two, and returns the cache's bytes.
@@ -51,7 +53,7 @@ std::vector<std::uint8_t> encoded(const std::string& backend, const EncodeCase& 
     target.src = device->empty(DType::kFloat32, {kTokens, kHeads, c.head_dim});
     for (std::uint64_t i = 0; i < target.src.size(); ++i) target.src.data<float>()[i] = normal(random);
     std::fill_n(target.src.row(6).data<float>(), c.head_dim, 0.0f);
-    target.packed = device->empty(DType::kUint8, {kHeads, kCapacity, c.head_dim});
+    target.packed = device->empty(DType::kUint8, {kHeads, kCapacity, row_bytes(c.packing, cbits, c.head_dim)});
     Shape norms{kHeads, kCapacity};
     if (c.head_dim == 512) norms.push_back(2);
     target.norms = device->empty(DType::kFloat32, norms);
@@ -62,10 +64,10 @@ std::vector<std::uint8_t> encoded(const std::string& backend, const EncodeCase& 
   if (dual) {
     targets[0].key = "k";
     targets[1].key = "v";
-    encoder->hadamard_quantize({"hadamard_quantize_kv_hb_dual", args, targets});
+    encoder->hadamard_quantize({"hadamard_quantize_kv_hb_dual", args, targets, c.packing});
   } else {
     for (const QuantizeTarget& target : targets)
-      encoder->hadamard_quantize({"hadamard_quantize_kv_hb", args, {target}});
+      encoder->hadamard_quantize({"hadamard_quantize_kv_hb", args, {target}, c.packing});
   }
   encoder->commit();
   encoder->wait();
@@ -84,43 +86,54 @@ TEST(Metal, EncodesTheCpusBytes) {
                               {256, 5, 6, CodebookName::kMlxNative, 1.0f, 1e-18f},
                               {256, 6, 8, CodebookName::kLloydMax, 1.0f, 1e15f},
                               {512, 6, 5, CodebookName::kLloydMax, 0.7f, 1.0f},
-                              {512, 8, 5, CodebookName::kMlxNative, 1.0f, 1e-30f}}) {
+                              {512, 8, 5, CodebookName::kMlxNative, 1.0f, 1e-30f},
+                              {64, 5, 6, CodebookName::kLloydMax, 1.0f, 1.0f},
+                              {128, 8, 6, CodebookName::kMlxNative, 1.0f, 1e-12f},
+                              {64, 5, 6, CodebookName::kLloydMax, 1.0f, 1.0f, Packing::kPlane},
+                              {128, 6, 5, CodebookName::kLloydMax, 1.0f, 1.0f, Packing::kPlane},
+                              {256, 5, 8, CodebookName::kMlxNative, 1.0f, 1.0f, Packing::kPlane},
+                              {512, 6, 5, CodebookName::kLloydMax, 0.7f, 1e-3f, Packing::kPlane}}) {
     const std::vector<std::uint8_t> want = encoded("cpu", c, true);
     EXPECT_EQ(encoded("metal", c, true), want) << c.head_dim << ' ' << c.k_bits << ' ' << c.v_bits;
     EXPECT_EQ(encoded("metal", c, false), want) << c.head_dim << ' ' << c.k_bits << ' ' << c.v_bits;
   }
 }
 
-TEST(Metal, DecodesAndRotatesAsTheCpuDoes) {
-  std::vector<std::vector<std::uint8_t>> results;
-  for (const char* backend : {"cpu", "metal"}) {
-    CacheCase test(2, 2, 512, 6, 5, 8, backend);
-    DequantizeOp op{
-        "tq_dequantize_hb_kv",  test.quantize_op(test.q, test.k_packed, test.k_norms, *test.k_codebook).args,
-        std::uint64_t{1} << 40, test.k_packed,
-        test.k_norms,           test.device->empty(DType::kFloat32, {4, 2, 512}),
-        test.k_codebook};
-    op.args.is_sliding = 1;
-    const Buffer rows[] = {test.random({3, 512}, 1), test.random({3, 256}, 2), test.random({3, 512}, 3)};
-    const auto encoder = test.device->make_encoder();
-    encoder->dequantize(op);
-    encoder->fwht({"fwht", Fwht::kPremult, rows[0]});
-    encoder->fwht({"fwht", Fwht::kUndo, rows[1]});
-    encoder->fwht({"fwht", Fwht::kPlain, rows[2]});
-    encoder->commit();
-    encoder->wait();
-    std::vector<std::uint8_t> bytes = bytes_of(op.output);
-    for (const Buffer& buffer : rows) {
-      const std::vector<std::uint8_t> more = bytes_of(buffer);
-      bytes.insert(bytes.end(), more.begin(), more.end());
-    }
-    results.push_back(bytes);
+/// What a device makes of a cache's rows, decoded, and of rows rotated in each way.
+std::vector<std::uint8_t> decoded_and_rotated(const std::string& backend, unsigned head_dim, Packing packing) {
+  CacheCase test(2, 2, head_dim, 6, 5, 8, backend, packing);
+  DequantizeOp op{"tq_dequantize_hb_kv",  test.quantize_op(test.q, test.k_packed, test.k_norms, *test.k_codebook).args,
+                  std::uint64_t{1} << 40, test.k_packed,
+                  test.k_norms,           test.device->empty(DType::kFloat32, {4, 2, head_dim}),
+                  test.k_codebook,        packing};
+  op.args.is_sliding = 1;
+  const Buffer rows[] = {test.random({3, head_dim}, 1), test.random({3, head_dim}, 2), test.random({3, head_dim}, 3)};
+  const auto encoder = test.device->make_encoder();
+  encoder->dequantize(op);
+  encoder->fwht({"fwht", Fwht::kPremult, rows[0]});
+  encoder->fwht({"fwht", Fwht::kUndo, rows[1]});
+  encoder->fwht({"fwht", Fwht::kPlain, rows[2]});
+  encoder->commit();
+  encoder->wait();
+  std::vector<std::uint8_t> bytes = bytes_of(op.output);
+  for (const Buffer& buffer : rows) {
+    const std::vector<std::uint8_t> more = bytes_of(buffer);
+    bytes.insert(bytes.end(), more.begin(), more.end());
   }
-  EXPECT_EQ(results[0], results[1]);
+  return bytes;
+}
+
+TEST(Metal, DecodesAndRotatesAsTheCpuDoes) {
+  for (const unsigned head_dim : {64u, 128u, 256u, 512u}) {
+    for (const Packing packing : {Packing::kByte, Packing::kPlane}) {
+      EXPECT_EQ(decoded_and_rotated("metal", head_dim, packing), decoded_and_rotated("cpu", head_dim, packing))
+          << head_dim;
+    }
+  }
 }
 
 TEST(Metal, AttendsAlikeForEverySplit) {
-  for (const unsigned head_dim : {256u, 512u}) {
+  for (const unsigned head_dim : {64u, 128u, 256u, 512u}) {
     CacheCase test(4, 2, head_dim, 150, 6, 8, "metal");
     const std::vector<double> want = test.expected();
     for (const unsigned nsg : {1u, 2u, 4u}) {
@@ -151,6 +164,118 @@ TEST(Metal, GroupKernelAttendsAlikeForEveryTileAndSplit) {
       op.head_tile = tile;
       op.args.nwg = splits;
       EXPECT_LT(nmse(run(test, op), want), kFloat32Nmse) << tile << ' ' << splits;
+    }
+  }
+}
+
+AttendOp group_op(const CacheCase& test, unsigned tile, unsigned splits) {
+  AttendOp op = test.attend_op();
+  op.kernel = AttendKernel::kGroup;
+  op.head_tile = tile;
+  op.args.nwg = splits;
+  return op;
+}
+
+TEST(Metal, GroupKernelTakesSeveralQueriesOfEveryFormat) {
+  for (const unsigned head_dim : {64u, 128u, 256u, 512u}) {
+    for (const auto& [packing, k_bits, v_bits] :
+         {std::tuple{Packing::kByte, 8u, 6u}, {Packing::kPlane, 5u, 6u}, {Packing::kPlane, 6u, 8u}}) {
+      CacheCase test(6, 2, head_dim, 100, k_bits, v_bits, "metal", packing);
+      test.args.ring_start = 33;
+      test.args.mask_type = 2;
+      test.args.softcap = 20.0f;
+      test.ask(5);
+      test.add_lse();
+      test.add_sinks();
+      test.add_score_bias();
+      for (const unsigned window : {1u, 40u, 200u}) {
+        test.args.sliding_window = window;
+        const CacheCase::Expected want = test.expected_with_lse();
+        for (const unsigned tile : {2u, 4u, 8u}) {
+          EXPECT_LT(nmse(run(test, group_op(test, tile, 2)), want.output), kFloat32Nmse) << head_dim << ' ' << window;
+          EXPECT_TRUE(close(*test.lse, want.lse, kLse)) << head_dim << ' ' << window;
+        }
+      }
+    }
+  }
+}
+
+TEST(Metal, GroupKernelTakesQueriesThatSeeFewKeysOrNone) {
+  CacheCase test(4, 2, 128, 70, 8, 5, "metal", Packing::kPlane);
+  test.args.mask_type = 2;
+  test.args.sliding_window = 8;
+  test.ask(5);
+  test.add_lse();
+  for (const unsigned position : {4u, 31u, 69u, 70u, 74u, 79u, 90u, 4000000000u}) {
+    test.query_position = position;
+    const CacheCase::Expected want = test.expected_with_lse();
+    const std::vector<float> got = run(test, group_op(test, 4, 2));
+    EXPECT_TRUE(close(test.output, want.output, kLse)) << position;
+    EXPECT_TRUE(close(*test.lse, want.lse, kLse)) << position;
+    if (position >= 90) {
+      EXPECT_EQ(got, std::vector<float>(got.size(), 0.0f)) << position;
+    }
+  }
+}
+
+TEST(Metal, KeysThatARowDoesNotSeeMayHoldAnything) {
+  for (const unsigned head_dim : {64u, 512u}) {
+    CacheCase test(4, 2, head_dim, 70, 8, 8, "metal");
+    test.args.mask_type = 2;
+    test.args.sliding_window = 20;
+    test.ask(4);
+    const std::vector<float> want = run(test, group_op(test, 4, 2));
+    // The first query sees ages 47 to 66, the last 50 to 69; nobody sees the key before.
+    const std::uint64_t norms = test.k_norms.size() / 140;
+    for (const Buffer* side : {&test.k_norms, &test.v_norms}) {
+      for (const std::uint64_t age : {46u, 47u, 69u}) {
+        std::fill_n(side->data<float>() + age * norms, norms, std::numeric_limits<float>::quiet_NaN());
+      }
+    }
+    const std::vector<float> got = run(test, group_op(test, 4, 2));
+    for (std::size_t query = 0; query < 4; ++query) {
+      const bool touched = query == 0 || query == 3;
+      for (std::size_t i = 0; i < 2 * head_dim; ++i) {
+        const std::size_t at = query * 4 * head_dim + i;
+        ASSERT_TRUE(touched ? std::isnan(got[at]) : got[at] == want[at]) << query << ' ' << i;
+      }
+    }
+  }
+}
+
+TEST(Metal, PlanesGiveTheBitsOfBytes) {
+  for (const unsigned head_dim : {64u, 128u, 256u, 512u}) {
+    for (const unsigned bits : {5u, 6u}) {
+      CacheCase planes(8, 2, head_dim, 45, bits, bits, "metal", Packing::kPlane);
+      const CacheCase bytes(8, 2, head_dim, 45, bits, bits, "metal");
+      EXPECT_EQ(planes.attend(), bytes.attend()) << head_dim << ' ' << bits;
+      EXPECT_EQ(run(planes, group_op(planes, 4, 2)), run(bytes, group_op(bytes, 4, 2))) << head_dim << ' ' << bits;
+    }
+  }
+}
+
+TEST(Metal, ABiasThatIsNotFiniteIsABadRow) {
+  for (const bool group : {false, true}) {
+    CacheCase test(4, 2, 256, 40, 8, 8, "metal");
+    test.ask(3);
+    test.add_score_bias();
+    test.add_lse();
+    std::fill_n(test.output.data<float>(), test.output.size(), 42.0f);
+    std::fill_n(test.lse->data<float>(), test.lse->size(), 42.0f);
+    const CacheCase::Expected want = test.expected_with_lse();
+    test.score_bias->data<float>()[6] = std::numeric_limits<float>::infinity();
+    const auto encoder = test.device->make_encoder();
+    encoder->flash_attn_vec(group ? group_op(test, 4, 2) : test.attend_op());
+    encoder->commit();
+    EXPECT_TQ_ERROR(encoder->wait(), ErrorCode::kInvalidArgument, "q ", "token 1, head 2");
+    for (std::size_t row = 0; row < 12; ++row) {
+      const float* got = test.output.data<float>() + row * 256;
+      if (row == 6) {
+        EXPECT_EQ(std::vector<float>(got, got + 256), std::vector<float>(256, 42.0f));
+        EXPECT_EQ(test.lse->data<float>()[row], 42.0f);
+      } else {
+        EXPECT_NEAR(static_cast<double>(got[7]), want.output[row * 256 + 7], 1e-5) << row;
+      }
     }
   }
 }
@@ -228,6 +353,43 @@ TEST(Metal, NodesTellWhatWasLaunched) {
   EXPECT_EQ(encoder->threadgroup_bytes(), nodes[0].threadgroup_bytes);
 }
 
+TEST(Metal, EveryQueryAndHeadIsARow) {
+  CacheCase test(6, 2, 128, 64, 6, 8, "metal");
+  test.ask(5);
+  const auto encoder = test.device->make_encoder();
+  AttendOp op = test.attend_op();
+  op.args.nwg = 1;
+  encoder->flash_attn_vec(op);
+  encoder->memory_barrier();
+  encoder->flash_attn_vec(group_op(test, 8, 3));
+  const std::vector<Node> nodes = encoder->nodes();
+  ASSERT_EQ(nodes.size(), 5u);
+  EXPECT_EQ(nodes[0].threadgroups.width, 5u);
+  EXPECT_EQ(nodes[0].threadgroups.height, 6u);
+  EXPECT_EQ(nodes[2].threadgroups.width, 2u);  // 15 rows of each KV head in tiles of 8
+  EXPECT_EQ(nodes[2].threadgroups.height, 2u);
+  EXPECT_EQ(nodes[2].threadgroups.depth, 3u);
+  EXPECT_EQ(nodes[4].threadgroups.width, 30u);
+}
+
+TEST(Metal, SinksAndLseAreTheReductions) {
+  CacheCase test(2, 1, 64, 8, 8, 8, "metal");
+  test.args.nwg = 1;
+  const auto launches = [&] {
+    const auto encoder = test.device->make_encoder();
+    encoder->flash_attn_vec(test.attend_op());
+    return encoder->kernels().size();
+  };
+  EXPECT_EQ(launches(), 1u);
+  test.add_score_bias();
+  EXPECT_EQ(launches(), 1u);
+  test.add_lse();
+  EXPECT_EQ(launches(), 2u);
+  test.lse.reset();
+  test.add_sinks();
+  EXPECT_EQ(launches(), 2u);
+}
+
 TEST(Metal, HonoursOffsets) {
   CacheCase test(2, 1, 256, 40, 8, 8, "metal");
   const std::vector<float> want = test.attend();
@@ -250,6 +412,25 @@ TEST(Metal, RefusesRowsThatAreNotAligned) {
   const Buffer shifted(bytes.storage(), DType::kFloat32, {2, 256}, 4);
   EXPECT_TQ_ERROR(test.device->make_encoder()->fwht({"fwht", Fwht::kPlain, shifted}), ErrorCode::kInvalidArgument,
                   "x must start at a multiple of 16 bytes", "4");
+}
+
+TEST(Metal, CodesMayStartAtAnyMultipleOf8) {
+  CacheCase test(2, 1, 64, 3, 5, 5, "metal", Packing::kPlane);
+  AttendOp op = test.attend_op();
+  const std::vector<float> want = run(test, op);
+  const std::vector<float> want_group = run(test, group_op(test, 2, 1));
+  const auto moved = [&](const Buffer& codes, std::uint64_t offset) {
+    const Buffer larger = test.device->empty(DType::kUint8, {256});
+    std::memcpy(larger.data<std::uint8_t>() + offset, codes.host(), codes.nbytes());
+    return Buffer(larger.storage(), DType::kUint8, codes.shape(), offset);
+  };
+  test.k_packed = moved(test.k_packed, 40);
+  test.v_packed = moved(test.v_packed, 120);
+  EXPECT_EQ(run(test, test.attend_op()), want);
+  EXPECT_EQ(run(test, group_op(test, 2, 1)), want_group);
+  test.k_packed = moved(test.k_packed, 4);
+  EXPECT_TQ_ERROR(test.device->make_encoder()->flash_attn_vec(test.attend_op()), ErrorCode::kInvalidArgument,
+                  "k_packed must start at a multiple of 8 bytes", "4");
 }
 
 TEST(Metal, RefusesBuffersOfAnotherDevice) {

@@ -11,6 +11,7 @@ namespace tq_hb {
 namespace {
 
 constexpr double kFloat32Nmse = 1e-11;
+constexpr double kLse = 1e-5;
 
 template <class Record>
 void run(const Device& device, const Record& record) {
@@ -20,25 +21,42 @@ void run(const Device& device, const Record& record) {
   encoder->wait();
 }
 
-class MetalVariants : public testing::TestWithParam<std::tuple<unsigned, std::pair<unsigned, unsigned>>> {
+struct Format {
+  Packing packing;
+  unsigned k_bits, v_bits;
+};
+
+class MetalVariants : public testing::TestWithParam<std::tuple<unsigned, Format>> {
  protected:
   unsigned head_dim() const { return std::get<0>(GetParam()); }
-  unsigned k_bits() const { return std::get<1>(GetParam()).first; }
-  unsigned v_bits() const { return std::get<1>(GetParam()).second; }
+  CacheCase cache(unsigned heads, unsigned capacity) const {
+    const Format format = std::get<1>(GetParam());
+    return CacheCase(heads, 2, head_dim(), capacity, format.k_bits, format.v_bits, "metal", format.packing);
+  }
 
-  void expect_right(const CacheCase& test, AttendOp op, const std::vector<double>& want) {
+  void expect_right(const CacheCase& test, AttendOp op, const CacheCase::Expected& want) {
     run(*test.device, [&](CommandEncoder& encoder) { encoder.flash_attn_vec(op); });
-    EXPECT_LT(nmse({op.output.data<float>(), op.output.data<float>() + op.output.size()}, want), kFloat32Nmse);
+    EXPECT_LT(nmse({op.output.data<float>(), op.output.data<float>() + op.output.size()}, want.output), kFloat32Nmse);
+    if (op.lse) {
+      EXPECT_TRUE(close(*op.lse, want.lse, kLse));
+    }
     op.fused_undo = true;
     run(*test.device, [&](CommandEncoder& encoder) { encoder.flash_attn_vec(op); });
     run(*test.device, [&](CommandEncoder& encoder) { encoder.fwht({"fwht", Fwht::kPremult, op.output}); });
-    EXPECT_LT(nmse({op.output.data<float>(), op.output.data<float>() + op.output.size()}, want), kFloat32Nmse);
+    EXPECT_LT(nmse({op.output.data<float>(), op.output.data<float>() + op.output.size()}, want.output), kFloat32Nmse);
   }
 };
 
 TEST_P(MetalVariants, Attend) {
-  const CacheCase test(6, 2, head_dim(), 70, k_bits(), v_bits(), "metal");
-  const std::vector<double> want = test.expected();
+  CacheCase test = cache(6, 70);
+  test.ask(2);
+  test.add_score_bias();
+  AttendOp direct = test.attend_op();
+  direct.args.nwg = 1;
+  expect_right(test, direct, test.expected_with_lse());
+  test.add_sinks();
+  test.add_lse();
+  const CacheCase::Expected want = test.expected_with_lse();
   AttendOp op = test.attend_op();
   for (const unsigned nsg : {1u, 4u}) {
     for (const unsigned nwg : {1u, 3u}) {
@@ -56,13 +74,13 @@ TEST_P(MetalVariants, Attend) {
 }
 
 TEST_P(MetalVariants, Codec) {
-  const CacheCase test(2, 2, head_dim(), 3, k_bits(), v_bits(), "metal");
+  const CacheCase test = cache(2, 3);
   const Buffer src = test.random({2, 2, head_dim()}, 4);
   QuantizeOp op = test.quantize_op(src, test.k_packed, test.k_norms, *test.k_codebook);
   const DequantizeOp dequantize{
       "tq_dequantize_hb_kv", op.args,      1,
       test.k_packed,         test.k_norms, test.device->empty(DType::kFloat32, {2, 2, head_dim()}),
-      test.k_codebook};
+      test.k_codebook,       test.packing};
   run(*test.device, [&](CommandEncoder& encoder) { encoder.hadamard_quantize(op); });
   op.name = "hadamard_quantize_kv_hb_dual";
   op.targets[0].key = "k";
@@ -81,9 +99,12 @@ TEST_P(MetalVariants, Codec) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, MetalVariants,
-                         testing::Combine(testing::Values(256u, 512u),
-                                          testing::Values(std::pair{8u, 8u}, std::pair{6u, 6u}, std::pair{5u, 5u},
-                                                          std::pair{8u, 6u})));
+                         testing::Combine(testing::Values(64u, 128u, 256u, 512u),
+                                          testing::Values(Format{Packing::kByte, 8, 8}, Format{Packing::kByte, 6, 6},
+                                                          Format{Packing::kByte, 5, 5}, Format{Packing::kByte, 8, 6},
+                                                          Format{Packing::kPlane, 5, 5}, Format{Packing::kPlane, 6, 6},
+                                                          Format{Packing::kPlane, 6, 8},
+                                                          Format{Packing::kPlane, 8, 5})));
 
 }  // namespace
 }  // namespace tq_hb
