@@ -98,17 +98,18 @@ inline void join_planes(const std::uint8_t* row, std::uint32_t* codes) noexcept 
 
 template <std::size_t kHeadDim>
 inline void look_up(const std::uint8_t* codes, const float* levels, float* row) noexcept {
-  for (std::size_t j = 0; j < kHeadDim; ++j) row[j] = levels[codes[j]];
+  constexpr std::size_t kUnroll = 8;
+  for (std::size_t j = 0; j < kHeadDim; j += kUnroll) {
+    for (std::size_t i = 0; i < kUnroll; ++i) row[j + i] = levels[codes[j + i]];
+  }
 }
 
 template <std::size_t kHeadDim, unsigned kHighBits>
 void decode_planes(const HeadRows& side, Tile& tile) noexcept {
   for (std::size_t t = 0; t < tile.count; ++t) {
-    std::uint32_t words[kHeadDim / 4];
-    join_planes<kHeadDim, kHighBits>(side.codes + tile.slots[t] * side.row_bytes, words);
-    std::uint8_t codes[kHeadDim];
-    __builtin_memcpy(codes, words, sizeof(codes));
-    look_up<kHeadDim>(codes, side.levels, tile.rows + t * kHeadDim);
+    std::uint32_t codes[kHeadDim / 4];
+    join_planes<kHeadDim, kHighBits>(side.codes + tile.slots[t] * side.row_bytes, codes);
+    look_up<kHeadDim>(reinterpret_cast<const std::uint8_t*>(codes), side.levels, tile.rows + t * kHeadDim);
   }
 }
 

@@ -108,13 +108,13 @@ TEST_P(Attend, ASinkCanTakeAllTheWeightOrNone) {
   const std::vector<float> lse(test.lse->data<float>(), test.lse->data<float>() + 2);
   test.add_sinks();
   test.sinks->data<float>()[0] = -kInf;
-  test.sinks->data<float>()[1] = 500.0f;
+  test.sinks->data<float>()[1] = 5000.0f;
   const std::vector<float> with = test.attend();
   EXPECT_EQ(std::vector<float>(with.begin(), with.begin() + 128),
             std::vector<float>(without.begin(), without.begin() + 128));
   EXPECT_EQ(test.lse->data<float>()[0], lse[0]);
   for (std::size_t j = 128; j < 256; ++j) ASSERT_EQ(with[j], 0.0f);
-  EXPECT_EQ(test.lse->data<float>()[1], 500.0f);
+  EXPECT_EQ(test.lse->data<float>()[1], 5000.0f);
 }
 
 TEST_P(Attend, AtAnyPosition) {

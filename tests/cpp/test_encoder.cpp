@@ -88,6 +88,45 @@ TEST_P(CommandEncoderOn, LeavesABadRowAndWritesTheOthers) {
   EXPECT_NE(test.k_norms.data<float>()[1], overwritten);
 }
 
+TEST_P(CommandEncoderOn, WritesAPairAsEachOfItAlone) {
+  for (const Packing packing : {Packing::kByte, Packing::kPlane}) {
+    CacheCase test(2, 2, 128, 8, 5, 6, GetParam(), packing);
+    const Buffer k = test.random({8, 2, 128}, 9), v = test.random({8, 2, 128}, 10);
+    const auto written = [&](const auto& record) {
+      const auto encoder = test.device->make_encoder();
+      record(*encoder);
+      encoder->commit();
+      encoder->wait();
+      std::vector<std::uint8_t> bytes;
+      for (const Buffer* buffer : {&test.k_packed, &test.k_norms, &test.v_packed, &test.v_norms}) {
+        const auto* data = reinterpret_cast<std::uint8_t*>(buffer->host());
+        bytes.insert(bytes.end(), data, data + buffer->nbytes());
+      }
+      return bytes;
+    };
+    const QuantizeOp k_op = test.quantize_op(k, test.k_packed, test.k_norms, *test.k_codebook);
+    const QuantizeOp v_op = test.quantize_op(v, test.v_packed, test.v_norms, *test.v_codebook);
+    const std::vector<std::uint8_t> before = written([](CommandEncoder&) {});
+    QuantizeOp pair = k_op;
+    pair.name = "hadamard_quantize_kv_hb_dual";
+    pair.targets[0].key = "k";
+    pair.targets.push_back({v, test.v_packed, test.v_norms, test.v_codebook, "v"});
+    const std::vector<std::uint8_t> together =
+        written([&](CommandEncoder& encoder) { encoder.hadamard_quantize(pair); });
+    EXPECT_NE(together, before);
+    const std::vector<std::uint8_t> apart = written([&](CommandEncoder& encoder) {
+      encoder.hadamard_quantize(
+          test.quantize_op(test.random(k.shape(), 11), test.k_packed, test.k_norms, *test.k_codebook));
+      encoder.hadamard_quantize(
+          test.quantize_op(test.random(v.shape(), 12), test.v_packed, test.v_norms, *test.v_codebook));
+      encoder.memory_barrier();
+      encoder.hadamard_quantize(k_op);
+      encoder.hadamard_quantize(v_op);
+    });
+    EXPECT_EQ(apart, together);
+  }
+}
+
 TEST_P(CommandEncoderOn, LeavesTheOutputOfABadQuery) {
   CacheCase test(2, 1, 256, 8, 8, 8, GetParam());
   test.q.data<float>()[256] = std::numeric_limits<float>::infinity();
