@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 
 import tolerance
 import tq_hb
-from cases import Case, attend_cases, expected, make_problem
+from cases import Case, expected, make_problem
 from simulator import needs_metal
 
 pytestmark = needs_metal
 
-SHARED = [dataclasses.replace(case, nsg=1, nwg=1) for case in attend_cases() if case.num_heads > case.num_kv_heads]
 GROUPS = [
     Case(num_heads=kv_heads * group, num_kv_heads=kv_heads, head_dim=head_dim, kv_seq_len=130, kv_capacity=130,
-         ring_start=77, window=101, k_bits=k_bits, v_bits=v_bits, fuse_fwht_pre=1, seed=group)
+         ring_start=77, window=101, k_bits=k_bits, v_bits=v_bits, fuse_fwht_pre=1, nwg=None, seed=group, **more)
     for group in (2, 3, 4, 5, 7, 8, 9, 12, 16, 17)
-    for kv_heads, head_dim, k_bits, v_bits in ((1, 256, 8, 6), (3, 512, 5, 8))
+    for kv_heads, head_dim, k_bits, v_bits, more in (
+        (1, 256, 8, 6, {}),
+        (3, 512, 5, 8, {}),
+        (2, 64, 6, 5, {"packing": "plane", "num_queries": 2}),
+    )
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("unrotated", [False, True], ids=["rotated", "unrotated"])
-@pytest.mark.parametrize("case", SHARED + GROUPS, ids=str)
+@pytest.mark.parametrize("case", GROUPS, ids=str)
 def test_matches_reference(environment, case, unrotated):
     environment(TQ_HB_GQA="on")
     dev = tq_hb.Device("metal")
@@ -32,11 +33,11 @@ def test_matches_reference(environment, case, unrotated):
     output, enc = dev.empty(problem.q.shape), dev.encoder()
     record = enc.flash_attn_vec_tq_hb_with_fused_undo if unrotated else enc.flash_attn_vec_tq_hb
 
-    record(*problem.buffers(), output, None, case.params(), v_bits=case.v_bits, codebook=case.codebook)
+    record(*problem.buffers(), output, None, case.params(), **case.keywords())
     enc.commit_and_wait()
 
-    group = case.num_heads // case.num_kv_heads
-    tile = next((t for t in (2, 4, 8) if t >= group), 8)
+    rows = case.num_heads // case.num_kv_heads * (case.num_queries or 1)
+    tile = next((t for t in (2, 4, 8) if t >= rows), 8)
     assert enc.kernels[0] == f"flash_attn_vec_tq_hb_gqa{tile}_dk{case.head_dim}"
     assert tolerance.nmse(output.numpy(), expected(case, problem, unrotated=unrotated)) <= tolerance.ATTEND_NMSE
 

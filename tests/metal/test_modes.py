@@ -14,7 +14,7 @@ pytestmark = needs_simulator
 
 KERNELS = {"tq_dequantize_hb_kv"} | {
     stem + head_dim
-    for head_dim in ("256", "512")
+    for head_dim in ("64", "128", "256", "512")
     for stem in (
         "fwht_sign_premult_f32_d",
         "fwht_sign_undo_f32_d",
@@ -35,11 +35,14 @@ KERNELS = {"tq_dequantize_hb_kv"} | {
 SCHEDULED = [
     Case(num_heads=4, num_kv_heads=2, kv_seq_len=100, kv_capacity=100, ring_start=50, nsg=4, nwg=5),
     Case(num_heads=4, num_kv_heads=2, head_dim=512, kv_seq_len=65, kv_capacity=70, nsg=2, nwg=3, v_bits=5),
-    Case(num_heads=8, num_kv_heads=1, kv_seq_len=200, kv_capacity=200, fuse_fwht_pre=1),
-    Case(num_heads=8, num_kv_heads=2, head_dim=512, kv_seq_len=150, kv_capacity=150, window=90, k_bits=6),
+    Case(num_heads=2, head_dim=64, nsg=4, nwg=3, k_bits=6, v_bits=5, packing="plane", num_queries=3, sinks="finite"),
+    Case(num_heads=8, num_kv_heads=1, kv_seq_len=200, kv_capacity=200, fuse_fwht_pre=1, nwg=None),
+    Case(num_heads=8, head_dim=512, kv_seq_len=150, kv_capacity=150, window=90, k_bits=6, nwg=None),
+    Case(num_heads=4, head_dim=64, k_bits=5, packing="plane", num_queries=3, return_lse=True, window=40, nwg=None),
+    Case(num_heads=6, head_dim=128, k_bits=6, v_bits=5, packing="plane", num_queries=4, sinks="finite", nwg=None),
 ]
-# Rows per head size: 3 widths, 2 codebooks and both head sizes make 2.9 million values.
-ENCODED_ROWS = 640
+# Rows per head size: 3 widths, 2 codebooks, 2 packings and 4 head sizes make 2.8 million values.
+ENCODED_ROWS = 240
 
 
 @pytest.fixture(scope="module")
