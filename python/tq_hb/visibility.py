@@ -57,15 +57,15 @@ def last_position(op: str, held: Held, num_queries: int, q_offset: int | None) -
     last = held.offset - 1 if q_offset is None else q_offset
     first = last - (num_queries - 1)
     if first < 0:
-        rule = f"must hold at most {last + 1} queries, the last of which stands at position {last}"
-        raise invalid(op, "q", rule, num_queries)
+        raise invalid(op, "q", f"must hold at most {last + 1} queries where q_offset is {last}", num_queries)
     oldest_seen = 0 if held.window is None else max(0, first - held.window + 1)
     if oldest_seen < held.oldest:
         rule = (
             f"must see only keys that are still held, from position {held.oldest} on (N queries with a window of "
             f"{held.window} on a full ring need a capacity of {held.window} + N - 1)"
         )
-        raise invalid(op, "q", rule, f"{num_queries} queries up to position {last}, which see {oldest_seen} and later")
+        queries = f"{num_queries} queries that see positions from {oldest_seen} on, where q_offset is {last}"
+        raise invalid(op, "q", rule, queries)
     return last
 
 
