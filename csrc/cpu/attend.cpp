@@ -100,7 +100,7 @@ class QueryBlock {
   std::vector<QueryRange> seen_;      // [rows_]
   std::vector<float> q_;              // [kv head][rows_][head_dim]
   std::vector<double> scale_, bias_;  // [kv head][rows_]; a scale of NaN marks a row that cannot be used
-  // Partial states, [kv head][range][rows_].
+  // [kv head][range][rows_]: partial states, and the scores of a tile.
   std::vector<double> max_, sum_, scores_;
   std::vector<float> out_;
 };

@@ -1,4 +1,4 @@
-// Decode attention on the cpu: prepares the queries, splits the keys, merges and un-rotates.
+// Attention on the cpu: prepares the queries, splits the keys, merges and un-rotates.
 #pragma once
 
 #include "core/device.h"
@@ -7,7 +7,8 @@
 
 namespace tq_hb {
 
-/// Runs a validated op. The output row of a query that is not finite is left alone and reported.
+/// Runs a validated op. A row of q that is not finite, or whose score bias is not, is reported and its results are left
+/// alone.
 void attend(const AttendOp& op, ThreadPool& pool, BadRows& bad_rows);
 
 }  // namespace tq_hb

@@ -101,6 +101,20 @@ TEST_P(Attend, AddsSinksAndScoreBiasAndGivesTheLse) {
   }
 }
 
+TEST_P(Attend, AHugeScoreBiasCostsNoAccuracy) {
+  CacheCase test(4, 2, 256, 40, 8, 8, GetParam());
+  test.add_lse();
+  test.add_sinks();
+  test.add_score_bias();
+  for (std::size_t h = 0; h < 4; ++h) {
+    test.score_bias->data<float>()[h] *= 1000.0f;
+    test.sinks->data<float>()[h] = test.score_bias->data<float>()[h];
+  }
+  const CacheCase::Expected want = test.expected_with_lse();
+  EXPECT_LT(nmse(test.attend(), want.output), kFloat32Nmse);
+  EXPECT_TRUE(close(*test.lse, want.lse, 1e-6));
+}
+
 TEST_P(Attend, ASinkCanTakeAllTheWeightOrNone) {
   CacheCase test(2, 1, 128, 20, 8, 8, GetParam());
   test.add_lse();
