@@ -38,22 +38,17 @@ struct StripeCodes {
   uint stripe;
 };
 
-/// Turns four half words per lane by 90 degrees inside each quad of lanes: lane t gets half word t % 4 of each.
-inline void transpose_quad(thread uint (&words)[2], ushort lane) {
-  // Neighbours trade the upper halves of the first's words for the lower halves of the second's.
+/// Turns four pairs of bytes by 90 degrees inside each quad of lanes: lane t gets pair t % 4 of each.
+inline ushort4 transpose_quad(ushort4 pairs, ushort lane) {
   const bool is_odd = (lane & 1) != 0;
-  const uint lower = (words[0] & 0xFFFFu) | (words[1] << 16);
-  const uint upper = (words[0] >> 16) | (words[1] & 0xFFFF0000u);
-  const uint neighbours = simd_shuffle_xor(is_odd ? lower : upper, 1);
-  const uint from_even = is_odd ? neighbours : lower;
-  const uint from_odd = is_odd ? upper : neighbours;
-  words[0] = (from_even & 0xFFFFu) | (from_odd << 16);
-  words[1] = (from_even >> 16) | (from_odd & 0xFFFF0000u);
-  // Then the pairs trade the second word of the first for the first of the second.
+  const ushort2 neighbours = simd_shuffle_xor(is_odd ? pairs.xz : pairs.yw, 1);
+  const ushort2 from_even = is_odd ? neighbours : pairs.xz;
+  const ushort2 from_odd = is_odd ? pairs.yw : neighbours;
   const bool is_upper = (lane & 2) != 0;
-  const uint received = simd_shuffle_xor(is_upper ? words[0] : words[1], 2);
-  words[0] = is_upper ? received : words[0];
-  words[1] = is_upper ? words[1] : received;
+  const ushort2 kept = is_upper ? ushort2(from_even.y, from_odd.y) : ushort2(from_even.x, from_odd.x);
+  const ushort2 sent = is_upper ? ushort2(from_even.x, from_odd.x) : ushort2(from_even.y, from_odd.y);
+  const ushort2 received = simd_shuffle_xor(sent, 2);
+  return is_upper ? ushort4(received, kept) : ushort4(kept, received);
 }
 
 /// The codes of keys first_key ... first_key + 3 of the block at the lane's coordinates; those of keys beyond `count`
@@ -62,18 +57,15 @@ template <int D>
 inline void load_keys(StripeCodes side, VisibleKeys keys, uint first, uint count, ushort first_key, ushort lane,
                       uint cbits, thread uint (&codes)[4]) {
   const ushort stripe_lane = lane % tq_hb::stripe_lanes(D);
-  const ushort part = stripe_lane / 4;  // of the row, whose lanes t % 4 are the keys
+  const ushort part = stripe_lane / 4;  // of the row, whose lanes t % 4 have one key each
   const PairPlaces at = pair_places<D>(cbits, side.stripe, stripe_lane);
   const ushort key = first_key + lane % 4;
   device const uchar* row = side.rows + keys.slot(first + key) * ulong(row_bytes(D, cbits));
-  uint firsts[2] = {0, 0}, seconds[2] = {0, 0};
-  if (key < count) {
-    const uint2 loaded = ((device const uint2*)(row + at.first))[part];
-    firsts[0] = loaded.x;
-    firsts[1] = loaded.y;
-  }
+  uint2 firsts = uint2(0);
+  uint2 seconds = uint2(0);
+  if (key < count) firsts = ((device const uint2*)(row + at.first))[part];
   if (has_planes(cbits)) {
-    // The high plane has fewer words than the row has parts. Every part needs two, some of them needed by others too.
+    // The high plane has fewer words than the row has parts, and parts need the same ones: two each.
     const ushort words = at.second_bytes / 4;
     uint loaded = 0;
     if (key < count && part < words) loaded = ((device const uint*)(row + at.second))[part];
@@ -82,14 +74,11 @@ inline void load_keys(StripeCodes side, VisibleKeys keys, uint first, uint count
       seconds[i] = simd_shuffle(loaded, ushort(lane - stripe_lane + owner));
     }
   } else if (key < count) {
-    const uint2 loaded = ((device const uint2*)(row + at.second))[part];
-    seconds[0] = loaded.x;
-    seconds[1] = loaded.y;
+    seconds = ((device const uint2*)(row + at.second))[part];
   }
-  transpose_quad(firsts, lane);
-  transpose_quad(seconds, lane);
-  for (ushort k = 0; k < 4; ++k)
-    codes[k] = join_pairs(firsts[k / 2] >> (k % 2 * 16), seconds[k / 2] >> (k % 2 * 16), at);
+  const ushort4 first_pairs = transpose_quad(as_type<ushort4>(firsts), lane);
+  const ushort4 second_pairs = transpose_quad(as_type<ushort4>(seconds), lane);
+  for (ushort k = 0; k < 4; ++k) codes[k] = join_pairs(first_pairs[k], second_pairs[k], at);
 }
 
 /// Partial dot products of a block's keys with the tile's queries over one stripe, as [row][key].

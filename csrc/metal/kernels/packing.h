@@ -53,11 +53,11 @@ inline PairPlaces pair_places(uint cbits, uint stripe, ushort stripe_lane) {
   return at;
 }
 
-/// The lane's four codes from its two pairs of bytes, the lower halves of these words.
-inline uint join_pairs(uint first, uint second, PairPlaces at) {
-  if (at.width == 8) return (first & 0xFFFFu) | (second << 16);
+/// The lane's four codes from its two pairs of bytes.
+inline uint join_pairs(ushort first, ushort second, PairPlaces at) {
+  if (at.width == 8) return first | (uint(second) << 16);
   const uint mask = ((1u << at.width) - 1) * 0x0101u;
-  const uint high = second >> at.shift;
+  const uint high = uint(second) >> at.shift;
   return (first & 0x0F0Fu) | ((first & 0xF0F0u) << 12) | ((high & mask) << 4) | ((high & (mask << 4)) << 16);
 }
 
@@ -65,8 +65,8 @@ inline uint join_pairs(uint first, uint second, PairPlaces at) {
 template <int D>
 inline uint load_codes(device const uchar* row, uint cbits, uint stripe, ushort stripe_lane) {
   const PairPlaces at = pair_places<D>(cbits, stripe, stripe_lane);
-  const uint first = *(device const ushort*)(row + at.first + 2 * stripe_lane);
-  const uint second = *(device const ushort*)(row + at.second + 2 * stripe_lane % at.second_bytes);
+  const ushort first = *(device const ushort*)(row + at.first + 2 * stripe_lane);
+  const ushort second = *(device const ushort*)(row + at.second + 2 * stripe_lane % at.second_bytes);
   return join_pairs(first, second, at);
 }
 
