@@ -27,7 +27,7 @@ def simulated_device() -> tq_hb.Device | None:
     return device if device.is_simulated else None
 
 
-def params(heads: int, kv_heads: int, head_dim: int, keys: int) -> tq_hb.FlashAttnVecTqHbParams:
+def params(heads: int, kv_heads: int, head_dim: int, keys: int, *, k_bits: int = 8) -> tq_hb.FlashAttnVecTqHbParams:
     """Return the params of a call that sees `keys` keys in a cache of just that capacity."""
     return tq_hb.FlashAttnVecTqHbParams(
         num_heads=heads,
@@ -36,19 +36,32 @@ def params(heads: int, kv_heads: int, head_dim: int, keys: int) -> tq_hb.FlashAt
         kv_seq_len=keys,
         kv_capacity=keys,
         scale=head_dim**-0.5,
+        codebook_bits=k_bits,
         nsg=tq_hb.compute_nsg(keys),
     )
 
 
-def run(device: tq_hb.Device, p: tq_hb.FlashAttnVecTqHbParams, *, kernel: str, nwg: int | None) -> dict[str, int]:
+def run(
+    device: tq_hb.Device,
+    p: tq_hb.FlashAttnVecTqHbParams,
+    *,
+    kernel: str,
+    nwg: int | None,
+    v_bits: int,
+    packing: str,
+) -> dict[str, int]:
     """Run one call on random codes; return the counts of the attention kernel, which must be `kernel`."""
     rng = np.random.default_rng(p.kv_seq_len)
     q = rng.standard_normal((p.num_heads, p.head_dim), dtype=np.float32)
     rows = (p.num_kv_heads, p.kv_capacity)
-    k, v = rng.integers(0, 256, (2, *rows, p.head_dim), dtype=np.uint8)
-    norms = np.ones(rows if p.head_dim == 256 else (*rows, 2), np.float32)
+    k, v = (
+        rng.integers(0, 256, (*rows, _core.row_bytes(packing, bits, p.head_dim)), dtype=np.uint8)
+        for bits in (p.codebook_bits, v_bits)
+    )
+    norms = np.ones(rows if p.head_dim <= 256 else (*rows, 2), np.float32)
     _statistics(reset=True)
-    tq_hb.flash_attn_vec_tq_hb(q, k, norms, v, norms, p, nwg=nwg, device=device)
+    options: dict[str, Any] = {"nwg": nwg, "v_bits": v_bits, "packing": packing, "device": device}
+    tq_hb.flash_attn_vec_tq_hb(q, k, norms, v, norms, p, **options)
     counts = _statistics()["kernels"][kernel]
     buffers = counts["buffers"]
     return {

@@ -17,14 +17,14 @@ from typing import Any
 import tq_hb
 from bench import apple_gpus, harness, metal_counts
 from bench.apple_gpus import GPUS, Gpu
-from tq_hb import policy
+from tq_hb import _core, policy
 from tq_hb.policy import AttendKernel
 
 BLOCK = 32  # keys
-STRIPE = 128  # coordinates
+STRIPE = 128  # coordinates that the lanes of a SIMD group share; a shorter row takes some of the lanes
 SCORES_STRIDE = BLOCK + 1  # words between the scores of one head and the next
 MAX_TILE = 8
-BITS = 8  # of K and of V, in every count and bound
+ROW_WORDS = 4  # that the group kernel keeps for each row of its tile
 SIMD_BYTES = 4 * apple_gpus.SIMD_WIDTH  # a word per lane
 
 KEYS = (1024, 4096, 8192, 32768, 104966)
@@ -35,17 +35,21 @@ THREADGROUP_BITS = ((8, 8), (6, 6), (5, 5), (8, 6))
 
 @dataclass(frozen=True)
 class Shape:
-    """The heads of one call, and the lengths to look at."""
+    """The heads of one call, how its cache is stored, and the lengths to look at."""
 
     heads: int
     kv_heads: int
     head_dim: int
     keys: tuple[int, ...] = KEYS
+    k_bits: int = 8
+    v_bits: int = 8
+    packing: str = "byte"
 
     @property
     def name(self) -> str:
         """How tables name it."""
-        return f"{self.heads} / {self.kv_heads} / {self.head_dim}"
+        heads = f"{self.heads} / {self.kv_heads} / {self.head_dim}"
+        return heads if self.packing == "byte" else f"{heads}, {self.k_bits}/{self.v_bits} bits in planes"
 
     @property
     def group(self) -> int:
@@ -55,16 +59,31 @@ class Shape:
     @property
     def stripes(self) -> int:
         """Parts of a row that one SIMD group owns."""
-        return self.head_dim // STRIPE
+        return max(1, self.head_dim // STRIPE)
+
+    @property
+    def lanes(self) -> int:
+        """Lanes that share a stripe; the others of the SIMD group have another row."""
+        return min(32, self.head_dim // 4)
 
     @property
     def norms(self) -> int:
         """Norms of one row."""
-        return self.head_dim // 256
+        return max(1, self.head_dim // 256)
+
+    @property
+    def planes(self) -> int:
+        """How many of K and V are cut into planes."""
+        return sum(self.packing == "plane" and bits < 8 for bits in (self.k_bits, self.v_bits))
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of a row of K and one of V."""
+        return sum(_core.row_bytes(self.packing, bits, self.head_dim) for bits in (self.k_bits, self.v_bits))
 
     def cache_bytes(self, keys: int) -> int:
         """Codes and norms of K and V: what has to come from memory whatever the kernel does."""
-        return 2 * self.kv_heads * keys * (self.head_dim + 4 * self.norms)
+        return self.kv_heads * keys * (self.code_bytes + 2 * 4 * self.norms)
 
 
 SHAPES = (
@@ -72,7 +91,17 @@ SHAPES = (
     Shape(32, 8, 256),
     Shape(8, 1, 256),
     Shape(24, 4, 256, (1024, 4096, 8192, 32768, 65536, 104966)),
+    Shape(32, 8, 128),
     Shape(16, 2, 512),
+    Shape(24, 4, 256, k_bits=5, v_bits=5, packing="plane"),
+)
+# What else is counted: rows that take half the lanes, and every other width of a high plane.
+COUNTED_SHAPES = (
+    *SHAPES,
+    Shape(16, 4, 64),
+    Shape(16, 4, 64, k_bits=5, v_bits=6, packing="plane"),
+    Shape(16, 4, 128, k_bits=6, v_bits=5, packing="plane"),
+    Shape(16, 2, 512, k_bits=8, v_bits=6, packing="plane"),
 )
 # For what sharing the decode of a key buys: one KV head and 1 to 16 query heads.
 GROUPS = tuple(Shape(group, 1, head_dim) for head_dim in (256, 512) for group in (2, 4, 6, 8, 16))
@@ -104,7 +133,7 @@ class Plan:
 
 def plan(shape: Shape, keys: int, *, per_head: bool) -> Plan:
     """Return the policy's choice, or its choice of splits for the per-head kernel."""
-    params = metal_counts.params(shape.heads, shape.kv_heads, shape.head_dim, keys)
+    params = metal_counts.params(shape.heads, shape.kv_heads, shape.head_dim, keys, k_bits=shape.k_bits)
     nwg = policy.compute_nwg(keys) if per_head else None
     chosen = policy.plan_attention("metal_model", params, offers_group=True, nwg=nwg)
     if chosen.kernel == AttendKernel.GROUP:
@@ -141,15 +170,20 @@ class Work:
 def softmax_instructions(norms: int) -> int:
     """Full-rate instructions of one head's softmax over a block, per SIMD group, the reduction and exponentials apart.
 
-    3 per norm for the product; scale, ldexp (2), clamp (2), softcap, two selects and two maxima; difference and
+    3 per norm for the product; scale, ldexp (2), bias, clamp (2), softcap, two selects and two maxima; difference and
     scaling before each exponential (4); the sum, and the weight times the value's factor.
     """
-    return 3 * norms + 16
+    return 3 * norms + 17
 
 
-def scatter_shuffles(sums: int) -> int:
+def scatter_shuffles(sums: int, lanes: int) -> int:
     """Shuffles, and additions, of simd_sum_scatter."""
-    return sums - 1 + int(math.log2(32 / sums))
+    return sums - 1 + int(math.log2(lanes / sums))
+
+
+def join_instructions(shape: Shape) -> int:
+    """Full-rate instructions that make words of codes of a lane's bytes, for a row of K and one of V."""
+    return 9 * shape.planes + 2 - shape.planes
 
 
 def group_sums(tile: int) -> int:
@@ -159,38 +193,44 @@ def group_sums(tile: int) -> int:
 
 def group_work(shape: Shape, tile: int) -> Work:
     """Return a block's cost in flash_attn_vec_tq_hb_gqa*, both halves of the threadgroup together."""
+    keys = shape.lanes  # that each row's lanes see of the block
     sums = group_sums(tile)
-    scatters = BLOCK * tile // sums
-    transposes = 2 * BLOCK // 4  # of K and of V: 4 shuffles and 12 selects for 4 keys
-    decodes = 2 * BLOCK
+    scatters = keys * tile // sums
+    shuffles = scatter_shuffles(sums, shape.lanes)
+    steps = keys // 4  # 4 shuffles and 12 selects for 4 keys, of K and of V; 2 shuffles more for a high plane
     score_words = shape.stripes * BLOCK * tile
-    softmax = softmax_instructions(shape.norms) + 4  # the accumulator's rescaling
-    per_stripe_other = transposes * 12 + scatters * (scatter_shuffles(sums) + 2 * (sums - 1)) + tile * softmax
+    # The accumulator's rescaling; two comparisons, their conjunction and a select for what a row sees.
+    softmax = softmax_instructions(shape.norms) + 4 + 4
+    per_stripe_other = steps * 2 * 12 + keys * join_instructions(shape)
+    per_stripe_other += scatters * (shuffles + 2 * (sums - 1)) + tile * softmax
     return Work(
-        multiply_adds=shape.stripes * 2 * 4 * tile * BLOCK,
+        multiply_adds=shape.stripes * 2 * 4 * tile * keys,
         other_full_rate=shape.stripes * per_stripe_other,
-        special=shape.stripes * (decodes * 3 + tile * 2),
-        shuffles=shape.stripes * (transposes * 4 + scatters * scatter_shuffles(sums) + BLOCK * tile),
+        special=shape.stripes * (2 * keys * 3 + tile * 2),
+        shuffles=shape.stripes * (steps * (8 + 2 * shape.planes) + scatters * shuffles + keys * tile),
         reductions=shape.stripes * tile,
-        threadgroup_bytes=shape.stripes * decodes * 4 * SIMD_BYTES + 4 * score_words * (1 + shape.stripes),
-        load_bytes=2 * BLOCK * (shape.head_dim + 4 * shape.norms),
+        threadgroup_bytes=shape.stripes * 2 * keys * 4 * SIMD_BYTES + 4 * score_words * (1 + shape.stripes),
+        load_bytes=BLOCK * (shape.code_bytes + 2 * 4 * shape.norms),
     )
 
 
 def per_head_work(shape: Shape) -> Work:
     """Return a block's cost in flash_attn_vec_tq_hb_dk*, for its one head."""
-    steps = BLOCK // 8
-    decodes = 2 * BLOCK
+    keys = shape.lanes  # that each row's lanes see of the block
+    steps = keys // 8
+    shuffles = scatter_shuffles(8, shape.lanes)
     softmax = softmax_instructions(shape.norms) + 4 * shape.stripes
-    dot_additions = BLOCK * shape.stripes  # half of two dots' sums, half into the key's
-    second_norm = BLOCK * shape.stripes // 2 if shape.norms == 2 else 0
+    dot_additions = keys * shape.stripes  # stripes to a norm's sum, norms to the key's
+    joins = keys * shape.stripes * join_instructions(shape)
+    second_norm = keys * 2 if shape.norms == 2 else 0
     return Work(
-        multiply_adds=2 * 4 * shape.stripes * BLOCK,
-        other_full_rate=dot_additions + steps * (scatter_shuffles(8) + 14) + softmax,
-        special=shape.stripes * decodes * 3 + 2,
-        shuffles=steps * scatter_shuffles(8) + second_norm + BLOCK * shape.norms,
+        multiply_adds=2 * 4 * shape.stripes * keys,
+        other_full_rate=dot_additions + joins + steps * (shuffles + 14) + softmax,
+        special=shape.stripes * 2 * keys * 3 + 2,
+        shuffles=steps * shuffles + second_norm + keys * shape.norms,
         reductions=1,
-        threadgroup_bytes=shape.stripes * decodes * 4 * SIMD_BYTES,
+        threadgroup_bytes=shape.stripes * 2 * keys * 4 * SIMD_BYTES,
+        # Two pairs of bytes per lane, also where lanes share those of a high plane.
         load_bytes=2 * BLOCK * (shape.head_dim + 4 * shape.norms),
     )
 
@@ -207,10 +247,13 @@ def expected_counts(shape: Shape, keys: int, chosen: Plan) -> dict[str, int]:
     state_bytes = 4 * chosen.splits * heads * (shape.head_dim + 2)
     row_bytes = 4 * heads * shape.head_dim
     load_query = 2  # reductions: is it finite, and its largest value
+    # Keys of each block that the first row's lanes see; other rows' lanes go along.
+    counts = [min(shape.lanes, keys - first) for first in range(0, keys, BLOCK)]
+    over_rows = int(math.log2(32 / shape.lanes))  # shuffles that add up a sum of several rows' lanes
     if chosen.nsg:
-        simd = -(-keys // 8) * scatter_shuffles(8) + blocks + keys * norms
-        simd += keys * stripes // 2 if norms == 2 else 0
-        simdgroups = chosen.splits * chosen.nsg
+        simd = sum(-(-n // 8) * scatter_shuffles(8, shape.lanes) + n * norms for n in counts) + blocks
+        simd += 2 * keys if norms == 2 else 0
+        simdgroups = chosen.splits * chosen.nsg * (1 + stripes * over_rows)
         return {
             "code_bytes": 2 * heads * keys * shape.head_dim,
             "norm_bytes": 2 * heads * keys * 4 * norms,
@@ -218,22 +261,22 @@ def expected_counts(shape: Shape, keys: int, chosen: Plan) -> dict[str, int]:
             "written_bytes": state_bytes,
             "simd_operations": heads * (simd + chosen.splits * load_query + simdgroups),
             "threadgroup_barriers": heads * chosen.splits * (2 if chosen.nsg > 1 else 1),
-            "threadgroup_bytes": 4 * (2**BITS + (1 + chosen.nsg) * (shape.head_dim + 4)),
+            "threadgroup_bytes": 4 * (table_words(shape, copies=False) + (1 + chosen.nsg) * (shape.head_dim + 4)),
         }
     tiles = shape.kv_heads * -(-shape.group // chosen.tile)
     sums = group_sums(chosen.tile)
-    per_step = 8 + 4 * chosen.tile // sums * scatter_shuffles(sums) + 4 * chosen.tile
-    simd = stripes * (-(-keys // 4) * per_step + blocks * chosen.tile)
+    per_step = 8 + 2 * shape.planes + 4 * chosen.tile // sums * scatter_shuffles(sums, shape.lanes) + 4 * chosen.tile
+    simd = stripes * (sum(-(-n // 4) for n in counts) * per_step + blocks * chosen.tile)
     per_split = -(-blocks // chosen.splits)
     passes = sum(max(0, min(per_split, blocks - s * per_split)) + 1 for s in range(chosen.splits))
     return {
-        "code_bytes": 2 * tiles * keys * shape.head_dim,
+        "code_bytes": tiles * keys * shape.code_bytes,
         "norm_bytes": 2 * tiles * keys * 4 * norms,
         "query_bytes": chosen.splits * row_bytes,
         "written_bytes": state_bytes,
-        "simd_operations": tiles * simd + chosen.splits * heads * (load_query + stripes),
+        "simd_operations": tiles * simd + chosen.splits * heads * (load_query + stripes * (1 + over_rows)),
         "threadgroup_barriers": tiles * (passes + 3 * chosen.splits),
-        "threadgroup_bytes": threadgroup_bytes(shape.head_dim, chosen.tile, BITS, BITS),
+        "threadgroup_bytes": threadgroup_bytes(shape, chosen.tile),
     }
 
 
@@ -258,24 +301,27 @@ def bounds_us(shape: Shape, keys: int, chosen: Plan, gpu: Gpu) -> dict[str, floa
     return {"memory": compulsory / gpu.bandwidth_gb_s / 1e3, **times}
 
 
-def threadgroup_bytes(head_dim: int, tile: int, k_bits: int, v_bits: int) -> int:
+def table_words(shape: Shape, *, copies: bool) -> int:
+    """Words of the tables of levels, one for both K and V where their widths agree."""
+    return sum((min(32, 2048 >> bits) if copies else 1) << bits for bits in {shape.k_bits, shape.v_bits})
+
+
+def threadgroup_bytes(shape: Shape, tile: int) -> int:
     """Threadgroup memory of the group kernel, as csrc/metal/kernels/attend_layout.h has it."""
-
-    def table_words(bits: int) -> int:
-        return min(32, 2048 >> bits) << bits
-
-    tables = table_words(k_bits) + (table_words(v_bits) if v_bits != k_bits else 0)
-    scores = head_dim // STRIPE * tile * SCORES_STRIDE
-    norms = 2 * (head_dim // 256) * BLOCK
-    return 4 * (MAX_TILE + max(tile * head_dim, tables + 2 * (scores + norms)))
+    scores = shape.stripes * tile * SCORES_STRIDE
+    norms = 2 * shape.norms * BLOCK
+    working = table_words(shape, copies=True) + 2 * (scores + norms)
+    return 4 * (MAX_TILE * ROW_WORDS + max(tile * shape.head_dim, working))
 
 
 def count(device: tq_hb.Device, shape: Shape, keys: int, *, per_head: bool) -> dict[str, Any]:
     """Run one call on the simulated device, and require that it counts what the formulas say."""
     chosen = plan(shape, keys, per_head=per_head)
-    params = metal_counts.params(shape.heads, shape.kv_heads, shape.head_dim, keys)
+    params = metal_counts.params(shape.heads, shape.kv_heads, shape.head_dim, keys, k_bits=shape.k_bits)
     nwg = chosen.splits if per_head else None
-    counted = metal_counts.run(device, params, kernel=chosen.kernel, nwg=nwg)
+    counted = metal_counts.run(
+        device, params, kernel=chosen.kernel, nwg=nwg, v_bits=shape.v_bits, packing=shape.packing
+    )
     expected = expected_counts(shape, keys, chosen)
     wrong = {name: (counted[name], want) for name, want in expected.items() if counted[name] != want}
     if wrong:
@@ -335,13 +381,13 @@ def main() -> None:
         print("skipped: the metal device is not the simulated one (build with -DTQ_HB_METAL=simulator)")
         return
     counts = []
-    for shape, keys, per_head in itertools.product(SHAPES, COUNTED_KEYS, (False, True)):
+    for shape, keys, per_head in itertools.product(COUNTED_SHAPES, COUNTED_KEYS, (False, True)):
         print(shape.name, keys, "keys,", "per head" if per_head else "group", flush=True)
         counts.append(count(device, shape, keys, per_head=per_head))
     sizes = [
         {"kind": "threadgroup", "head_dim": head_dim, "tile": tile, "k_bits": k_bits, "v_bits": v_bits}
-        | {"bytes": threadgroup_bytes(head_dim, tile, k_bits, v_bits)}
-        for head_dim, tile, (k_bits, v_bits) in itertools.product((256, 512), (2, 4, 8), THREADGROUP_BITS)
+        | {"bytes": threadgroup_bytes(Shape(1, 1, head_dim, k_bits=k_bits, v_bits=v_bits), tile)}
+        for head_dim, tile, (k_bits, v_bits) in itertools.product((64, 128, 256, 512), (2, 4, 8), THREADGROUP_BITS)
     ]
     costs = [cost(shape, plan(shape, 4096, per_head=per_head)) for shape in GROUPS for per_head in (False, True)]
     bounds = [
