@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from tq_hb import _core, policy
 from tq_hb.attention_call import AttentionCall
-from tq_hb.cache_format import CacheFormat, positive
+from tq_hb.cache_format import CacheFormat, Codes, positive
 from tq_hb.device import Device, resolve_device
 from tq_hb.encoder import Buffer
 from tq_hb.files import SavedCache, read_caches, write_caches
@@ -61,15 +61,6 @@ class Plan:
     nwg: int
     precision: str
     threadgroup_bytes: int
-
-
-@dataclass(frozen=True)
-class _Side:
-    """K or V: codes (num_kv_heads, capacity, bytes per row) and norms."""
-
-    packed: Buffer
-    norms: Buffer
-    bits: int
 
 
 class KVCache:
@@ -152,14 +143,9 @@ class KVCache:
         _caches.add(self)
 
     def _allocate(self, capacity: int) -> None:
-        form = self._form
-
-        def side(bits: int) -> _Side:
-            codes = (form.num_kv_heads, capacity, form.row_bytes(bits))
-            return _Side(form.device.empty(codes, np.uint8), form.device.empty(form.norms_shape(capacity)), bits)
-
-        # Allocated before anything is replaced: a cache that cannot grow stays as it was.
-        k, v = side(form.k_bits), side(form.v_bits)
+        """Take new memory; what was held before stays if there is none."""
+        form, is_ring = self._form, self._window is not None
+        k, v = (Codes.allocate(form, bits, capacity, is_ring=is_ring) for bits in (form.k_bits, form.v_bits))
         self._k, self._v, self._capacity = k, v, capacity
 
     # -- what it is ------------------------------------------------------------------------------------
@@ -310,7 +296,7 @@ class KVCache:
         >>> tq_hb.KVCache(8, 256, 1024).nbytes  # 1024 * 4160
         4259840
         """
-        return sum(side.packed.nbytes + side.norms.nbytes for side in (self._k, self._v))
+        return self._k.nbytes + self._v.nbytes
 
     @property
     def last_plan(self) -> Plan | None:
@@ -385,27 +371,17 @@ class KVCache:
 
     def _record_append(self, op: str, encoder: _core.CommandEncoder, k: Buffer, v: Buffer) -> None:
         """Record the encoding of float32 (T, num_kv_heads, head_dim), k less its mean, for which there is room."""
-        targets = [(key, rows, side.packed, side.norms, side.bits) for key, rows, side in self._with_sides(k, v)]
-        hp = self._encoder_params(self._offset % self._capacity if self._window else self._offset)
+        targets = [
+            (key, rows, side.packed, side.norms, side.bits)
+            for key, rows, side in (("k", k, self._k), ("v", v, self._v))
+        ]
+        hp = self._k.params(self._offset % self._capacity if self._window else self._offset)
         encoder.hadamard_quantize(op, hp, targets, self._form.codebook, self._form.packing)
-
-    def _with_sides(self, k: Buffer, v: Buffer) -> list[tuple[str, Buffer, _Side]]:
-        return [("k", k, self._k), ("v", v, self._v)]
 
     def _count(self, tokens: int) -> None:
         """Take note of tokens that have been written."""
         self._offset += tokens
         self._len = min(self._len + tokens, self._capacity)
-
-    def _encoder_params(self, position: int) -> _core.HadamardQuantizeKvHbParams:
-        return _core.HadamardQuantizeKvHbParams(
-            head_dim=self._form.head_dim,
-            num_kv_heads=self._form.num_kv_heads,
-            write_pos=position,
-            cache_capacity=self._capacity,
-            is_sliding=int(self._window is not None),
-            codebook_bits=self._form.k_bits,
-        )
 
     def _make_room(self, op: str, tokens: int) -> None:
         """See to it that so many more tokens fit; a ring takes any number."""
@@ -421,8 +397,7 @@ class KVCache:
         old_k, old_v = self._k, self._v
         self._allocate(_core.to_uint32("KVCache", "capacity", capacity))
         for old, new in ((old_k, self._k), (old_v, self._v)):
-            new.packed.numpy()[:, : self._len] = old.packed.numpy()[:, : self._len]
-            new.norms.numpy()[:, : self._len] = old.norms.numpy()[:, : self._len]
+            new.write(slice(self._len), *old.read(slice(self._len)))
 
     def reserve(self, n: int) -> None:
         """Make room for ``n`` tokens in all, so that appending up to there allocates nothing.
@@ -497,8 +472,7 @@ class KVCache:
         with self._lock:
             other = KVCache._make(self._form, self._capacity, grows=self._grows, window=self._window)
             for mine, its in ((self._k, other._k), (self._v, other._v)):
-                its.packed.numpy()[...] = mine.packed.numpy()
-                its.norms.numpy()[...] = mine.norms.numpy()
+                its.write(slice(None), *mine.read(slice(None)))
             other._len, other._offset, other._last_plan = self._len, self._offset, self._last_plan
             return other
 
@@ -655,28 +629,11 @@ class KVCache:
         ((3, 1, 256), 0.0)
         """
         with self._lock:
-            k, v = self._dequantize(self._k), self._dequantize(self._v)
+            oldest = self._offset - self._len
+            k, v = (side.dequantize("KVCache.dequantize", oldest, self._len) for side in (self._k, self._v))
         if self._form.k_mean is not None:
             k += self._form.k_mean
         return k, v
-
-    def _dequantize(self, side: _Side) -> Float32Array:
-        op = "KVCache.dequantize"
-        form = self._form
-        result: Float32Array = np.empty((self._len, form.num_kv_heads, form.head_dim), np.float32)
-        if self._len == 0:
-            return result
-        hp = self._encoder_params(0)
-        hp.codebook_bits = side.bits
-        core = form.device._core
-        staging, encoder = Staging(op, core), core.make_encoder()
-        out = staging.fill("out", result)
-        oldest = self._offset - self._len
-        encoder.dequantize(op, hp, oldest, side.packed, side.norms, out, form.codebook, form.packing)
-        encoder.memory_barrier()
-        encoder.fwht(op, _core.Fwht.UNDO, out)
-        staging.run(encoder)
-        return result
 
     # -- files -----------------------------------------------------------------------------------------
 
@@ -738,9 +695,7 @@ class KVCache:
         form = self._form
         with self._lock:
             slots = self._slots()
-            k_codes, k_norms, v_codes, v_norms = (
-                buffer.numpy()[:, slots] for side in (self._k, self._v) for buffer in (side.packed, side.norms)
-            )
+            (k_codes, k_norms), (v_codes, v_norms) = self._k.read(slots), self._v.read(slots)
             return SavedCache(
                 num_kv_heads=form.num_kv_heads,
                 head_dim=form.head_dim,
@@ -782,7 +737,6 @@ class KVCache:
         cache = cls._make(form, saved.capacity, grows=saved.grows, window=saved.sliding_window)
         cache._len, cache._offset = saved.k_codes.shape[1], saved.offset
         slots = cache._slots()
-        for side, codes, norms in ((cache._k, saved.k_codes, saved.k_norms), (cache._v, saved.v_codes, saved.v_norms)):
-            side.packed.numpy()[:, slots] = codes
-            side.norms.numpy()[:, slots] = norms
+        cache._k.write(slots, saved.k_codes, saved.k_norms)
+        cache._v.write(slots, saved.v_codes, saved.v_norms)
         return cache

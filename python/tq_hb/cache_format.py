@@ -1,13 +1,16 @@
-"""How a cache stores its vectors, and what of a caller's vectors fits."""
+"""How a cache stores its vectors, what of a caller's vectors fits, and the memory that they go to."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tq_hb import _core
 from tq_hb.device import Device, resolve_device
+from tq_hb.encoder import Buffer
 from tq_hb.interop import Array, Float32Array, as_float32
 from tq_hb.options import (
     check_bits,
@@ -17,6 +20,9 @@ from tq_hb.options import (
     invalid,
     norms_shape,
 )
+from tq_hb.staging import Staging
+
+Slots = slice | npt.NDArray[np.int64]
 
 
 def positive(op: str, field: str, value: object) -> int:
@@ -115,3 +121,61 @@ def _check_mean(op: str, k_mean: Array, shape: tuple[int, int]) -> Float32Array:
         head, coordinate = np.argwhere(~finite)[0]
         raise invalid(op, "k_mean", "must be finite", f"{mean[head, coordinate]} at head {head}")
     return mean.copy()
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """Codes (num_kv_heads, capacity, bytes per row) and norms (num_kv_heads, capacity) or (..., 2) of one tensor."""
+
+    form: CacheFormat
+    bits: int
+    capacity: int
+    is_ring: bool
+    packed: Buffer
+    norms: Buffer
+
+    @classmethod
+    def allocate(cls, form: CacheFormat, bits: int, capacity: int, *, is_ring: bool) -> Codes:
+        """Make room for ``capacity`` tokens."""
+        packed = form.device.empty((form.num_kv_heads, capacity, form.row_bytes(bits)), np.uint8)
+        return cls(form, bits, capacity, is_ring, packed, form.device.empty(form.norms_shape(capacity)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return self.packed.nbytes + self.norms.nbytes
+
+    def read(self, slots: Slots) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Return codes and norms of some slots."""
+        return self.packed.numpy()[:, slots], self.norms.numpy()[:, slots]
+
+    def write(self, slots: Slots, codes: npt.NDArray[Any], norms: npt.NDArray[Any]) -> None:
+        """Replace what is in some slots."""
+        self.packed.numpy()[:, slots] = codes
+        self.norms.numpy()[:, slots] = norms
+
+    def params(self, position: int) -> _core.HadamardQuantizeKvHbParams:
+        """Params of the ops that write and read vectors from a position on."""
+        return _core.HadamardQuantizeKvHbParams(
+            head_dim=self.form.head_dim,
+            num_kv_heads=self.form.num_kv_heads,
+            write_pos=position,
+            cache_capacity=self.capacity,
+            is_sliding=int(self.is_ring),
+            codebook_bits=self.bits,
+        )
+
+    def dequantize(self, op: str, first: int, count: int) -> Float32Array:
+        """Rebuild the vectors of ``count`` positions: float32 (count, num_kv_heads, head_dim), not rotated."""
+        form = self.form
+        result: Float32Array = np.empty((count, form.num_kv_heads, form.head_dim), np.float32)
+        if count == 0:
+            return result
+        core = form.device._core
+        staging, encoder = Staging(op, core), core.make_encoder()
+        out = staging.fill("out", result)
+        encoder.dequantize(op, self.params(0), first, self.packed, self.norms, out, form.codebook, form.packing)
+        encoder.memory_barrier()
+        encoder.fwht(op, _core.Fwht.UNDO, out)
+        staging.run(encoder)
+        return result

@@ -380,6 +380,12 @@ class TestPositions:
         cache, q = filled(3), tokens(2, 4)
         assert np.array_equal(cache.attend(q), cache.attend(q, q_offset=q_offset))
 
+    @pytest.mark.parametrize("keywords", [{}, {"sliding_window": 8}], ids=str)
+    def test_as_far_beyond_the_keys_as_positions_go(self, keywords):
+        cache, q = filled(5, **keywords), tokens(2, 4)
+        far = cache.attend(q, q_offset=2**63 - 1)
+        assert np.array_equal(far, np.zeros_like(q) if keywords else cache.attend(q, q_offset=5))
+
     def test_more_queries_than_positions_are_refused(self):
         cache, out = filled(3), np.zeros((4, 4, 256), np.float32)
         with pytest.raises(tq_hb.InvalidArgument, match="^KVCache.attend: q must hold at most 3 queries.*got 4"):
