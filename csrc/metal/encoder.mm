@@ -239,6 +239,7 @@ class MetalEncoder final : public CommandEncoder {
     stream_.bind(TQ_REDUCE_OUTPUT, op.output);
     // Again, something has to be bound; nothing is read or written there.
     stream_.bind(TQ_REDUCE_SINKS, op.sinks ? *op.sinks : tmp);
+    stream_.bind(TQ_REDUCE_SCORE_BIAS, op.score_bias ? *op.score_bias : tmp);
     stream_.bind(TQ_REDUCE_LSE, op.lse ? *op.lse : op.output);
     stream_.bind(TQ_REDUCE_STATUS, status);
     const std::uint64_t rows = std::uint64_t{args.num_queries} * args.num_heads;

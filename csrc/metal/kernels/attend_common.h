@@ -36,7 +36,7 @@ inline VisibleKeys visible_keys(constant TqFlashAttnVecArgs& args, uint begin, u
 /// What a threadgroup knows about a row of q, which is one head of one query.
 struct QueryRow {
   float exponent;  // the row is in units of 2^exponent; NaN if it cannot be used
-  float bias;      // added to its scores
+  float bias;      // added to its scores before softcap
   uint begin;      // it sees the keys of ages begin ... end - 1
   uint end;
 };
@@ -90,6 +90,16 @@ inline void divide_by_power_of_two(thread float (&y)[E], int exponent) {
   for (int i = 0; i < E; ++i) y[i] *= factor;
 }
 
+inline float load_bias(constant TqFlashAttnVecArgs& args, device const float* score_bias, ulong row) {
+  return (args.flags & TQ_HAS_SCORE_BIAS) != 0 ? score_bias[row] : 0.0f;
+}
+
+/// The part of a row's bias that its scores leave out. Without softcap that is all of it: it moves every score of the
+/// row alike, which only a sink and the log-sum-exp see, and a large one would cost the scores their low bits.
+inline float bias_after_softmax(constant TqFlashAttnVecArgs& args, device const float* score_bias, ulong row) {
+  return args.softcap > 0.0f ? 0.0f : load_bias(args, score_bias, row);
+}
+
 /// Loads a query head, rotated if asked, in units of 2^exponent so that nothing can overflow.
 ///
 /// False if a value is not finite.
@@ -122,7 +132,7 @@ inline void stage_query(constant TqFlashAttnVecArgs& args, device const float* q
   float y[E];
   int exponent;
   const bool is_finite = load_query<D>(q + row * D, args.fuse_fwht_pre == 0, lane, y, exponent);
-  const float bias = (args.flags & TQ_HAS_SCORE_BIAS) != 0 ? score_bias[row] : 0.0f;
+  const float bias = load_bias(args, score_bias, row);
   const bool is_usable = is_finite && isfinite(bias);
   for (int i = 0; i < E; ++i) staged[lane * E + i] = is_usable ? y[i] : 0.0f;
   if (lane > 0) return;
@@ -130,7 +140,7 @@ inline void stage_query(constant TqFlashAttnVecArgs& args, device const float* q
   const uint window = args.mask_type == 2 ? args.sliding_window : 0;
   const tq_hb::QueryRange range = tq_hb::query_range(position, args.kv_seq_len, window);
   about->exponent = is_usable ? float(exponent) : NAN;
-  about->bias = bias;
+  about->bias = bias - bias_after_softmax(args, score_bias, row);
   about->begin = range.begin;
   about->end = range.end;
 }
@@ -188,14 +198,28 @@ inline float4 sum_over_rows(float4 value) {
   return value;
 }
 
-/// A row's sink, one more score: -infinity where there is none.
-inline float sink_score(constant TqFlashAttnVecArgs& args, device const float* sinks, uint row) {
-  if ((args.flags & TQ_HAS_SINKS) == 0) return -INFINITY;
-  const float sink = sinks[row % args.num_heads];
-  return isfinite(sink) ? clamp(sink, -kLargestScore, kLargestScore) : sink;
-}
+/// How the keys of a row and its sink share the weight.
+struct RowTotal {
+  float keys;  // what the keys' weights relative to their maximum are multiplied by
+  float lse;   // the logarithm of the sum of exp(score), the sink included
+};
 
-/// The logarithm of the sum of exp(score), from the scores' maximum and the sum of exp(score - maximum).
-inline void store_lse(constant TqFlashAttnVecArgs& args, device float* lse, uint row, float maximum, float total) {
-  if ((args.flags & TQ_HAS_LSE) != 0) lse[row] = total > 0.0f ? maximum + log(total) : -INFINITY;
+/// From the maximum of the keys' scores and the sum of exp(score - maximum).
+///
+/// Whichever is larger, the keys' maximum or the sink, is what the other is relative to: a large bias costs nothing.
+inline RowTotal row_total(constant TqFlashAttnVecArgs& args, device const float* sinks, device const float* score_bias,
+                          uint row, float maximum, float sum) {
+  float sink = -INFINITY;
+  if ((args.flags & TQ_HAS_SINKS) != 0) {
+    sink = sinks[row % args.num_heads];
+    if (isfinite(sink)) sink = clamp(sink, -kLargestScore, kLargestScore);
+  }
+  const float bias = bias_after_softmax(args, score_bias, row);
+  const float lead = sink - bias - maximum;
+  const float scale = lead > 0.0f ? exp(-lead) : 1.0f;
+  const float total = sum * scale + (lead > 0.0f ? 1.0f : exp(lead));
+  RowTotal result;
+  result.keys = total == 0.0f ? 0.0f : scale / total;
+  result.lse = total == 0.0f ? -INFINITY : (lead > 0.0f ? sink : maximum + bias) + log(total);
+  return result;
 }

@@ -65,7 +65,7 @@ inline void load_keys(StripeCodes side, VisibleKeys keys, uint first, uint count
   uint2 seconds = uint2(0);
   if (key < count) firsts = ((device const uint2*)(row + at.first))[part];
   if (has_planes(cbits)) {
-    // The high plane has fewer words than the row has parts, and parts need the same ones: two each.
+    // The high plane has no more words than the row has parts, and each part needs two of them.
     const ushort words = at.second_bytes / 4;
     uint loaded = 0;
     if (key < count && part < words) loaded = ((device const uint*)(row + at.second))[part];

@@ -33,10 +33,10 @@ template <int D, bool kUndo>
 kernel void flash_attn_vec_merge_tq_hb(
     constant TqFlashAttnVecArgs& args [[buffer(TQ_REDUCE_ARGS)]], device const float* tmp [[buffer(TQ_REDUCE_TMP)]],
     device float* output [[buffer(TQ_REDUCE_OUTPUT)]], device const float* sinks [[buffer(TQ_REDUCE_SINKS)]],
-    device float* lse [[buffer(TQ_REDUCE_LSE)]], device atomic_uint* status [[buffer(TQ_REDUCE_STATUS)]],
-    threadgroup float* shared [[threadgroup(0)]], uint row [[threadgroup_position_in_grid]],
-    uint thread_index [[thread_index_in_threadgroup]], ushort simdgroup [[simdgroup_index_in_threadgroup]],
-    ushort lane [[thread_index_in_simdgroup]]) {
+    device const float* score_bias [[buffer(TQ_REDUCE_SCORE_BIAS)]], device float* lse [[buffer(TQ_REDUCE_LSE)]],
+    device atomic_uint* status [[buffer(TQ_REDUCE_STATUS)]], threadgroup float* shared [[threadgroup(0)]],
+    uint row [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
+    ushort simdgroup [[simdgroup_index_in_threadgroup]], ushort lane [[thread_index_in_simdgroup]]) {
   threadgroup float* weights = shared;
   threadgroup float* merged_row = weights + TQ_GQA_MAX_SPLITS;
   threadgroup float* words = merged_row + D;
@@ -52,22 +52,20 @@ kernel void flash_attn_vec_merge_tq_hb(
     return;
   }
   const float own_maximum = takes_part ? states[2 * at + 1] : kNoScore;
-  const float sink = sink_score(args, sinks, row);
-  const float maximum = max(sink, threadgroup_max(own_maximum, words + tq_hb::kMergeSimdgroups, simdgroup, lane));
+  const float maximum = threadgroup_max(own_maximum, words + tq_hb::kMergeSimdgroups, simdgroup, lane);
   const float weight = takes_part ? exp(own_maximum - maximum) : 0.0f;
   weights[thread_index] = weight;
-  const float total =
-      threadgroup_sum(sum * weight, words + 2 * tq_hb::kMergeSimdgroups, simdgroup, lane) + exp(sink - maximum);
-  if (thread_index == 0) store_lse(args, lse, row, maximum, total);
-  const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+  const float keys_sum = threadgroup_sum(sum * weight, words + 2 * tq_hb::kMergeSimdgroups, simdgroup, lane);
+  const RowTotal total = row_total(args, sinks, score_bias, row, maximum, keys_sum);
+  if (thread_index == 0 && (args.flags & TQ_HAS_LSE) != 0) lse[row] = total.lse;
 
   for (uint d = thread_index; d < D; d += 32 * tq_hb::kMergeSimdgroups) {
     float merged = 0.0f;
     for (uint s = 0; s < splits; ++s) merged += weights[s] * tmp[(s * num_rows(args) + row) * D + d];
     if (kUndo) {
-      merged_row[d] = merged * inverse;
+      merged_row[d] = merged * total.keys;
     } else {
-      output[ulong(row) * D + d] = merged * inverse;
+      output[ulong(row) * D + d] = merged * total.keys;
     }
   }
   if (!kUndo) return;
@@ -81,10 +79,10 @@ kernel void flash_attn_vec_merge_tq_hb(
   store_row<E>(output + ulong(row) * D, lane, y);
 }
 
-#define TQ_INSTANTIATE_ONE(name, D, undo)                                                                   \
-  template [[host_name(name #D)]] kernel void flash_attn_vec_merge_tq_hb<D, undo>(                          \
-      constant TqFlashAttnVecArgs&, device const float*, device float*, device const float*, device float*, \
-      device atomic_uint*, threadgroup float*, uint, uint, ushort, ushort);
+#define TQ_INSTANTIATE_ONE(name, D, undo)                                                                         \
+  template [[host_name(name #D)]] kernel void flash_attn_vec_merge_tq_hb<D, undo>(                                \
+      constant TqFlashAttnVecArgs&, device const float*, device float*, device const float*, device const float*, \
+      device float*, device atomic_uint*, threadgroup float*, uint, uint, ushort, ushort);
 #define TQ_INSTANTIATE(D)                                       \
   TQ_INSTANTIATE_ONE("flash_attn_vec_merge_tq_hb_dk", D, false) \
   TQ_INSTANTIATE_ONE("flash_attn_vec_merge_tq_hb_undo_dk", D, true)

@@ -12,8 +12,9 @@
 /// Merges into `merged_row`, or into the output where that is null.
 template <int D>
 inline void reduce_row(constant TqFlashAttnVecArgs& args, device const float* tmp, device float* output,
-                       device const float* sinks, device float* lse, device atomic_uint* status,
-                       threadgroup float* merged_row, uint row, ushort simdgroup, ushort lane) {
+                       device const float* sinks, device const float* score_bias, device float* lse,
+                       device atomic_uint* status, threadgroup float* merged_row, uint row, ushort simdgroup,
+                       ushort lane) {
   const uint nwg = args.nwg;
   device const float* states = tmp + num_rows(args) * D * nwg + ulong(row) * nwg * 2;
   const bool takes_part = lane < nwg;
@@ -22,13 +23,12 @@ inline void reduce_row(constant TqFlashAttnVecArgs& args, device const float* tm
     if (simdgroup == 0 && lane == 0) atomic_fetch_min_explicit(status, row, memory_order_relaxed);
     return;
   }
-  const float sink = sink_score(args, sinks, row);
   const float own_maximum = takes_part ? states[2 * lane + 1] : kNoScore;
-  const float maximum = max(sink, simd_max(own_maximum));
+  const float maximum = simd_max(own_maximum);
   const float weight = exp(own_maximum - maximum);
-  const float total = simd_sum(sum * weight) + exp(sink - maximum);
-  const float scaled = total == 0.0f ? 0.0f : weight / total;
-  if (simdgroup == 0 && lane == 0) store_lse(args, lse, row, maximum, total);
+  const RowTotal total = row_total(args, sinks, score_bias, row, maximum, simd_sum(sum * weight));
+  const float scaled = weight * total.keys;
+  if (simdgroup == 0 && lane == 0 && (args.flags & TQ_HAS_LSE) != 0) lse[row] = total.lse;
 
   device const float4* partials = (device const float4*)tmp + ulong(row) * (D / 4) * nwg;
   device float4* out = (device float4*)output + ulong(row) * (D / 4);
@@ -56,28 +56,29 @@ template <int D>
 kernel void flash_attn_vec_reduce(
     constant TqFlashAttnVecArgs& args [[buffer(TQ_REDUCE_ARGS)]], device const float* tmp [[buffer(TQ_REDUCE_TMP)]],
     device float* output [[buffer(TQ_REDUCE_OUTPUT)]], device const float* sinks [[buffer(TQ_REDUCE_SINKS)]],
-    device float* lse [[buffer(TQ_REDUCE_LSE)]], device atomic_uint* status [[buffer(TQ_REDUCE_STATUS)]],
-    uint row [[threadgroup_position_in_grid]], ushort simdgroup [[simdgroup_index_in_threadgroup]],
-    ushort lane [[thread_index_in_simdgroup]]) {
-  reduce_row<D>(args, tmp, output, sinks, lse, status, nullptr, row, simdgroup, lane);
+    device const float* score_bias [[buffer(TQ_REDUCE_SCORE_BIAS)]], device float* lse [[buffer(TQ_REDUCE_LSE)]],
+    device atomic_uint* status [[buffer(TQ_REDUCE_STATUS)]], uint row [[threadgroup_position_in_grid]],
+    ushort simdgroup [[simdgroup_index_in_threadgroup]], ushort lane [[thread_index_in_simdgroup]]) {
+  reduce_row<D>(args, tmp, output, sinks, score_bias, lse, status, nullptr, row, simdgroup, lane);
 }
 
 template <int D>
 kernel void flash_attn_vec_reduce_undo(
     constant TqFlashAttnVecArgs& args [[buffer(TQ_REDUCE_ARGS)]], device const float* tmp [[buffer(TQ_REDUCE_TMP)]],
     device float* output [[buffer(TQ_REDUCE_OUTPUT)]], device const float* sinks [[buffer(TQ_REDUCE_SINKS)]],
-    device float* lse [[buffer(TQ_REDUCE_LSE)]], device atomic_uint* status [[buffer(TQ_REDUCE_STATUS)]],
-    threadgroup float* merged_row [[threadgroup(0)]], uint row [[threadgroup_position_in_grid]],
-    ushort simdgroup [[simdgroup_index_in_threadgroup]], ushort lane [[thread_index_in_simdgroup]]) {
-  reduce_row<D>(args, tmp, output, sinks, lse, status, merged_row, row, simdgroup, lane);
+    device const float* score_bias [[buffer(TQ_REDUCE_SCORE_BIAS)]], device float* lse [[buffer(TQ_REDUCE_LSE)]],
+    device atomic_uint* status [[buffer(TQ_REDUCE_STATUS)]], threadgroup float* merged_row [[threadgroup(0)]],
+    uint row [[threadgroup_position_in_grid]], ushort simdgroup [[simdgroup_index_in_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
+  reduce_row<D>(args, tmp, output, sinks, score_bias, lse, status, merged_row, row, simdgroup, lane);
 }
 
-#define TQ_INSTANTIATE(D)                                                                                     \
-  template [[host_name("flash_attn_vec_reduce_dk" #D)]] kernel void flash_attn_vec_reduce<D>(                 \
-      constant TqFlashAttnVecArgs&, device const float*, device float*, device const float*, device float*,   \
-      device atomic_uint*, uint, ushort, ushort);                                                             \
-  template [[host_name("flash_attn_vec_reduce_tq_hb_undo_dk" #D)]] kernel void flash_attn_vec_reduce_undo<D>( \
-      constant TqFlashAttnVecArgs&, device const float*, device float*, device const float*, device float*,   \
-      device atomic_uint*, threadgroup float*, uint, ushort, ushort);
+#define TQ_INSTANTIATE(D)                                                                                         \
+  template [[host_name("flash_attn_vec_reduce_dk" #D)]] kernel void flash_attn_vec_reduce<D>(                     \
+      constant TqFlashAttnVecArgs&, device const float*, device float*, device const float*, device const float*, \
+      device float*, device atomic_uint*, uint, ushort, ushort);                                                  \
+  template [[host_name("flash_attn_vec_reduce_tq_hb_undo_dk" #D)]] kernel void flash_attn_vec_reduce_undo<D>(     \
+      constant TqFlashAttnVecArgs&, device const float*, device float*, device const float*, device const float*, \
+      device float*, device atomic_uint*, threadgroup float*, uint, ushort, ushort);
 TQ_HB_FOR_EACH_HEAD_DIM(TQ_INSTANTIATE)
 #undef TQ_INSTANTIATE

@@ -8,3 +8,4 @@
 #define TQ_REDUCE_ARGS 5  // TqFlashAttnVecArgs
 #define TQ_REDUCE_SINKS 6
 #define TQ_REDUCE_LSE 7
+#define TQ_REDUCE_SCORE_BIAS 8
