@@ -227,6 +227,26 @@ TEST_P(Attend, LeavesTheResultsOfABadQuery) {
   }
 }
 
+TEST_P(Attend, RotatesQueriesAndUndoesItOnRequest) {
+  for (const unsigned head_dim : {64u, 128u, 256u, 512u}) {
+    CacheCase test(4, 2, head_dim, 40, 8, 6, GetParam());
+    test.ask(3);
+    AttendOp op = test.attend_op();
+    op.args.fuse_fwht_pre = 1;
+    op.fused_undo = true;
+    const auto encoder = test.device->make_encoder();
+    encoder->flash_attn_vec(op);
+    encoder->commit();
+    encoder->wait();
+    std::vector<float> got(test.output.data<float>(), test.output.data<float>() + test.output.size());
+    for (std::size_t row = 0; row < 12; ++row) {
+      rotate_row(got.data() + row * head_dim, head_dim);
+      rotate_row(test.q.data<float>() + row * head_dim, head_dim);
+    }
+    EXPECT_LT(nmse(got, test.expected()), kFloat32Nmse) << head_dim;
+  }
+}
+
 TEST_P(Attend, NeverReadsWhatIsMasked) {
   CacheCase test(2, 1, 256, 40, 8, 8, GetParam());
   test.args.mask_type = 2;
