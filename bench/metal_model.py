@@ -25,6 +25,7 @@ STRIPE = 128  # coordinates that the lanes of a SIMD group share; a shorter row 
 SCORES_STRIDE = BLOCK + 1  # words between the scores of one head and the next
 MAX_TILE = 8
 ROW_WORDS = 4  # that the group kernel keeps for each row of its tile
+JOIN = 9  # full-rate instructions that put a lane's codes together from its bytes of two planes
 SIMD_BYTES = 4 * apple_gpus.SIMD_WIDTH  # a word per lane
 
 KEYS = (1024, 4096, 8192, 32768, 104966)
@@ -181,11 +182,6 @@ def scatter_shuffles(sums: int, lanes: int) -> int:
     return sums - 1 + int(math.log2(lanes / sums))
 
 
-def join_instructions(shape: Shape) -> int:
-    """Full-rate instructions that make words of codes of a lane's bytes, for a row of K and one of V."""
-    return 9 * shape.planes + 2 - shape.planes
-
-
 def group_sums(tile: int) -> int:
     """Return how many sums the group kernel has in flight while it scores."""
     return min(16, 4 * tile)
@@ -201,7 +197,7 @@ def group_work(shape: Shape, tile: int) -> Work:
     score_words = shape.stripes * BLOCK * tile
     # The accumulator's rescaling; two comparisons, their conjunction and a select for what a row sees.
     softmax = softmax_instructions(shape.norms) + 4 + 4
-    per_stripe_other = steps * 2 * 12 + keys * join_instructions(shape)
+    per_stripe_other = steps * 2 * 12 + keys // 2 * JOIN * shape.planes  # of two keys at once
     per_stripe_other += scatters * (shuffles + 2 * (sums - 1)) + tile * softmax
     return Work(
         multiply_adds=shape.stripes * 2 * 4 * tile * keys,
@@ -221,7 +217,7 @@ def per_head_work(shape: Shape) -> Work:
     shuffles = scatter_shuffles(8, shape.lanes)
     softmax = softmax_instructions(shape.norms) + 4 * shape.stripes
     dot_additions = keys * shape.stripes  # stripes to a norm's sum, norms to the key's
-    joins = keys * shape.stripes * join_instructions(shape)
+    joins = keys * shape.stripes * JOIN * shape.planes
     second_norm = keys * 2 if shape.norms == 2 else 0
     return Work(
         multiply_adds=2 * 4 * shape.stripes * keys,

@@ -4,6 +4,7 @@
 #include "core/abi.h"
 #include "core/query_range.h"
 #include "metal/kernels/attend_layout.h"
+#include "metal/kernels/packing.h"
 #include "metal/kernels/rotation.h"
 #include "metal/kernels/tables.h"
 
@@ -157,10 +158,9 @@ struct LevelTable {
   uint copies;
   uint mask;
 
-  /// The levels of the four codes in a word, lowest byte first.
-  float4 decode(uint word) const {
-    return float4(levels[(word & mask) * copies], levels[((word >> 8) & mask) * copies],
-                  levels[((word >> 16) & mask) * copies], levels[((word >> 24) & mask) * copies]);
+  float4 decode(CodePairs codes) const {
+    return float4(levels[(codes.lower & mask) * copies], levels[((codes.lower >> 8) & mask) * copies],
+                  levels[(codes.upper & mask) * copies], levels[((codes.upper >> 8) & mask) * copies]);
   }
 };
 

@@ -55,7 +55,7 @@ inline ushort4 transpose_quad(ushort4 pairs, ushort lane) {
 /// mean nothing.
 template <int D>
 inline void load_keys(StripeCodes side, VisibleKeys keys, uint first, uint count, ushort first_key, ushort lane,
-                      uint cbits, thread uint (&codes)[4]) {
+                      uint cbits, thread CodePairs (&codes)[4]) {
   const ushort stripe_lane = lane % tq_hb::stripe_lanes(D);
   const ushort part = stripe_lane / 4;  // of the row, whose lanes t % 4 have one key each
   const PairPlaces at = pair_places<D>(cbits, side.stripe, stripe_lane);
@@ -76,9 +76,12 @@ inline void load_keys(StripeCodes side, VisibleKeys keys, uint first, uint count
   } else if (key < count) {
     seconds = ((device const uint2*)(row + at.second))[part];
   }
-  const ushort4 first_pairs = transpose_quad(as_type<ushort4>(firsts), lane);
-  const ushort4 second_pairs = transpose_quad(as_type<ushort4>(seconds), lane);
-  for (ushort k = 0; k < 4; ++k) codes[k] = join_pairs(first_pairs[k], second_pairs[k], at);
+  firsts = as_type<uint2>(transpose_quad(as_type<ushort4>(firsts), lane));
+  seconds = as_type<uint2>(transpose_quad(as_type<ushort4>(seconds), lane));
+  for (ushort i = 0; i < 2; ++i) {
+    codes[2 * i] = join_pairs(firsts[i], seconds[i], at);
+    codes[2 * i + 1] = codes[2 * i].of_other_row();
+  }
 }
 
 /// Partial dot products of a block's keys with the tile's queries over one stripe, as [row][key].
@@ -93,7 +96,7 @@ inline void score_stripe(thread const float4 (&q)[kTile], StripeCodes side, Visi
   for (ushort step = 0; step < kLanes; step += 4) {
     if (step >= count) break;
     const ushort first_key = lane - stripe_lane + step;
-    uint codes[4];
+    CodePairs codes[4];
     load_keys<D>(side, keys, first, count, first_key, lane, k_cbits(), codes);
     for (ushort k = 0; k < 4; k += kKeys) {
       float sums[kSums];
@@ -153,7 +156,7 @@ inline void add_stripe(thread float4 (&out)[kTile], thread TileState<kTile>& sta
   for (ushort step = 0; step < kLanes; step += 4) {
     if (step >= count) break;
     const ushort first_key = lane - lane % kLanes + step;
-    uint codes[4];
+    CodePairs codes[4];
     load_keys<D>(side, keys, first, count, first_key, lane, v_cbits(), codes);
     for (ushort k = 0; k < 4; ++k) {
       const float4 value = side.table.decode(codes[k]);

@@ -1,4 +1,4 @@
-// Codes of a row as words of four, a code a byte, whatever the packing.
+// Codes of a row as bytes, whatever the packing.
 //
 // Lane t of those that share a stripe owns four of its coordinates: 2t and 2t + 1, and the two half a stripe further
 // on. In every packing the codes of these are in two pairs of bytes: of the lower and the upper half of a stripe of
@@ -53,17 +53,25 @@ inline PairPlaces pair_places(uint cbits, uint stripe, ushort stripe_lane) {
   return at;
 }
 
-/// The lane's four codes from its two pairs of bytes.
-inline uint join_pairs(ushort first, ushort second, PairPlaces at) {
-  if (at.width == 8) return first | (uint(second) << 16);
-  const uint mask = ((1u << at.width) - 1) * 0x0101u;
-  const uint high = uint(second) >> at.shift;
-  return (first & 0x0F0Fu) | ((first & 0xF0F0u) << 12) | ((high & mask) << 4) | ((high & (mask << 4)) << 16);
+/// A lane's four codes of a stripe, two in the lower bytes of each word. The upper bytes may have those of another row.
+struct CodePairs {
+  uint lower;
+  uint upper;
+
+  CodePairs of_other_row() const { return CodePairs{lower >> 16, upper >> 16}; }
+};
+
+/// The codes of one row or two from both pairs of bytes of each.
+inline CodePairs join_pairs(uint first, uint second, PairPlaces at) {
+  if (at.width == 8) return CodePairs{first, second};
+  const uint mask = ((1u << at.width) - 1) * 0x01010101u;
+  const uint high = second >> at.shift;
+  return CodePairs{(first & 0x0F0F0F0Fu) | ((high & mask) << 4), ((first >> 4) & 0x0F0F0F0Fu) | (high & (mask << 4))};
 }
 
 /// The lane's four codes of one stripe of a row.
 template <int D>
-inline uint load_codes(device const uchar* row, uint cbits, uint stripe, ushort stripe_lane) {
+inline CodePairs load_codes(device const uchar* row, uint cbits, uint stripe, ushort stripe_lane) {
   const PairPlaces at = pair_places<D>(cbits, stripe, stripe_lane);
   const ushort first = *(device const ushort*)(row + at.first + 2 * stripe_lane);
   const ushort second = *(device const ushort*)(row + at.second + 2 * stripe_lane % at.second_bytes);
