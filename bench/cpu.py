@@ -23,8 +23,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=40)
     samples = parser.parse_args().samples
     results = []
-    for length, heads, bits in itertools.product(_LENGTHS, _HEADS, _BITS):
-        shape = Shape(*heads, length, *bits)
+    grid = itertools.product(_LENGTHS, _HEADS, _BITS)
+    for length, (heads, kv_heads, head_dim), (k_bits, v_bits, packing) in grid:
+        shape = Shape(heads, kv_heads, head_dim, length, k_bits, v_bits, packing)
         print(shape, flush=True)
         results.append(measure_attend(shape, samples=samples, device="cpu"))
     for (heads, kv_heads, head_dim), bits in itertools.product((_HEADS[0], _HEADS[2]), _APPEND_BITS):

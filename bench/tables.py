@@ -43,7 +43,7 @@ def _attend_cpu(wanted: Callable[[dict[str, Any]], bool]) -> str:
             (
                 f"{shape['heads']} / {shape['kv_heads']} / {shape['head_dim']}",
                 f"{shape['kv_len']:,}",
-                f"{shape['k_bits']}/{shape['v_bits']}",
+                f"{shape['k_bits']}/{shape['v_bits']}" + (" in planes" if shape["packing"] == "plane" else ""),
                 *(f"{time / 1e3:.2f} ms" for time in times),
                 f"{by_name['tq_hb']['share_of_read']:.0%}",
             )
@@ -73,11 +73,11 @@ def replay() -> str:
 def memory() -> str:
     """Return what the default codebook takes and loses at each width, for D = 256."""
     report = harness.read("codec")
-    header = ("bits", "bytes per token and KV head", "squared error", "attention error")
+    header = ("bits", "bytes per token and KV head", "in planes", "squared error", "attention error")
     rows = [
         (
             str(result["bits"]),
-            str(result["bytes_per_token_and_kv_head"]),
+            *_bytes(result),
             f"{result['squared_error']:.1e}",
             f"{result['attention_error']:.1e}",
         )
@@ -90,13 +90,16 @@ def memory() -> str:
 def codec() -> str:
     """Return what every codebook and head size takes and loses."""
     report = harness.read("codec")
-    header = ("codebook", "D", "bits", "bytes", "squared error", "in theory", "attention error", "of the kernel")
+    header = (
+        *("codebook", "D", "bits", "bytes", "in planes"),
+        *("squared error", "in theory", "attention error", "of the kernel"),
+    )
     rows = [
         (
             f"`{result['codebook']}`",
             str(result["head_dim"]),
             str(result["bits"]),
-            str(result["bytes_per_token_and_kv_head"]),
+            *_bytes(result),
             f"{result['squared_error']:.3e}",
             f"{result['squared_error_in_theory']:.3e}",
             f"{result['attention_error']:.1e}",
@@ -125,6 +128,12 @@ def rate_distortion() -> str:
         ]
         tables.append(f"D = {head_dim}:\n\n{table(header, rows)}")
     return "\n".join(tables) + _source(report, "rate_distortion") + ".\n"
+
+
+def _bytes(result: dict[str, Any]) -> tuple[str, str]:
+    """Return what a token takes with byte packing and with plane packing."""
+    nbytes = result["bytes_per_token_and_kv_head"]
+    return str(nbytes["byte"]), str(nbytes["plane"])
 
 
 def append_cpu() -> str:

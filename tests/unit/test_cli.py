@@ -102,7 +102,7 @@ def test_bench_prints_tables(capsys):
     "arguments",
     [
         "--head-dim 96",
-        "--head-dim 64",
+        "--head-dim 96",
         "--heads 3",
         "--k-bits 4",
         "--kv-len 0",
