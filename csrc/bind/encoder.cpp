@@ -36,7 +36,7 @@ void attend(CommandEncoder& encoder, const std::string& op, const Buffer& q, con
             const std::optional<Buffer>& tmp, const TqFlashAttnVecArgs& args, AttendKernel kernel, unsigned head_tile,
             unsigned nwg, unsigned v_bits, const std::string& codebook, bool fused_undo, const std::string& packing,
             const std::optional<std::uint32_t>& query_position, const std::optional<Buffer>& sinks,
-            const std::optional<Buffer>& score_bias, const std::optional<Buffer>& lse) {
+            const std::optional<Buffer>& score_bias, const std::optional<Buffer>& lse, const std::string& precision) {
   const CodebookName name = parse_codebook_name(op, codebook);
   AttendOp record;
   record.name = op;
@@ -52,6 +52,7 @@ void attend(CommandEncoder& encoder, const std::string& op, const Buffer& q, con
   record.k_codebook = &find_codebook(op, name, args.codebook_bits);
   record.v_codebook = &find_codebook(op, name, v_bits);
   record.packing = parse_packing(op, packing);
+  record.precision = parse_precision(op, precision);
   record.fused_undo = fused_undo;
   record.query_position = query_position;
   record.sinks = sinks;
@@ -107,7 +108,7 @@ void bind_encoder(py::module_& module) {
            py::arg("v_packed"), py::arg("v_norms"), py::arg("output"), py::arg("tmp"), py::arg("p"), py::arg("kernel"),
            py::arg("head_tile"), py::arg("nwg"), py::arg("v_bits"), py::arg("codebook"), py::arg("fused_undo"),
            py::arg("packing") = "byte", py::arg("query_position") = py::none(), py::arg("sinks") = py::none(),
-           py::arg("score_bias") = py::none(), py::arg("lse") = py::none())
+           py::arg("score_bias") = py::none(), py::arg("lse") = py::none(), py::arg("precision") = "default")
       .def("fwht", [](CommandEncoder& self, const std::string& op, Fwht kind,
                       const Buffer& data) { self.fwht({op, kind, data}); })
       .def("memory_barrier", &CommandEncoder::memory_barrier)
@@ -117,7 +118,8 @@ void bind_encoder(py::module_& module) {
       .def_property_readonly("kernels", [](const CommandEncoder& self) { return py::tuple(py::cast(self.kernels())); })
       .def_property_readonly("nodes", &nodes)
       .def_property_readonly("num_nodes", &CommandEncoder::num_nodes)
-      .def_property_readonly("threadgroup_bytes", &CommandEncoder::threadgroup_bytes);
+      .def_property_readonly("threadgroup_bytes", &CommandEncoder::threadgroup_bytes)
+      .def_property_readonly("precision", [](const CommandEncoder& self) { return name_of(self.precision()); });
 }
 
 }  // namespace tq_hb

@@ -115,6 +115,8 @@ PYBIND11_MODULE(_core, module) {
   module.def("bad_row_message", &bad_row_message);
 
   module.def("cpu_isa", &cpu_isa);
+  module.def("cpu_isas", [] { return py::tuple(py::cast(cpu_isas())); });
+  module.def("set_cpu_isa", &set_cpu_isa, py::arg("op"), py::arg("field"), py::arg("isa"));
   module.def("num_threads", &cpu_num_threads);
   module.def("set_num_threads", &set_cpu_num_threads, py::call_guard<ReleasedGil>());
 }

@@ -137,6 +137,11 @@ std::vector<std::string> CommandEncoder::kernels() const {
   return names;
 }
 
+Precision CommandEncoder::precision() const {
+  const auto lock = enter("precision");
+  return precision_;
+}
+
 std::uint64_t CommandEncoder::threadgroup_bytes() const {
   const auto lock = enter("threadgroup_bytes");
   std::uint64_t bytes = 0;

@@ -59,10 +59,14 @@ class CommandEncoder {
   std::vector<std::string> kernels() const;
   /// The largest threadgroup memory of any kernel encoded so far.
   std::uint64_t threadgroup_bytes() const;
+  /// The class of accuracy that all attention encoded so far keeps to.
+  Precision precision() const;
 
  protected:
   void note(Node node) { nodes_.push_back(std::move(node)); }
   const std::vector<Node>& noted() const noexcept { return nodes_; }
+  /// Notes that attention was encoded which is not strict.
+  void note_default_precision() noexcept { precision_ = Precision::kDefault; }
   /// Encodes a barrier; also for backends that need one within an op.
   void barrier();
 
@@ -88,6 +92,7 @@ class CommandEncoder {
   mutable std::mutex mutex_;  // held by commit and wait for as long as they take
   State state_ = State::kRecording;
   std::vector<Node> nodes_;
+  Precision precision_ = Precision::kStrict;
   HazardTracker pending_;
   std::optional<Error> failure_;
   double gpu_time_ = 0.0;

@@ -1,6 +1,19 @@
 #include "core/ops.h"
 
+#include "core/error.h"
+
 namespace tq_hb {
+
+Precision parse_precision(const std::string& op, const std::string& name) {
+  for (const Precision precision : {Precision::kDefault, Precision::kStrict}) {
+    if (name == name_of(precision)) return precision;
+  }
+  throw invalid(op, "precision", "must be one of default, strict", "'" + name + "'");
+}
+
+const char* name_of(Precision precision) noexcept {
+  return precision == Precision::kStrict ? "strict" : "default";
+}
 
 Accesses accesses_of(const QuantizeOp& op) {
   Accesses accesses;

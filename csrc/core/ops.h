@@ -53,6 +53,13 @@ struct DequantizeOp {
 /// How attention is shared out: a query head at a time, or a tile of the heads that share a KV head.
 enum class AttendKernel { kPerHead, kGroup };
 
+/// How exact attention is asked to be. A backend whose fast path is strict has no other.
+enum class Precision { kDefault, kStrict };
+
+/// Parses "default" or "strict".
+Precision parse_precision(const std::string& op, const std::string& name);
+const char* name_of(Precision precision) noexcept;
+
 struct AttendOp {
   std::string name;
   TqFlashAttnVecArgs args;
@@ -63,6 +70,7 @@ struct AttendOp {
   const Codebook* k_codebook = nullptr;
   const Codebook* v_codebook = nullptr;
   Packing packing = Packing::kByte;
+  Precision precision = Precision::kDefault;
   bool fused_undo = false;
   std::optional<Buffer> sinks;       ///< float32 (H,): one more logit per head in the sum of weights; -inf for none
   std::optional<Buffer> score_bias;  ///< float32 (H,) or (N, H): added to a query's scores before softcap

@@ -178,8 +178,16 @@ const std::shared_ptr<Device>& cpu_device() {
   return device;
 }
 
-const char* cpu_isa() noexcept {
+const char* cpu_isa() {
   return attend_kernel().isa;
+}
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> names;
+  for (const IsaKernel* kernel : available_kernels()) names.emplace_back(kernel->isa);
+  return names;
+}
+void set_cpu_isa(const std::string& op, const std::string& field, const std::string& isa) {
+  set_attend_kernel(op, field, isa);
 }
 unsigned cpu_num_threads() noexcept {
   return ThreadPool::instance().num_threads();

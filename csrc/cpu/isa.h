@@ -1,11 +1,20 @@
 // Which instruction sets this build has kernels for and this processor runs.
 #pragma once
 
+#include <string>
+#include <vector>
+
 #include "cpu/attend_kernel.h"
 
 namespace tq_hb {
 
-/// The fastest kernels this processor can run; chosen once.
-const IsaKernel& attend_kernel() noexcept;
+/// Those this processor runs, slowest first.
+const std::vector<const IsaKernel*>& available_kernels();
+
+/// The kernels that ops run with: the fastest, unless another was set.
+const IsaKernel& attend_kernel();
+
+/// Has later ops run with the named kernels. A name that is not available is an error that lists those that are.
+void set_attend_kernel(const std::string& op, const std::string& field, const std::string& isa);
 
 }  // namespace tq_hb

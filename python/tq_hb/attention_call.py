@@ -147,6 +147,7 @@ class AttentionCall:
             buffers.sinks,
             buffers.score_bias,
             buffers.lse,
+            self._form.precision,
         )
         self._records = True
 

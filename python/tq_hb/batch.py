@@ -284,10 +284,10 @@ class BatchedKVCache:
                 runs.append(self._caches[slot]._record_attend(f"{op}: slot {slot}", call, index, position))
                 ends.append(call.encoder.num_nodes)
             call.run()
-            nodes = call.encoder.nodes
+            nodes, precision = call.encoder.nodes, call.encoder.precision
             for slot, run, start, end in zip(chosen, runs, [0, *ends], ends, strict=False):
                 cache = self._caches[slot]
-                cache._last_plan = cache._plan(nodes[start:end], run)
+                cache._last_plan = cache._plan(nodes[start:end], precision, run)
         return call.results()
 
     def reset(self, slot: int) -> None:

@@ -558,7 +558,7 @@ class KVCache:
         with self._lock:
             run = self._record_attend(op, call, 0, q_offset)
             call.run()
-            self._last_plan = self._plan(call.encoder.nodes, run)
+            self._last_plan = self._plan(call.encoder.nodes, call.encoder.precision, run)
         return call.results()
 
     def _record_attend(self, op: str, call: AttentionCall, index: int, q_offset: int | None) -> _Run | None:
@@ -599,9 +599,9 @@ class KVCache:
             nsg=policy.compute_nsg(placement.kv_seq_len),
         )
 
-    def _plan(self, nodes: Sequence[_RawNode], run: _Run | None) -> Plan:
+    def _plan(self, nodes: Sequence[_RawNode], precision: str, run: _Run | None) -> Plan:
         """Say what an attention call has launched."""
-        backend, precision = self._form.device.backend, "strict"
+        backend = self._form.device.backend
         launched = [node for node in nodes if node[0] != "barrier"]
         if run is None or not launched:
             return Plan(backend, (), 0, 0, precision, 0)

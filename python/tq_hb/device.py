@@ -72,10 +72,12 @@ def devices() -> list[DeviceInfo]:
 
 
 @cache
-def _apply_thread_setting() -> None:
-    count = policy.num_threads_from_environment()
+def _apply_cpu_settings() -> None:
+    count, isa = policy.num_threads_from_environment(), policy.environment().cpu_isa
     if count is not None:
         _core.set_num_threads(count)
+    if isa is not None:
+        _core.set_cpu_isa("Device", "TQ_HB_CPU_ISA", isa)
 
 
 class Device:
@@ -109,7 +111,7 @@ class Device:
             raise invalid("Device", "name", "must be a string", repr(name))
         self._core = _core.open_device(_auto_backend() if name == "auto" else name)
         if self._core.backend == "cpu":
-            _apply_thread_setting()
+            _apply_cpu_settings()
 
     @property
     def name(self) -> str:
@@ -317,7 +319,7 @@ def num_threads() -> int:
     >>> tq_hb.num_threads() >= 1
     True
     """
-    _apply_thread_setting()
+    _apply_cpu_settings()
     return _core.num_threads()
 
 
@@ -334,17 +336,20 @@ def set_num_threads(n: int) -> None:
     >>> tq_hb.set_num_threads(before)
     """
     count = policy.check_num_threads("set_num_threads", "n", n)
-    _apply_thread_setting()
+    _apply_cpu_settings()
     _core.set_num_threads(count)
 
 
 def cpu_isa() -> str:
     """Instruction set of the cpu backend's kernels: ``"portable"``, ``"avx2"`` or ``"avx512"``.
 
+    The fastest that the processor has, unless ``TQ_HB_CPU_ISA`` names another.
+
     >>> import tq_hb
     >>> tq_hb.cpu_isa() in ("portable", "avx2", "avx512")
     True
     """
+    _apply_cpu_settings()
     return _core.cpu_isa()
 
 

@@ -359,6 +359,7 @@ class CommandEncoder:
             packing,
             sinks=sinks,
             lse=None if lse is None else self._written(op, "lse", lse),
+            precision=precision,
         )
 
     def memory_barrier(self) -> None:

@@ -605,7 +605,8 @@ def flash_attn_vec_tq_hb(
     sinks : array, shape (num_heads,), optional
         One more logit per head in the softmax's denominator, as it is: neither scaled nor capped. -inf for none.
     precision : "default" or "strict"
-        Accuracy class. Every backend so far computes as for "strict" in both.
+        Accuracy class: relative L2 error against float64 attention on the same codes of at most 5e-4 while scores
+        have a standard deviation of at most 4, or of 1e-5. A backend whose fast path is strict uses it for both.
     return_lse : bool
         Whether to return the logarithm of the softmax's denominator too.
     out : float32 array, optional

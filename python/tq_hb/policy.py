@@ -31,7 +31,7 @@ class Environment:
 
     >>> from tq_hb.policy import Environment
     >>> Environment(nwg=8)
-    Environment(nsg=None, nwg=8, gqa=None, auto_barrier=False, device=None, num_threads=None)
+    Environment(nsg=None, nwg=8, gqa=None, auto_barrier=False, device=None, num_threads=None, cpu_isa=None)
     """
 
     nsg: int | None = None
@@ -40,6 +40,7 @@ class Environment:
     auto_barrier: bool = False
     device: str | None = None
     num_threads: str | None = None
+    cpu_isa: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def environment() -> Environment:
         auto_barrier=os.environ.get("HF2Q_AUTO_BARRIER") == "1",
         device=os.environ.get("TQ_HB_DEVICE") or None,
         num_threads=os.environ.get("TQ_HB_NUM_THREADS") or None,
+        cpu_isa=os.environ.get("TQ_HB_CPU_ISA") or None,
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tq_hb
-from tq_hb import policy
+from tq_hb import _core, policy
 
 
 @pytest.mark.parametrize(
@@ -137,6 +137,28 @@ def test_a_bad_thread_variable_is_an_error_at_first_use(value):
     assert "InvalidArgument" in message
     assert "TQ_HB_NUM_THREADS" in message
     assert value in message
+
+
+@pytest.mark.parametrize("isa", _core.cpu_isas())
+def test_the_isa_variable_forces_an_instruction_set(isa):
+    code = USE_THE_CPU + "print(tq_hb.cpu_isa(), tq_hb.Device('cpu').name)"
+    assert run_python(code, TQ_HB_CPU_ISA=isa).splitlines()[-1] == f"{isa} cpu ({isa})"
+
+
+def test_the_fastest_instruction_set_is_the_default():
+    code = "import tq_hb; print(tq_hb.cpu_isa())"
+    assert run_python(code, TQ_HB_CPU_ISA="") == _core.cpu_isas()[-1]
+
+
+@pytest.mark.parametrize("value", ["AVX2", "sse9", "avx2 "])
+def test_a_bad_isa_variable_is_an_error_at_first_use(value):
+    assert run_python("import tq_hb; print('imported')", TQ_HB_CPU_ISA=value) == "imported"
+
+    message = run_python(USE_THE_CPU, TQ_HB_CPU_ISA=value)
+
+    assert "InvalidArgument" in message
+    assert f"TQ_HB_CPU_ISA must be one of those this processor runs ({', '.join(_core.cpu_isas())})" in message
+    assert repr(value) in message
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "2", None, 2**40])

@@ -10,6 +10,7 @@ from typing import Any
 VARIABLES = (
     "TQ_HB_DEVICE",
     "TQ_HB_NUM_THREADS",
+    "TQ_HB_CPU_ISA",
     "TQ_HB_GQA",
     "HF2Q_TQ_NSG",
     "HF2Q_TQ_NWG",
