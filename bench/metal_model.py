@@ -94,6 +94,7 @@ SHAPES = (
     Shape(24, 4, 256, (1024, 4096, 8192, 32768, 65536, 104966)),
     Shape(32, 8, 128),
     Shape(16, 2, 512),
+    Shape(16, 8, 256, k_bits=5, v_bits=5, packing="plane"),
     Shape(24, 4, 256, k_bits=5, v_bits=5, packing="plane"),
 )
 # What else is counted: rows that take half the lanes, and every other width of a high plane.
