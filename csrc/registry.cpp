@@ -3,6 +3,9 @@
 #include <utility>
 
 #include "cpu/device.h"
+#if defined(TQ_HB_HAVE_CUDA)
+#include "cuda/device.h"
+#endif
 #if defined(TQ_HB_HAVE_METAL)
 #include "metal/device.h"
 #endif
@@ -22,7 +25,11 @@ std::shared_ptr<Device> open_metal() {
 }
 
 std::shared_ptr<Device> open_cuda() {
-  throw Error(ErrorCode::kDevice, "this version has no cuda backend");
+#if defined(TQ_HB_HAVE_CUDA)
+  return cuda_device();
+#else
+  throw Error(ErrorCode::kDevice, "this build has no cuda backend (-Ccmake.define.TQ_HB_CUDA=ON adds it)");
+#endif
 }
 
 std::shared_ptr<Device> open_cpu() {

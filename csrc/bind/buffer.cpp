@@ -18,16 +18,58 @@ constexpr std::pair<DType, const char*> kDtypes[] = {{DType::kFloat32, "f4"}, {D
 /// Kernels of a GPU load rows in vectors of this many bytes.
 constexpr std::uint64_t kRowAlignment = 16;
 
-/// A numpy view of the buffer that keeps it alive.
+Shape shape_of(const py::array& array) {
+  Shape shape;
+  for (py::ssize_t i = 0; i < array.ndim(); ++i) shape.push_back(static_cast<std::uint64_t>(array.shape(i)));
+  return shape;
+}
+
+/// A numpy view of the buffer that keeps it alive, or a read-only copy where the host cannot reach its memory.
 py::array to_numpy(const py::object& self) {
   const Buffer& buffer = self.cast<const Buffer&>();
   buffer.device()->check_usable("Buffer.numpy");
   const std::vector<py::ssize_t> shape(buffer.shape().begin(), buffer.shape().end());
-  return py::array(numpy_dtype(buffer.dtype()), shape, buffer.host(), self);
+  if (buffer.host() != nullptr) return py::array(numpy_dtype(buffer.dtype()), shape, buffer.host(), self);
+  py::array copy(numpy_dtype(buffer.dtype()), shape);
+  void* target = copy.mutable_data();
+  {
+    const ReleasedGil released;
+    buffer.read(target);
+  }
+  copy.attr("flags").attr("writeable") = false;
+  return copy;
+}
+
+/// Overwrites the buffer with an array or another buffer of the same dtype and shape.
+void copy_from(const Buffer& buffer, const py::object& x) {
+  const std::string op = "Buffer.copy_from";
+  buffer.device()->check_usable(op);
+  if (py::isinstance<Buffer>(x) && x.cast<const Buffer&>().device() == buffer.device()) {
+    const Buffer source = x.cast<const Buffer&>();
+    const ReleasedGil released;
+    buffer.copy_from(source);
+    return;
+  }
+  const py::array array = py::isinstance<Buffer>(x) ? to_numpy(x) : py::array::ensure(x, py::array::c_style);
+  if (!array) {
+    PyErr_Clear();
+    throw invalid(op, "x", "must be a Buffer or a numpy array", std::string(py::str(py::type::of(x))));
+  }
+  if (!array.dtype().equal(numpy_dtype(buffer.dtype()))) {
+    throw invalid(op, "x", std::string("must have dtype ") + name_of(buffer.dtype()),
+                  std::string(py::str(array.dtype())));
+  }
+  if (shape_of(array) != buffer.shape()) {
+    throw invalid(op, "x", "must have shape " + to_string(buffer.shape()), to_string(shape_of(array)));
+  }
+  const void* source = array.data();
+  const ReleasedGil released;
+  buffer.write(source);
 }
 
 py::buffer_info to_buffer_info(const Buffer& buffer) {
   buffer.device()->check_usable("Buffer");
+  if (buffer.host() == nullptr) throw py::buffer_error("Buffer: the host cannot reach this memory; use numpy()");
   const std::vector<py::ssize_t> shape(buffer.shape().begin(), buffer.shape().end());
   const py::dtype dtype = numpy_dtype(buffer.dtype());
   std::vector<py::ssize_t> strides(shape.size());
@@ -38,6 +80,22 @@ py::buffer_info to_buffer_info(const Buffer& buffer) {
   }
   return py::buffer_info(buffer.host(), dtype.itemsize(), std::string(1, dtype.char_()),
                          static_cast<py::ssize_t>(shape.size()), shape, strides);
+}
+
+/// What numba, cupy and others read; other devices have no such attribute.
+py::dict cuda_array_interface(const Buffer& buffer) {
+  buffer.device()->check_usable("Buffer.__cuda_array_interface__");
+  if (buffer.device()->backend() != "cuda") {
+    throw py::attribute_error("Buffer: only a buffer of a cuda device has a __cuda_array_interface__");
+  }
+  py::dict interface;
+  interface["shape"] = py::tuple(py::cast(buffer.shape()));
+  interface["typestr"] = numpy_dtype(buffer.dtype()).attr("str");
+  interface["data"] = py::make_tuple(buffer.nbytes() == 0 ? 0 : buffer.address(), false);
+  interface["version"] = 3;
+  interface["strides"] = py::none();
+  interface["stream"] = 1;  // the legacy default stream, which waits for the device's own
+  return interface;
 }
 
 Buffer get_item(const Buffer& buffer, const py::object& key) {
@@ -60,12 +118,6 @@ Buffer get_item(const Buffer& buffer, const py::object& key) {
                           std::to_string(index));
   }
   return buffer.row(static_cast<std::uint64_t>(index < 0 ? index + signed_rows : index));
-}
-
-Shape shape_of(const py::array& array) {
-  Shape shape;
-  for (py::ssize_t i = 0; i < array.ndim(); ++i) shape.push_back(static_cast<std::uint64_t>(array.shape(i)));
-  return shape;
 }
 
 /// The Buffer that an array is a view of, through any number of views; null if it is none.
@@ -112,7 +164,7 @@ std::optional<Buffer> wrap(const Device& device, const std::string& op, const st
   }
   if (array.size() == 0) return device.empty(dtype, shape_of(array));
   const Buffer* viewed = viewed_buffer(array);
-  if (viewed != nullptr && viewed->device() == &device) {
+  if (viewed != nullptr && viewed->device() == &device && viewed->host() != nullptr) {
     const auto offset = static_cast<std::uint64_t>(data - viewed->storage()->host());
     if (offset % kRowAlignment == 0) return Buffer(viewed->storage(), dtype, shape_of(array), offset);
   }
@@ -123,8 +175,11 @@ std::optional<Buffer> wrap(const Device& device, const std::string& op, const st
 
 Buffer copy_in(const Device& device, const std::string& op, const std::string& field, const py::array& array) {
   const Buffer buffer = device.empty(dtype_of(op, field, array.dtype()), shape_of(array));
-  // numpy copies, since the array may be strided.
-  if (buffer.nbytes() > 0) to_numpy(py::cast(buffer)).attr("__setitem__")(py::ellipsis(), array);
+  if (buffer.nbytes() == 0) return buffer;
+  const py::array contiguous = py::array::ensure(array, py::array::c_style);
+  const void* source = contiguous.data();
+  const ReleasedGil released;
+  buffer.write(source);
   return buffer;
 }
 
@@ -149,9 +204,15 @@ void bind_buffer(py::module_& module) {
                              "Bytes from the start of the shared storage.\n\n"
                              ">>> import tq_hb\n>>> tq_hb.Device(\"cpu\").empty((4, 2))[1:].offset\n8")
       .def("numpy", &to_numpy,
-           "The same memory as a numpy array. Ops that are still running may be writing to it.\n\n"
+           "The same memory as a numpy array; of a cuda device, whose memory the host cannot reach, a read-only copy.\n"
+           "Ops that are still running may be writing to it.\n\n"
            ">>> import tq_hb\n>>> buf = tq_hb.Device(\"cpu\").empty(3)\n>>> buf.numpy()[1] = 5\n"
            ">>> buf.numpy().tolist()\n[0.0, 5.0, 0.0]")
+      .def("copy_from", &copy_from, py::arg("x"),
+           "Overwrite the contents with those of a Buffer or a numpy array of the same dtype and shape.\n\n"
+           ">>> import numpy as np, tq_hb\n>>> buf = tq_hb.Device(\"cpu\").empty((4, 2))\n"
+           ">>> buf[1].copy_from(np.array([3, 4], np.float32))\n>>> buf[0].copy_from(buf[1])\n"
+           ">>> buf.numpy()[:2].tolist()\n[[3.0, 4.0], [3.0, 4.0]]")
       .def("__len__",
            [](const Buffer& self) {
              if (self.shape().empty()) throw py::type_error("a Buffer without axes has no len()");
@@ -160,10 +221,18 @@ void bind_buffer(py::module_& module) {
       .def("__getitem__", &get_item)
       .def("__dlpack__", &to_dlpack, py::kw_only(), py::arg("stream") = py::none(), py::arg("max_version") = py::none(),
            py::arg("dl_device") = py::none(), py::arg("copy") = py::none(),
-           "DLPack capsule of the memory as the host sees it; with ``dl_device=(8, 0)``, of the Metal buffer itself.")
+           "DLPack capsule of the memory as the host sees it; with ``dl_device=(8, 0)``, of the Metal buffer itself.\n"
+           "Of a cuda device: of the GPU's memory, after which ``stream`` waits, or with ``dl_device=(1, 0)`` of a "
+           "copy.")
       .def(
-          "__dlpack_device__", [](const Buffer&) { return py::make_tuple(int{dlpack::kCpu}, 0); },
-          "(1, 0), the host, on every device: the memory is shared, and every library can read it there.")
+          "__dlpack_device__",
+          [](const Buffer& self) {
+            return py::make_tuple(self.host() != nullptr ? int{dlpack::kCpu} : int{dlpack::kCuda}, 0);
+          },
+          "(2, 0), the GPU, on a cuda device; elsewhere (1, 0), the host: there the memory is shared, and every "
+          "library "
+          "can read it.")
+      .def_property_readonly("__cuda_array_interface__", &cuda_array_interface)
       .def("__repr__",
            [](const Buffer& self) {
              return "Buffer(shape=" + to_string(self.shape()) + ", dtype=" + name_of(self.dtype()) + ")";

@@ -26,7 +26,7 @@ void bind_device(py::module_& module) {
           py::arg("shape"), py::arg("dtype"), py::arg("op"), py::arg("field"))
       .def("wrap", &wrap, py::arg("op"), py::arg("field"), py::arg("array"))
       .def("copy_in", &copy_in, py::arg("op"), py::arg("field"), py::arg("array"))
-      .def("make_encoder", &Device::make_encoder, py::arg("auto_barrier") = false)
+      .def("make_encoder", &Device::make_encoder, py::arg("auto_barrier") = false, py::arg("stream") = py::none())
       .def("warm_up", &Device::warm_up, py::arg("bits"), py::call_guard<ReleasedGil>());
 
   module.def("open_device", &open_device);

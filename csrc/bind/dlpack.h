@@ -7,6 +7,7 @@ namespace tq_hb::dlpack {
 
 // Device types.
 constexpr std::int32_t kCpu = 1;
+constexpr std::int32_t kCuda = 2;
 constexpr std::int32_t kCudaHost = 3;
 constexpr std::int32_t kMetal = 8;  ///< `data` is an id<MTLBuffer>
 

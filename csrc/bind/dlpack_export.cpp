@@ -1,11 +1,11 @@
 // Lending a Buffer to another library through DLPack.
 
-#include <cstring>
 #include <type_traits>
 #include <utility>
 
 #include "bind/bind.h"
 #include "bind/dlpack.h"
+#include "registry.h"
 
 namespace tq_hb {
 namespace {
@@ -48,9 +48,9 @@ py::capsule make_capsule(Buffer buffer, std::int32_t device_type, bool is_copied
   }
 
   DLTensor& tensor = owned->managed.tensor;
-  const bool is_native = device_type == kMetal;
-  tensor.data = is_native ? buffer.storage()->native_handle() : buffer.host();
-  tensor.byte_offset = is_native ? buffer.offset() : 0;
+  const bool is_metal = device_type == kMetal;
+  tensor.data = is_metal ? buffer.storage()->native_handle() : reinterpret_cast<void*>(buffer.address());
+  tensor.byte_offset = is_metal ? buffer.offset() : 0;
   tensor.device = {device_type, 0};
   tensor.ndim = static_cast<std::int32_t>(owned->shape.size());
   tensor.dtype = dl_dtype(buffer.dtype());
@@ -80,9 +80,37 @@ py::capsule make_capsule(Buffer buffer, std::int32_t device_type, bool is_copied
 }
 
 std::int32_t requested_device(const Buffer& buffer, const py::object& dl_device) {
-  if (dl_device.is_none() || dl_device.equal(py::make_tuple(int{kCpu}, 0))) return kCpu;
-  if (buffer.device()->backend() == "metal" && dl_device.equal(py::make_tuple(int{kMetal}, 0))) return kMetal;
-  refuse("dl_device must be None, (1, 0) or, for a buffer of a metal device, (8, 0)", dl_device);
+  const std::string backend = buffer.device()->backend();
+  if (dl_device.is_none()) return backend == "cuda" ? kCuda : kCpu;
+  if (dl_device.equal(py::make_tuple(int{kCpu}, 0))) return kCpu;
+  if (backend == "metal" && dl_device.equal(py::make_tuple(int{kMetal}, 0))) return kMetal;
+  if (backend == "cuda" && dl_device.equal(py::make_tuple(int{kCuda}, 0))) return kCuda;
+  refuse("dl_device must be None, (1, 0) or, for a buffer of a metal or cuda device, (8, 0) or (2, 0)", dl_device);
+}
+
+/// The consumer's stream, as DLPack numbers them, waits for what the device has been given.
+void order_stream(const Buffer& buffer, std::int32_t device_type, const py::object& stream) {
+  constexpr std::int64_t kNoOrder = -1, kLegacyDefault = 1;
+  if (device_type != kCuda) {
+    if (!stream.is_none()) refuse("stream must be None", stream);
+    return;
+  }
+  const std::int64_t number = stream.is_none() ? kLegacyDefault : stream.cast<std::int64_t>();
+  if (number == kNoOrder) return;
+  if (number <= 0) refuse("stream must be None, -1, 1, 2 or the address of a CUDA stream", stream);
+  buffer.device()->release_to(static_cast<std::uintptr_t>(number));
+}
+
+/// A copy on the device, or on the host where that is asked for of memory that it cannot reach.
+Buffer copied(const Buffer& buffer, std::int32_t device_type) {
+  if (device_type != kCpu || buffer.host() != nullptr) {
+    const Buffer copy = buffer.device()->empty(buffer.dtype(), buffer.shape());
+    copy.copy_from(buffer);
+    return copy;
+  }
+  const Buffer copy = open_device("cpu")->empty(buffer.dtype(), buffer.shape());
+  buffer.read(copy.host());
+  return copy;
 }
 
 }  // namespace
@@ -90,14 +118,13 @@ std::int32_t requested_device(const Buffer& buffer, const py::object& dl_device)
 py::capsule to_dlpack(const Buffer& buffer, const py::object& stream, const py::object& max_version,
                       const py::object& dl_device, const std::optional<bool>& copy) {
   buffer.device()->check_usable("Buffer.__dlpack__");
-  if (!stream.is_none()) refuse("stream must be None", stream);
   const std::int32_t device_type = requested_device(buffer, dl_device);
-  const bool is_copied = copy.value_or(false);
-  Buffer exported = buffer;
-  if (is_copied) {
-    exported = buffer.device()->empty(buffer.dtype(), buffer.shape());
-    if (buffer.nbytes() > 0) std::memcpy(exported.host(), buffer.host(), buffer.nbytes());
-  }
+  order_stream(buffer, device_type, stream);
+  const bool must_copy = device_type == kCpu && buffer.host() == nullptr;
+  if (must_copy && copy.has_value() && !*copy)
+    refuse("copy must not be False where the host cannot reach the memory", py::bool_(false));
+  const bool is_copied = must_copy || copy.value_or(false);
+  Buffer exported = is_copied ? copied(buffer, device_type) : buffer;
   const bool is_versioned = !max_version.is_none() && py::tuple(max_version)[0].cast<unsigned>() >= kMajorVersion;
   return is_versioned ? make_capsule<DLManagedTensorVersioned>(std::move(exported), device_type, is_copied)
                       : make_capsule<DLManagedTensor>(std::move(exported), device_type, is_copied);

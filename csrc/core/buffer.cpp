@@ -1,6 +1,7 @@
 #include "core/buffer.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "core/checked.h"
@@ -57,6 +58,18 @@ std::uint64_t checked_nbytes(DType dtype, const Shape& shape) {
   return is_empty ? 0 : nbytes;
 }
 
+void Storage::read(std::uint64_t offset, void* target, std::uint64_t size) const {
+  std::memmove(target, host_ + offset, size);
+}
+
+void Storage::write(std::uint64_t offset, const void* source, std::uint64_t size) const {
+  std::memmove(host_ + offset, source, size);
+}
+
+void Storage::copy(std::uint64_t offset, const Storage& source, std::uint64_t source_offset, std::uint64_t size) const {
+  std::memmove(host_ + offset, source.host_ + source_offset, size);
+}
+
 Buffer::Buffer(std::shared_ptr<Storage> storage, DType dtype, Shape shape, std::uint64_t offset)
     : storage_(std::move(storage)), dtype_(dtype), shape_(std::move(shape)), offset_(offset) {
   nbytes_ = checked_nbytes(dtype_, shape_);
@@ -67,6 +80,19 @@ Buffer::Buffer(std::shared_ptr<Storage> storage, DType dtype, Shape shape, std::
   if (offset_ % size_of(dtype_) != 0) {
     throw invalid("Buffer", "offset", std::string("must be aligned for ") + name_of(dtype_), offset_);
   }
+}
+
+void Buffer::copy_from(const Buffer& source) const {
+  if (source.device() != device()) {
+    throw invalid("Buffer.copy_from", "x", "must be a buffer of this device", "one of another device");
+  }
+  if (source.dtype_ != dtype_) {
+    throw invalid("Buffer.copy_from", "x", std::string("must have dtype ") + name_of(dtype_), name_of(source.dtype_));
+  }
+  if (source.shape_ != shape_) {
+    throw invalid("Buffer.copy_from", "x", "must have shape " + to_string(shape_), to_string(source.shape_));
+  }
+  storage_->copy(offset_, *source.storage_, source.offset_, nbytes_);
 }
 
 Buffer Buffer::slice(std::uint64_t start, std::uint64_t stop) const {
@@ -88,11 +114,11 @@ Buffer Buffer::row(std::uint64_t index) const {
 
 bool Buffer::overlaps(const Buffer& other) const noexcept {
   if (nbytes_ == 0 || other.nbytes_ == 0) return false;
-  // Two storages may wrap the same host memory, so addresses are compared wherever there are any.
-  const bool by_address = storage_->host() != nullptr && other.storage_->host() != nullptr;
+  // Two storages may wrap the same memory, so addresses are compared wherever there are any.
+  const bool by_address = storage_->address() != 0 && other.storage_->address() != 0;
   if (!by_address && storage_ != other.storage_) return false;
-  const auto begin = by_address ? reinterpret_cast<std::uintptr_t>(host()) : offset_;
-  const auto other_begin = by_address ? reinterpret_cast<std::uintptr_t>(other.host()) : other.offset_;
+  const auto begin = by_address ? address() : offset_;
+  const auto other_begin = by_address ? other.address() : other.offset_;
   return begin < other_begin + other.nbytes_ && other_begin < begin + nbytes_;
 }
 

@@ -23,7 +23,7 @@ std::uint64_t checked_nbytes(DType dtype, const Shape& shape);
 
 class Device;
 
-/// One allocation of a device. `host()` is its address where the host can reach it.
+/// One allocation of a device. `host()` is its address where the host can reach it, and null where it cannot.
 class Storage {
  public:
   Storage(const Device* device, std::byte* host, std::uint64_t size) : device_(device), host_(host), size_(size) {}
@@ -36,6 +36,13 @@ class Storage {
   std::uint64_t size() const noexcept { return size_; }
   /// The device's own object, borrowed: for metal the id<MTLBuffer>. Null where there is none.
   virtual void* native_handle() const noexcept { return nullptr; }
+  /// Where it starts for whoever can reach it; 0 where that means nothing. Different memory has different addresses.
+  virtual std::uintptr_t address() const noexcept { return reinterpret_cast<std::uintptr_t>(host_); }
+
+  /// Copy bytes out, in, or from a storage of the same device, after the work that the device has been given so far.
+  virtual void read(std::uint64_t offset, void* target, std::uint64_t size) const;
+  virtual void write(std::uint64_t offset, const void* source, std::uint64_t size) const;
+  virtual void copy(std::uint64_t offset, const Storage& source, std::uint64_t source_offset, std::uint64_t size) const;
 
  private:
   const Device* device_;
@@ -58,11 +65,20 @@ class Buffer {
   const std::shared_ptr<Storage>& storage() const noexcept { return storage_; }
   const Device* device() const noexcept { return storage_->device(); }
 
-  std::byte* host() const noexcept { return storage_->host() + offset_; }
+  /// Null where the host cannot reach the memory.
+  std::byte* host() const noexcept { return storage_->host() == nullptr ? nullptr : storage_->host() + offset_; }
   template <class T>
   T* data() const noexcept {
     return reinterpret_cast<T*>(host());
   }
+
+  std::uintptr_t address() const noexcept { return storage_->address() + offset_; }
+
+  /// Copies nbytes() of host memory, out or in.
+  void read(void* target) const { storage_->read(offset_, target, nbytes_); }
+  void write(const void* source) const { storage_->write(offset_, source, nbytes_); }
+  /// Takes over the contents of a buffer of the same device, dtype and shape.
+  void copy_from(const Buffer& source) const;
 
   /// Rows [start, stop) of the first axis.
   Buffer slice(std::uint64_t start, std::uint64_t stop) const;

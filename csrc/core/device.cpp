@@ -27,9 +27,13 @@ std::shared_ptr<Storage> Device::wrap_native(void* handle, std::shared_ptr<void>
   return borrow_native(handle, std::move(owner));
 }
 
-std::unique_ptr<CommandEncoder> Device::make_encoder(bool auto_barrier) const {
+std::unique_ptr<CommandEncoder> Device::make_encoder(bool auto_barrier, std::optional<std::uintptr_t> stream) const {
   check_usable("Device.encoder");
-  return new_encoder(auto_barrier);
+  return stream ? new_encoder_on(*stream, auto_barrier) : new_encoder(auto_barrier);
+}
+
+std::unique_ptr<CommandEncoder> Device::new_encoder_on(std::uintptr_t /*stream*/, bool /*auto_barrier*/) const {
+  throw unsupported("Device.encoder", "a stream on " + backend());
 }
 
 void Device::warm_up(const std::vector<unsigned>& cbits) const {

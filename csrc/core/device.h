@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -39,7 +40,11 @@ class Device {
   /// A memory object of the device's own kind (see Storage::native_handle), kept alive by `owner`; null where the
   /// backend has none.
   std::shared_ptr<Storage> wrap_native(void* handle, std::shared_ptr<void> owner) const;
-  std::unique_ptr<CommandEncoder> make_encoder(bool auto_barrier = false) const;
+  /// With `stream`, a queue of the backend's own kind (for cuda a cudaStream_t), its ops run there.
+  std::unique_ptr<CommandEncoder> make_encoder(bool auto_barrier = false,
+                                               std::optional<std::uintptr_t> stream = std::nullopt) const;
+  /// Makes another library's stream wait for what the device has been given so far.
+  virtual void release_to(std::uintptr_t /*stream*/) const {}
   /// Does now what the first ops at these widths would otherwise wait for.
   void warm_up(const std::vector<unsigned>& cbits) const;
 
@@ -51,6 +56,7 @@ class Device {
     return nullptr;
   }
   virtual std::unique_ptr<CommandEncoder> new_encoder(bool auto_barrier) const = 0;
+  virtual std::unique_ptr<CommandEncoder> new_encoder_on(std::uintptr_t stream, bool auto_barrier) const;
   virtual void prepare(const std::vector<unsigned>& cbits) const = 0;
 };
 

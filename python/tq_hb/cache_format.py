@@ -151,8 +151,14 @@ class Codes:
 
     def write(self, slots: Slots, codes: npt.NDArray[Any], norms: npt.NDArray[Any]) -> None:
         """Replace what is in some slots."""
-        self.packed.numpy()[:, slots] = codes
-        self.norms.numpy()[:, slots] = norms
+        for buffer, rows in ((self.packed, codes), (self.norms, norms)):
+            contents = buffer.numpy()
+            if contents.flags.writeable:
+                contents[:, slots] = rows
+            else:  # of memory that the host cannot reach
+                contents = contents.copy()
+                contents[:, slots] = rows
+                buffer.copy_from(contents)
 
     def params(self, position: int) -> _core.HadamardQuantizeKvHbParams:
         """Params of the ops that write and read vectors from a position on."""

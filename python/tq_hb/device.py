@@ -219,7 +219,7 @@ class Device:
             raise invalid(op, "x", rule, f"address {array.ctypes.data:#x}")
         return buffer
 
-    def encoder(self, *, auto_barrier: bool | None = None) -> CommandEncoder:
+    def encoder(self, *, auto_barrier: bool | None = None, stream: object = None) -> CommandEncoder:
         """Start recording ops.
 
         Parameters
@@ -227,6 +227,17 @@ class Device:
         auto_barrier : bool, optional
             Places a barrier before each op that touches what an earlier one writes, or writes what an
             earlier one reads. By default only if ``HF2Q_AUTO_BARRIER`` is 1.
+        stream : optional
+            CUDA stream to run on: its address as an integer, a ``torch.cuda.Stream``, a ``cupy.cuda.Stream`` or
+            anything with ``__cuda_stream__``. By default one of the device's own, in order with the legacy
+            default stream.
+
+        Raises
+        ------
+        InvalidArgument
+            If an argument breaks a rule.
+        UnsupportedError
+            If there is a stream on a device that has none.
 
         Examples
         --------
@@ -242,10 +253,23 @@ class Device:
             raise invalid("Device.encoder", "auto_barrier", "must be True, False or None", repr(auto_barrier))
         if auto_barrier is None:
             auto_barrier = policy.environment().auto_barrier
-        return CommandEncoder(self._core, self._core.make_encoder(auto_barrier))
+        handle = None if stream is None else _stream_handle("Device.encoder", stream)
+        return CommandEncoder(self._core, self._core.make_encoder(auto_barrier, handle))
 
     def __repr__(self) -> str:
         return f"Device({self.backend!r}, name={self.name!r})"
+
+
+def _stream_handle(op: str, stream: object) -> int:
+    """Return the address of a CUDA stream, as the libraries that have streams spell it."""
+    if hasattr(stream, "__cuda_stream__"):
+        protocol = stream.__cuda_stream__
+        stream = (protocol() if callable(protocol) else protocol)[1]
+    for name in ("cuda_stream", "ptr"):  # torch's and cupy's
+        stream = getattr(stream, name, stream)
+    if not isinstance(stream, int) or isinstance(stream, bool) or not 0 <= stream < 2**64:
+        raise invalid(op, "stream", "must be a CUDA stream or its address", repr(stream))
+    return stream
 
 
 def _auto_backend() -> str:

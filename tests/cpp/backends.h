@@ -1,4 +1,4 @@
-// Runs a test on every backend that this machine has.
+// Runs a test on every backend that this machine has and whose memory the host reaches.
 #pragma once
 
 #include <string>
@@ -13,7 +13,8 @@ namespace tq_hb {
 inline std::vector<std::string> available_backends() {
   std::vector<std::string> names;
   for (const BackendStatus& status : backend_statuses()) {
-    if (status.device != nullptr) names.push_back(status.backend);
+    if (status.device == nullptr) continue;
+    if (status.device->empty(DType::kUint8, {1}).host() != nullptr) names.push_back(status.backend);
   }
   return names;
 }

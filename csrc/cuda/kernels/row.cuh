@@ -1,0 +1,153 @@
+// A row of kHeadDim values held by a warp, and the codes of a row in memory.
+//
+// Lane `lane` holds the consecutive coordinates from lane * kPerLane on, so that the order of every sum is the
+// format's. Files that encode are compiled without contraction of a*b+c.
+#pragma once
+
+#include <cstdint>
+
+#include "core/layout.h"
+#include "core/packing.h"
+#include "cuda/kernels/tables.cuh"
+
+namespace tq_hb {
+namespace {
+
+constexpr unsigned kWarp = 32;
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+template <unsigned kHeadDim>
+struct Row {
+  static constexpr unsigned kPerLane = kHeadDim / kWarp;
+  static constexpr unsigned kNorms = kHeadDim > kNormBlock ? kHeadDim / kNormBlock : 1;
+  /// Vectors of 2 values: the shortest rows have no more in a lane.
+  static constexpr unsigned kPairs = kPerLane / 2;
+
+  float values[kPerLane];
+
+  __device__ void load(const float* row, unsigned lane) {
+    const float2* pairs = reinterpret_cast<const float2*>(row + lane * kPerLane);
+#pragma unroll
+    for (unsigned i = 0; i < kPairs; ++i) {
+      const float2 pair = pairs[i];
+      values[2 * i] = pair.x;
+      values[2 * i + 1] = pair.y;
+    }
+  }
+
+  __device__ void store(float* row, unsigned lane) const {
+    float2* pairs = reinterpret_cast<float2*>(row + lane * kPerLane);
+#pragma unroll
+    for (unsigned i = 0; i < kPairs; ++i) pairs[i] = make_float2(values[2 * i], values[2 * i + 1]);
+  }
+
+  __device__ void multiply_signs(unsigned lane) {
+#pragma unroll
+    for (unsigned i = 0; i < kPerLane; ++i) values[i] *= sign_of(lane * kPerLane + i);
+  }
+
+  __device__ void multiply(float factor) {
+#pragma unroll
+    for (unsigned i = 0; i < kPerLane; ++i) values[i] *= factor;
+  }
+
+  /// Walsh-Hadamard butterflies of strides 1, 2, 4, ..., unscaled.
+  __device__ void hadamard(unsigned lane) {
+#pragma unroll
+    for (unsigned stride = 1; stride < kPerLane; stride *= 2) {
+#pragma unroll
+      for (unsigned i = 0; i < kPerLane; ++i) {
+        if ((i & stride) != 0) continue;
+        const float a = values[i];
+        const float b = values[i + stride];
+        values[i] = a + b;
+        values[i + stride] = a - b;
+      }
+    }
+#pragma unroll
+    for (unsigned step = 1; step < kWarp; step *= 2) {
+      const bool is_upper = (lane & step) != 0;
+#pragma unroll
+      for (unsigned i = 0; i < kPerLane; ++i) {
+        const float other = __shfl_xor_sync(kAllLanes, values[i], step);
+        values[i] = is_upper ? other - values[i] : values[i] + other;
+      }
+    }
+  }
+
+  static __device__ float scale() {
+    return kHeadDim == 64 ? 0.125f : kHeadDim == 128 ? 0.0883883461f : kHeadDim == 256 ? 0.0625f : 0.0441941731f;
+  }
+
+  /// R.
+  __device__ void rotate(unsigned lane) {
+    multiply_signs(lane);
+    hadamard(lane);
+    multiply(scale());
+  }
+
+  /// R^-1.
+  __device__ void unrotate(unsigned lane) {
+    hadamard(lane);
+    multiply(scale());
+    multiply_signs(lane);
+  }
+};
+
+/// What a level is multiplied by when a row with this norm is decoded.
+template <unsigned kHeadDim>
+__device__ float decode_factor(float norm, float scale_factor_d512) {
+  return Row<kHeadDim>::kNorms == 1 ? norm * Row<kHeadDim>::scale() : norm / scale_factor_d512;
+}
+
+/// How the codes of a row lie: kHighBits is 0 where every code has a byte, else the width of the high plane.
+template <unsigned kHeadDim, unsigned kHighBits>
+struct Codes {
+  static constexpr unsigned kBlock = kHeadDim < kPlaneBlock ? kHeadDim : kPlaneBlock;
+  static constexpr unsigned kRowBytes = kHighBits == 0 ? kHeadDim : kHeadDim * (kNibbleBits + kHighBits) / 8;
+  static constexpr std::uint32_t kEveryByte = 0x01010101u;
+
+  /// The codes of coordinates 4 * quad to 4 * quad + 3, a byte each.
+  static __device__ std::uint32_t quad(const std::uint8_t* row, unsigned quad) {
+    if constexpr (kHighBits == 0) {
+      return reinterpret_cast<const std::uint32_t*>(row)[quad];
+    } else {
+      return field<kNibbleBits>(row, quad) | (field<kHighBits>(row + kHeadDim * kNibbleBits / 8, quad) << kNibbleBits);
+    }
+  }
+
+  /// Writes the planes' words of a row whose codes lie in `codes`, a byte each; for all lanes of a warp together.
+  static __device__ void write_planes(const std::uint8_t* codes, std::uint8_t* row, unsigned lane) {
+    write_plane<kNibbleBits>(codes, 0, row, lane);
+    write_plane<kHighBits>(codes, kNibbleBits, row + kHeadDim * kNibbleBits / 8, lane);
+  }
+
+ private:
+  template <unsigned kWidth>
+  static __device__ std::uint32_t field(const std::uint8_t* plane, unsigned quad) {
+    constexpr unsigned kWords = kBlock * kWidth / 32;  // of a block
+    const unsigned block = quad / (kBlock / 4);
+    const unsigned within = quad % (kBlock / 4);
+    const std::uint32_t word = reinterpret_cast<const std::uint32_t*>(plane)[block * kWords + within % kWords];
+    return (word >> (within / kWords * kWidth)) & (kEveryByte * ((1u << kWidth) - 1));
+  }
+
+  template <unsigned kWidth>
+  static __device__ void write_plane(const std::uint8_t* codes, unsigned shift, std::uint8_t* plane, unsigned lane) {
+    constexpr unsigned kWords = kBlock * kWidth / 32;
+    const std::uint32_t* quads = reinterpret_cast<const std::uint32_t*>(codes);
+    for (unsigned w = lane; w < kHeadDim * kWidth / 32; w += kWarp) {
+      const unsigned block = w / kWords;
+      std::uint32_t word = 0;
+#pragma unroll
+      for (unsigned f = 0; f < 8 / kWidth; ++f) {
+        const std::uint32_t quad = quads[block * (kBlock / 4) + f * kWords + w % kWords];
+        word |= ((quad >> shift) & (kEveryByte * ((1u << kWidth) - 1))) << (f * kWidth);
+      }
+      reinterpret_cast<std::uint32_t*>(plane)[w] = word;
+    }
+  }
+};
+
+}  // namespace
+}  // namespace tq_hb
