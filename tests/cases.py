@@ -36,6 +36,7 @@ class Case:
     v_bits: int = 8
     codebook: str = "lloyd_max"
     packing: str = "byte"
+    precision: str = "strict"
     scale_factor_d512: float = 1.0
     fuse_fwht_pre: int = 0
     num_queries: int | None = None  # None: q is (H, D)
@@ -83,6 +84,7 @@ class Case:
             "v_bits": self.v_bits,
             "codebook": self.codebook,
             "packing": self.packing,
+            "precision": self.precision,
             "return_lse": self.return_lse,
         }
 

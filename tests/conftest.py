@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # reference, tolerance, cases
 
-# A developer's own overrides must not decide what the suite tests.
+# A developer's own overrides must not decide what the suite tests; TQ_HB_CPU_ISA may, since all must pass under each.
 for variable in ("HF2Q_AUTO_BARRIER", "HF2Q_TQ_NSG", "HF2Q_TQ_NWG", "TQ_HB_DEVICE", "TQ_HB_GQA", "TQ_HB_NUM_THREADS"):
     os.environ.pop(variable, None)
 
@@ -31,6 +31,14 @@ def pytest_report_header() -> list[str]:
 def device(request: pytest.FixtureRequest) -> tq_hb.Device:
     """Every backend that is usable here, one after the other."""
     return tq_hb.Device(request.param)
+
+
+@pytest.fixture
+def forced_isa():
+    """Has the cpu backend run with an instruction set until the test ends."""
+    before = tq_hb.cpu_isa()
+    yield lambda isa: tq_hb._core.set_cpu_isa("forced_isa", "isa", isa)
+    tq_hb._core.set_cpu_isa("forced_isa", "isa", before)
 
 
 @pytest.fixture

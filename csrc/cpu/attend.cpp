@@ -4,10 +4,12 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "core/codec.h"
 #include "core/query_range.h"
+#include "cpu/int16_levels.h"
 #include "cpu/isa.h"
 
 namespace tq_hb {
@@ -19,6 +21,8 @@ constexpr std::size_t kMaxRange = 1024;
 constexpr std::size_t kTargetUnits = 64;
 // Queries that share the decoding of a key. Scratch is kept for these alone, however many there are in all.
 constexpr std::size_t kQueryBlock = 8;
+// Keeps sums of 2^24 values whose norms are as large as float32 goes finite; undone when they are divided.
+constexpr float kHeadroom = 0x1p-24f;
 
 /// Keys per range. Depends on the shape alone, so the bits do not depend on the number of threads.
 std::size_t range_length(std::size_t visible, std::size_t num_kv_heads) {
@@ -44,18 +48,34 @@ struct Side {
         capacity(op.args.kv_capacity),
         head_dim(op.args.head_dim),
         bytes(row_bytes(op.packing, codebook.cbits, head_dim)),
-        high_bits(has_planes(op.packing, codebook.cbits) ? codebook.cbits - kNibbleBits : 0) {}
+        high_bits(has_planes(op.packing, codebook.cbits) ? codebook.cbits - kNibbleBits : 0),
+        cbits(codebook.cbits),
+        int16(int16_levels(codebook)) {}
 
   HeadRows head(std::size_t kv_head) const {
     const std::size_t first = kv_head * capacity;
-    return {codes + first * bytes, norms + first * norms_per_row(head_dim), levels.levels, bytes, high_bits};
+    return {
+        codes + first * bytes, norms + first * norms_per_row(head_dim), levels.levels, bytes, high_bits, cbits, &int16};
   }
 
   LevelTable levels;
   const std::uint8_t* codes;
   const float* norms;
   std::size_t capacity, head_dim, bytes;
-  unsigned high_bits;
+  unsigned high_bits, cbits;
+  const Int16Levels& int16;
+};
+
+/// Memory that is written before it is read, so that nobody has to clear it.
+template <class T>
+class Scratch {
+ public:
+  void allocate(std::size_t count) { memory_.reset(new T[count]); }
+  T* operator+(std::size_t i) const noexcept { return memory_.get() + i; }
+  T& operator[](std::size_t i) const noexcept { return memory_[i]; }
+
+ private:
+  std::unique_ptr<T[]> memory_;
 };
 
 /// Copies a query head, rotated if asked, scaled by a power of two so that nothing can overflow.
@@ -77,8 +97,10 @@ double prepare_query(const float* q, std::size_t head_dim, bool rotate, float* o
 /// query by query, so that they can share its keys.
 class QueryBlock {
  public:
-  QueryBlock(const AttendOp& op, float row_scale, std::size_t first, std::size_t queries);
+  QueryBlock(const AttendOp& op, const IsaKernel& kernel, float row_scale, std::size_t first, std::size_t queries);
 
+  /// Puts the rows into fixed point, for keys of the given unit.
+  void quantize_rows(double key_unit);
   /// Attends all rows to one range of one KV head's keys, into the partial states.
   void attend_unit(std::size_t unit, const Side& k, const Side& v);
   std::size_t num_units() const { return kv_heads_ * ranges_; }
@@ -92,6 +114,8 @@ class QueryBlock {
   void merge(std::size_t row, std::size_t head, float* out, float* lse) const;
 
   const AttendOp& op_;
+  const IsaKernel& kernel_;
+  bool in_int16_;
   std::size_t head_dim_, kv_heads_, group_;
   float row_scale_;                   // turns a norm into what a level is multiplied by
   std::size_t first_query_, rows_;    // rows_ of one KV head
@@ -100,13 +124,21 @@ class QueryBlock {
   std::vector<QueryRange> seen_;      // [rows_]
   std::vector<float> q_;              // [kv head][rows_][head_dim]
   std::vector<double> scale_, bias_;  // [kv head][rows_]; a scale of NaN marks a row that cannot be used
-  // [kv head][range][rows_]: partial states, and the scores of a tile.
-  std::vector<double> max_, sum_, scores_;
-  std::vector<float> out_;
+  // Of rows in fixed point: see Int16Query.
+  std::vector<std::int16_t> q_values_;
+  std::vector<double> q_units_;
+  std::vector<std::int32_t> q_halves_;
+  // [kv head][range][rows_]: partial states, and what a tile needs.
+  Scratch<double> max_, sum_;
+  Scratch<float> out_;
+  Scratch<RowScratch> scratch_;
 };
 
-QueryBlock::QueryBlock(const AttendOp& op, float row_scale, std::size_t first, std::size_t queries)
+QueryBlock::QueryBlock(const AttendOp& op, const IsaKernel& kernel, float row_scale, std::size_t first,
+                       std::size_t queries)
     : op_(op),
+      kernel_(kernel),
+      in_int16_(attend_precision(op, kernel) == Precision::kDefault),
       head_dim_(op.args.head_dim),
       kv_heads_(op.args.num_kv_heads),
       group_(op.args.num_heads / op.args.num_kv_heads),
@@ -138,10 +170,24 @@ QueryBlock::QueryBlock(const AttendOp& op, float row_scale, std::size_t first, s
   }
 
   const std::size_t partials = kv_heads_ * ranges_ * rows_;
-  max_.resize(partials);
-  sum_.resize(partials);
-  scores_.resize(partials * kAttendTile);
-  out_.resize(partials * head_dim_);
+  max_.allocate(partials);
+  sum_.allocate(partials);
+  out_.allocate(partials * head_dim_);
+  scratch_.allocate(partials);
+  if (in_int16_) quantize_rows(int16_levels(*op.k_codebook).unit);
+}
+
+void QueryBlock::quantize_rows(double key_unit) {
+  const std::size_t rows = scale_.size();
+  q_values_.resize(rows * head_dim_);
+  q_units_.resize(rows * kMaxDotParts);
+  q_halves_.resize(rows * kMaxDotParts);
+  for (std::size_t row = 0; row < rows; ++row) {
+    double* units = q_units_.data() + row * kMaxDotParts;
+    kernel_.quantize_query(q_.data() + row * head_dim_, head_dim_, q_values_.data() + row * head_dim_, units,
+                           q_halves_.data() + row * kMaxDotParts);
+    for (std::size_t part = 0; part < kMaxDotParts; ++part) units[part] *= key_unit * scale_[row];
+  }
 }
 
 void QueryBlock::attend_unit(std::size_t unit, const Side& k, const Side& v) {
@@ -162,12 +208,16 @@ void QueryBlock::attend_unit(std::size_t unit, const Side& k, const Side& v) {
   task.count = std::min(range_, keys_.end - task.first_age);
   task.capacity = capacity;
   task.softcap = static_cast<double>(op_.args.softcap);
-  task.v_scale = row_scale_;
-  task.scratch_scores = scores_.data() + unit * rows_ * kAttendTile;
-  task.max = max_.data() + unit * rows_;
-  task.sum = sum_.data() + unit * rows_;
-  task.out = out_.data() + unit * rows_ * head_dim_;
-  attend_kernel().run(task);
+  task.v_scale = row_scale_ * kHeadroom;
+  task.scratch = scratch_ + unit * rows_;
+  task.max = max_ + unit * rows_;
+  task.sum = sum_ + unit * rows_;
+  task.out = out_ + unit * rows_ * head_dim_;
+  if (!in_int16_) return kernel_.attend(task);
+  const std::size_t row = kv_head * rows_;
+  task.q_int16 = {q_values_.data() + row * head_dim_, q_units_.data() + row * kMaxDotParts,
+                  q_halves_.data() + row * kMaxDotParts};
+  kernel_.attend_int16(task);
 }
 
 void QueryBlock::finish(std::size_t query, std::size_t head, BadRows& bad_rows) const {
@@ -197,16 +247,20 @@ void QueryBlock::merge(std::size_t row, std::size_t head, float* out, float* lse
     const std::size_t at = first + r * rows_;
     const float weight = std::exp(static_cast<float>(max_[at] - max));
     sum += sum_[at] * static_cast<double>(weight);
-    const float* partial = out_.data() + at * head_dim_;
+    const float* partial = out_ + at * head_dim_;
     for (std::size_t j = 0; j < head_dim_; ++j) out[j] += weight * partial[j];
   }
-  const float inverse = static_cast<float>(1.0 / sum);
+  const float inverse = static_cast<float>(1.0 / (sum * static_cast<double>(kHeadroom)));
   for (std::size_t j = 0; j < head_dim_; ++j) out[j] *= inverse;
   if (op_.fused_undo) unrotate_row(out, head_dim_);
   if (lse != nullptr) *lse = static_cast<float>(max + std::log(sum));
 }
 
 }  // namespace
+
+Precision attend_precision(const AttendOp& op, const IsaKernel& kernel) noexcept {
+  return kernel.attend_int16 == nullptr ? Precision::kStrict : op.precision;
+}
 
 void attend(const AttendOp& op, ThreadPool& pool, BadRows& bad_rows) {
   const Side k(op.k_packed, op.k_norms, *op.k_codebook, op);
@@ -216,7 +270,7 @@ void attend(const AttendOp& op, ThreadPool& pool, BadRows& bad_rows) {
   const std::size_t heads = op.args.num_heads;
   for (std::size_t first = 0; first < op.num_queries(); first += kQueryBlock) {
     const std::size_t queries = std::min<std::size_t>(kQueryBlock, op.num_queries() - first);
-    QueryBlock block(op, row_scale, first, queries);
+    QueryBlock block(op, attend_kernel(), row_scale, first, queries);
     pool.parallel_for(block.num_units(), [&](std::size_t unit) { block.attend_unit(unit, k, v); });
     pool.parallel_for(queries * heads, [&](std::size_t i) { block.finish(i / heads, i % heads, bad_rows); });
   }

@@ -2,10 +2,14 @@
 #pragma once
 
 #include "core/device.h"
+#include "cpu/attend_kernel.h"
 #include "cpu/bad_rows.h"
 #include "cpu/thread_pool.h"
 
 namespace tq_hb {
+
+/// The class of accuracy that the op is served with.
+Precision attend_precision(const AttendOp& op, const IsaKernel& kernel) noexcept;
 
 /// Runs a validated op. A row of q that is not finite, or whose score bias is not, is reported and its results are left
 /// alone.

@@ -8,8 +8,24 @@
 
 namespace tq_hb {
 
-/// Keys per softmax update; their decoded rows stay in the first cache levels.
-constexpr std::size_t kAttendTile = 16;
+/// Keys per softmax update, at most.
+constexpr std::size_t kAttendTile = 32;
+/// Parts of a row whose dot products are summed in integers of their own, at most.
+constexpr std::size_t kMaxDotParts = 4;
+/// Sums of two blocks of coordinates, each with its own norm, at most.
+constexpr std::size_t kMaxNormBlocks = 2;
+
+/// A codebook in fixed point: level i is (values[i] + 1/2) * unit, so that ~values[i] stands for its negative, which
+/// every codebook has as well.
+struct Int16Levels {
+  /// Largest magnitude of a value.
+  static constexpr std::int32_t kLimit = 24000;
+  /// The sum of magnitudes of integers whose products with values can be summed without overflow, rounding included.
+  static constexpr float kBudget = 89400.0f;
+
+  alignas(64) std::int16_t values[256];
+  double unit;
+};
 
 /// K or V of one KV head.
 struct HeadRows {
@@ -17,7 +33,26 @@ struct HeadRows {
   const float* norms;         ///< [capacity][norms per row]
   const float* levels;        ///< 256 entries: the codebook repeated, so a code needs no mask
   std::size_t row_bytes;
-  unsigned high_bits;  ///< width of the high plane: 1 or 2, or 0 where a code is a byte
+  unsigned high_bits;        ///< width of the high plane: 1 or 2, or 0 where a code is a byte
+  unsigned cbits;            ///< width of a code
+  const Int16Levels* int16;  ///< read by attend_int16 alone
+};
+
+/// Queries in fixed point, in the order in which an instruction set looks levels up.
+struct Int16Query {
+  const std::int16_t* values;  ///< [rows][head_dim]
+  const double* units;         ///< [rows][kMaxDotParts]: what turns a part's sum into its share of dot(q, values)
+  const std::int32_t* halves;  ///< [rows][kMaxDotParts]: added to a part's sum for the half in every level
+};
+
+/// What a row needs while a tile is attended to.
+struct RowScratch {
+  alignas(64) double scores[kAttendTile];
+  alignas(64) float weights[kAttendTile];  ///< exp(score - max), 0 for a key that is not seen
+  alignas(64) std::int16_t fixed_weights[kMaxNormBlocks][kAttendTile];
+  float fixed_units[kMaxNormBlocks];  ///< what turns sums of fixed weights and fixed levels into output
+  std::int32_t halves[kMaxNormBlocks];
+  float correction;  ///< what earlier sums are multiplied by
 };
 
 /// A range of keys, oldest first: slots first_slot, first_slot + 1, ... wrapping at capacity.
@@ -25,6 +60,7 @@ struct HeadRows {
 /// A row is one head of one query. All rows share the decoding of a key, also those that do not see it.
 struct AttendTask {
   const float* q;          ///< [rows][head_dim], rotated; each row scaled by a power of two
+  Int16Query q_int16;      ///< the same, read by attend_int16 alone
   const double* q_scale;   ///< [rows]: what turns dot(q, levels) * norm into the scaled score
   const double* bias;      ///< [rows]: added to the scaled score
   const QueryRange* seen;  ///< [rows]: ages of the keys that a row sees
@@ -32,9 +68,9 @@ struct AttendTask {
   std::size_t rows;
   std::size_t head_dim;
   std::size_t first_age, first_slot, count, capacity;
-  double softcap;          ///< 0 for none
-  float v_scale;           ///< what a V norm is multiplied by
-  double* scratch_scores;  ///< [rows][kAttendTile]
+  double softcap;       ///< 0 for none
+  float v_scale;        ///< what a V norm is multiplied by
+  RowScratch* scratch;  ///< [rows]
   // Partial softmax state over the range. A row that sees none of it gets -inf, 0 and zeros.
   double* max;
   double* sum;
@@ -43,7 +79,14 @@ struct AttendTask {
 
 struct IsaKernel {
   const char* isa;
-  void (*run)(const AttendTask& task) noexcept;
+  /// In float32: strict.
+  void (*attend)(const AttendTask& task) noexcept;
+  /// In sums of 16-bit products; null where that is not faster.
+  void (*attend_int16)(const AttendTask& task) noexcept;
+  /// Puts one row of q into fixed point: `values` [head_dim], `units` and `halves` [kMaxDotParts]. The units are those
+  /// of q alone.
+  void (*quantize_query)(const float* q, std::size_t head_dim, std::int16_t* values, double* units,
+                         std::int32_t* halves) noexcept;
 };
 
 const IsaKernel& attend_kernel_portable() noexcept;

@@ -1,9 +1,9 @@
-#include "cpu/attend_impl.h"
+#include "cpu/float32_path.h"
 
 namespace tq_hb {
 
 const IsaKernel& attend_kernel_portable() noexcept {
-  static const IsaKernel kernel{"portable", run};
+  static const IsaKernel kernel{"portable", attend_float32, nullptr, nullptr};
   return kernel;
 }
 

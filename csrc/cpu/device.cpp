@@ -82,6 +82,7 @@ class CpuEncoder final : public CommandEncoder {
     ops_.emplace_back(std::move(op));
   }
   void encode(AttendOp op) override {
+    if (attend_precision(op, attend_kernel()) == Precision::kDefault) note_default_precision();
     note_kernel("flash_attn_vec_tq_hb_dk", op.args.head_dim, NodeKind::kSdpa);
     note_kernel(op.fused_undo ? "flash_attn_vec_reduce_tq_hb_undo_dk" : "flash_attn_vec_reduce_dk", op.args.head_dim,
                 NodeKind::kSdpa);

@@ -83,7 +83,7 @@ class Setting:
         shape = (self.heads[1], self.head_dim)
         return 2.0 * np.random.default_rng(2).standard_normal(shape).astype(np.float32)
 
-    def make(self, device: tq_hb.Device) -> tq_hb.KVCache:
+    def make(self, device: tq_hb.Device, precision: str = "strict") -> tq_hb.KVCache:
         return tq_hb.KVCache(
             self.heads[1],
             self.head_dim,
@@ -94,6 +94,7 @@ class Setting:
             codebook=self.codebook,
             packing=self.packing,
             k_mean=self.mean(),
+            precision=precision,
             device=device,
         )
 
@@ -184,6 +185,21 @@ def test_attend_matches_reference(device, setting):
     assert_close(got, want)
     assert_close(again, want)
     assert tolerance.lse_error(lse, want_lse) <= tolerance.LSE_ERROR
+
+
+# With a mean key scores have a standard deviation above 4, for which nothing is promised.
+@pytest.mark.parametrize("setting", [s for s in SETTINGS if not s.k_mean], ids=str)
+def test_attend_at_default_precision_keeps_its_promise(device, setting):
+    cache = setting.make(device, "default")
+    want, want_lse = setting.expected(*fill(cache, setting.appends, seed=setting.total))
+
+    got, lse = cache.attend(setting.query(), **setting.keywords(), return_lse=True)
+
+    sees = want.any(axis=-1)
+    assert not got[~sees].any()
+    if sees.any():
+        assert tolerance.nmse(got[sees], want[sees]) ** 0.5 <= tolerance.PRECISION_L2["default"]
+    assert tolerance.lse_error(lse, want_lse) <= tolerance.PRECISION_LSE["default"]
 
 
 @pytest.mark.parametrize("setting", SETTINGS[::4], ids=str)
@@ -291,7 +307,7 @@ def test_a_mean_key_a_hundred_times_the_rest_costs_no_accuracy(device, queries, 
     mean = 100 * rng.standard_normal((2, 256)).astype(np.float32)
     k, v = rng.standard_normal((2, 300, 2, 256)).astype(np.float32)
     q = rng.standard_normal((queries, 4, 256)).astype(np.float32)
-    cache = tq_hb.KVCache(2, 256, k_mean=mean, device=device)
+    cache = tq_hb.KVCache(2, 256, k_mean=mean, precision="strict", device=device)
     cache.append(k + mean, v)
     shift = np.einsum("nghd,gd->ngh", q.reshape(queries, 2, 2, 256), mean, dtype=np.float64).reshape(queries, 4) / 16
     # Sinks that weigh about as much as the keys of the last query.

@@ -209,7 +209,7 @@ def test_recorded_encode_then_attend_sees_the_new_token(device, head_dim, packin
     enc = device.encoder()
     enc.hadamard_quantize_kv_hb_dual(k, v, k_rows, v_rows, k_norms, v_norms, hp, packing=packing)
     enc.memory_barrier()
-    enc.flash_attn_vec_tq_hb(q, k_rows, k_norms, v_rows, v_norms, output, None, p, packing=packing)
+    enc.flash_attn_vec_tq_hb(q, k_rows, k_norms, v_rows, v_norms, output, None, p, packing=packing, precision="strict")
     enc.commit_and_wait()
 
     codes, lengths = reference.encode_float32(v, 6)

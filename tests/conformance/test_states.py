@@ -44,7 +44,7 @@ def test_a_cache_split_at_random_gives_the_whole_back(device, window, softcap, s
     bounds = [0, *sorted(rng.integers(0, total + 1, parts - 1)), total]
     keywords = {
         "k_mean": rows(2, 128, seed=7) if k_mean else None,
-        "k_bits": 8, "v_bits": 6, "packing": "plane", "device": device,
+        "k_bits": 8, "v_bits": 6, "packing": "plane", "precision": "strict", "device": device,
     }  # fmt: skip
     k, v = rng.standard_normal((2, total, 2, 128)).astype(np.float32)
     q = 3 * rng.standard_normal((num_queries, 4, 128)).astype(np.float32)

@@ -91,6 +91,7 @@ struct CacheCase {
     op.k_codebook = k_codebook;
     op.v_codebook = v_codebook;
     op.packing = packing;
+    op.precision = precision;
     op.query_position = query_position;
     op.sinks = sinks;
     op.score_bias = score_bias;
@@ -190,6 +191,7 @@ struct CacheCase {
   const Codebook* v_codebook;
   Buffer q, k_packed, k_norms, v_packed, v_norms, output;
   Packing packing;
+  Precision precision = Precision::kStrict;
   std::optional<std::uint32_t> query_position;
   std::optional<Buffer> sinks, score_bias, lse;
 };

@@ -5,7 +5,6 @@
 #include <gtest/gtest.h>
 
 #include "cache_case.h"
-#include "cpu/attend_kernel.h"
 #include "cpu/device.h"
 
 namespace tq_hb {
@@ -14,19 +13,26 @@ namespace {
 // float32 sums of a few hundred terms, against float64 on the same codes.
 constexpr double kFloat32Nmse = 1e-11;
 constexpr double kFloat32Lse = 1e-6;
+// 16-bit products: a relative error of 5e-4 in the output, 2e-3 in lse.
+constexpr double kInt16Nmse = 2.5e-7;
+constexpr double kInt16Lse = 2e-3;
 
 TEST(CpuAttend, KeepsItsOrderWhereScoresExceedFloat32) {
   CacheCase test(2, 1, 256, 40);
   for (std::uint64_t i = 0; i < test.q.size(); ++i) test.q.data<float>()[i] *= 1e37f;
   test.args.scale = 1e38f;
   EXPECT_LT(nmse(test.attend(), test.expected()), kFloat32Nmse);
+  // Whether or not fixed point tells the largest two apart, the output is a value and no NaN.
+  test.precision = Precision::kDefault;
+  for (const float value : test.attend()) EXPECT_TRUE(std::isfinite(value));
 }
 
 TEST(CpuAttend, GivesTheSameBitsForAnyNumberOfThreads) {
   const unsigned before = cpu_num_threads();
-  for (const unsigned queries : {1u, 9u}) {
+  for (const unsigned queries : {1u, 2u, 9u, 10u}) {
     CacheCase test(8, 4, 64, 700, 5, 6, "cpu", Packing::kPlane);
     test.ask(queries);
+    test.precision = queries % 2 == 0 ? Precision::kDefault : Precision::kStrict;
     std::vector<std::vector<float>> results;
     for (const unsigned threads : {1u, 2u, 3u, 5u}) {
       set_cpu_num_threads(threads);
@@ -97,9 +103,12 @@ TEST(CpuAttend, MergesRangesThatOnlySomeQueriesSee) {
 
 TEST(CpuAttend, KeysThatAQueryDoesNotSeeNeverTouchIt) {
   constexpr unsigned kHeads = 2, kQueries = 9, kKeys = 40, kWindow = 10;
-  for (const unsigned head_dim : {64u, 512u}) {
+  for (const auto& [head_dim, precision] :
+       {std::pair(64u, Precision::kStrict), std::pair(512u, Precision::kStrict), std::pair(64u, Precision::kDefault),
+        std::pair(512u, Precision::kDefault)}) {
     CacheCase test(kHeads, 1, head_dim, kKeys);
     test.ask(kQueries);
+    test.precision = precision;
     test.args.mask_type = 2;
     test.args.sliding_window = kWindow;
     const std::vector<float> before = test.attend();
@@ -125,54 +134,145 @@ TEST(CpuAttend, KeysThatAQueryDoesNotSeeNeverTouchIt) {
   }
 }
 
-TEST(CpuAttend, OfEveryInstructionSetAgrees) {
-  std::vector<const IsaKernel*> kernels{&attend_kernel_portable()};
-#if defined(TQ_HB_HAVE_X86_KERNELS)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) kernels.push_back(&attend_kernel_avx2());
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq")) {
-    kernels.push_back(&attend_kernel_avx512());
-  }
-#endif
-  constexpr std::size_t kRows = 9;  // three queries of three heads
+/// Has ops run with an instruction set until it goes out of scope.
+class ForcedIsa {
+ public:
+  explicit ForcedIsa(const std::string& isa) : before_(cpu_isa()) { set_cpu_isa("test", "isa", isa); }
+  ~ForcedIsa() { set_cpu_isa("test", "isa", before_); }
+
+ private:
+  std::string before_;
+};
+
+TEST(CpuAttend, OfEveryInstructionSetAndPrecisionMatchesFloat64) {
   for (const unsigned head_dim : {64u, 128u, 256u, 512u}) {
-    for (const unsigned high_bits : {0u, 1u, 2u}) {
-      const unsigned bits = high_bits == 0 ? 8 : 4 + high_bits;
-      CacheCase test(3, 1, head_dim, 50, bits, bits, "cpu", Packing::kPlane);
-      test.ask(3);
-      test.args.ring_start = 20;  // wraps after 30 keys
-      const std::vector<double> want = test.expected();
-      std::vector<float> levels(256);
-      std::copy_n(test.k_codebook->levels, test.k_codebook->num_levels(), levels.begin());
-      const double row_scale = head_dim == 512 ? 1.0 : 1.0 / std::sqrt(static_cast<double>(head_dim));
-      std::vector<QueryRange> seen;
-      for (TqU32 row = 0; row < kRows; ++row) seen.push_back({0, 48 + row / 3});
-      const std::size_t bytes = test.k_packed.shape().back();
-      for (const IsaKernel* kernel : kernels) {
-        std::vector<double> q_scale(kRows, static_cast<double>(test.args.scale) * row_scale), bias(kRows), max(kRows);
-        std::vector<double> sum(kRows), scores(kRows * kAttendTile);
-        std::vector<float> out(kRows * head_dim);
-        AttendTask task{};
-        task.q = test.q.data<float>();
-        task.q_scale = q_scale.data();
-        task.bias = bias.data();
-        task.seen = seen.data();
-        task.k = {test.k_packed.data<std::uint8_t>(), test.k_norms.data<float>(), levels.data(), bytes, high_bits};
-        task.v = {test.v_packed.data<std::uint8_t>(), test.v_norms.data<float>(), levels.data(), bytes, high_bits};
-        task.rows = kRows;
-        task.head_dim = head_dim;
-        task.first_slot = 20;
-        task.count = 50;
-        task.capacity = 50;
-        task.v_scale = static_cast<float>(row_scale);
-        task.scratch_scores = scores.data();
-        task.max = max.data();
-        task.sum = sum.data();
-        task.out = out.data();
-        kernel->run(task);
-        for (std::size_t i = 0; i < out.size(); ++i) out[i] /= static_cast<float>(sum[i / head_dim]);
-        EXPECT_LT(nmse(out, want), kFloat32Nmse) << kernel->isa << ' ' << head_dim << ' ' << bits;
+    for (const Packing packing : {Packing::kByte, Packing::kPlane}) {
+      for (const unsigned bits : {5u, 6u, 8u}) {
+        CacheCase test(3, 1, head_dim, 150, bits, bits, "cpu", packing);
+        for (const unsigned queries : {1u, 3u}) {
+          test.ask(queries);
+          test.add_lse();
+          test.args.ring_start = 20;  // wraps inside a tile
+          for (const unsigned window : {0u, 37u}) {
+            test.args.mask_type = window != 0 ? 2 : 0;
+            test.args.sliding_window = window;
+            const CacheCase::Expected want = test.expected_with_lse();
+            for (const std::string& isa : cpu_isas()) {
+              const ForcedIsa forced(isa);
+              for (const Precision precision : {Precision::kDefault, Precision::kStrict}) {
+                test.precision = precision;
+                const bool is_strict = precision == Precision::kStrict;
+                const std::string what = isa + ", " + name_of(precision) + ", head_dim " + std::to_string(head_dim) +
+                                         ", " + std::to_string(bits) + " bits, window " + std::to_string(window);
+                EXPECT_LT(nmse(test.attend(), want.output), is_strict ? kFloat32Nmse : kInt16Nmse) << what;
+                EXPECT_TRUE(close(*test.lse, want.lse, is_strict ? kFloat32Lse : kInt16Lse)) << what;
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(CpuAttend, GivesTheSameBitsForBothPackings) {
+  for (const std::string& isa : cpu_isas()) {
+    const ForcedIsa forced(isa);
+    for (const Precision precision : {Precision::kDefault, Precision::kStrict}) {
+      for (const unsigned head_dim : {64u, 128u, 256u, 512u}) {
+        for (const unsigned bits : {5u, 6u}) {
+          std::vector<std::vector<float>> results;
+          for (const Packing packing : {Packing::kByte, Packing::kPlane}) {
+            CacheCase test(2, 1, head_dim, 77, bits, bits, "cpu", packing);
+            test.precision = precision;
+            results.push_back(test.attend());
+          }
+          EXPECT_EQ(results[0], results[1]) << isa << ' ' << name_of(precision) << ' ' << head_dim << ' ' << bits;
+        }
+      }
+    }
+  }
+}
+
+/// Bits of a byte above a code's width are dropped.
+TEST(CpuAttend, ReadsNoBitAboveTheWidth) {
+  for (const std::string& isa : cpu_isas()) {
+    const ForcedIsa forced(isa);
+    for (const Precision precision : {Precision::kDefault, Precision::kStrict}) {
+      for (const unsigned bits : {5u, 6u}) {
+        CacheCase test(2, 1, 128, 40, bits, bits);
+        test.precision = precision;
+        const std::vector<float> want = test.attend();
+        for (const Buffer* packed : {&test.k_packed, &test.v_packed}) {
+          for (std::uint64_t i = 0; i < packed->size(); ++i) {
+            std::uint8_t& code = packed->data<std::uint8_t>()[i];
+            code = static_cast<std::uint8_t>(code | (i * 37) << bits);
+          }
+        }
+        EXPECT_EQ(test.attend(), want) << isa << ' ' << name_of(precision) << ' ' << bits;
+      }
+    }
+  }
+}
+
+/// Queries, weights and levels at the ends of their ranges, where sums of products would overflow first.
+TEST(CpuAttend, OverflowsForNoCodesQueriesOrNorms) {
+  struct Extreme {
+    const char* what;
+    bool spike, all_alike;
+    float norm;
+  };
+  constexpr float kMax = std::numeric_limits<float>::max();
+  for (const std::string& isa : cpu_isas()) {
+    const ForcedIsa forced(isa);
+    for (const unsigned head_dim : {64u, 256u, 512u}) {
+      for (const unsigned bits : {5u, 8u}) {
+        for (const Extreme extreme :
+             {Extreme{"equal", false, true, 1.0f}, Extreme{"spike", true, true, 1.0f},
+              Extreme{"small norms", false, true, 1e-15f}, Extreme{"largest norms", false, true, kMax / 8.0f},
+              Extreme{"two ends", false, false, kMax / 8.0f}}) {
+          CacheCase test(2, 1, head_dim, 100, bits, bits);
+          test.precision = Precision::kDefault;
+          const unsigned top = test.k_codebook->num_levels() - 1;
+          for (std::uint64_t i = 0; i < test.k_packed.size(); ++i) {
+            const bool upper = extreme.all_alike || i / head_dim % 2 == 0;
+            test.k_packed.data<std::uint8_t>()[i] = static_cast<std::uint8_t>(upper ? top : 0);
+            test.v_packed.data<std::uint8_t>()[i] = static_cast<std::uint8_t>(i % 3 != 0 ? top : 0);
+          }
+          for (std::uint64_t i = 0; i < test.v_norms.size(); ++i) {
+            test.v_norms.data<float>()[i] = extreme.norm;
+            test.k_norms.data<float>()[i] = extreme.norm;
+          }
+          for (std::uint64_t i = 0; i < test.q.size(); ++i) {
+            test.q.data<float>()[i] = extreme.spike && i % head_dim != 17 ? 1e-3f : 1.0f;
+          }
+          // Of scores as large as 1, whatever the norms are.
+          test.args.scale = 1.0f / (extreme.norm * static_cast<float>(head_dim));
+          EXPECT_LT(nmse(test.attend(), test.expected()), kInt16Nmse) << isa << ' ' << extreme.what << ' ' << bits;
+        }
+      }
+    }
+  }
+}
+
+/// What the class promises at its limit: 5e-4 where scaled scores have a standard deviation of 4.
+TEST(CpuAttend, KeepsThePromiseOfDefaultPrecision) {
+  for (const std::string& isa : cpu_isas()) {
+    const ForcedIsa forced(isa);
+    for (const unsigned head_dim : {64u, 128u, 256u, 512u}) {
+      for (const unsigned bits : {5u, 6u, 8u}) {
+        for (const float deviation : {0.5f, 4.0f}) {
+          CacheCase test(2, 1, head_dim, 513, bits, bits);
+          test.precision = Precision::kDefault;
+          test.ask(4);
+          test.args.scale *= deviation;
+          const double error = std::sqrt(nmse(test.attend(), test.expected()));
+          EXPECT_LT(error, 5e-4) << isa << ' ' << head_dim << ' ' << bits << ' ' << deviation;
+          if (std::getenv("TQ_HB_SHOW") != nullptr) {
+            std::printf("%s D=%u bits=%u std=%g: %.2e\n", isa.c_str(), head_dim, bits, static_cast<double>(deviation),
+                        error);
+          }
+        }
       }
     }
   }

@@ -39,7 +39,15 @@ class RingAgainstList(RuleBasedStateMachine):
         linear_capacity = 40 if fixed else None
         capacity = window + spare if window else linear_capacity
         self.cache = tq_hb.KVCache(
-            1, 64, capacity, k_bits=6, v_bits=6, sliding_window=window, packing=packing, device=backend
+            1,
+            64,
+            capacity,
+            k_bits=6,
+            v_bits=6,
+            sliding_window=window,
+            packing=packing,
+            precision="strict",
+            device=backend,
         )
         self.limit = self.cache.capacity if window else linear_capacity
         self.held: list[int] = []  # numbers of the tokens
@@ -139,7 +147,7 @@ class RingAgainstList(RuleBasedStateMachine):
     def attends_to_its_window(self) -> None:
         q = tokens(0, 1, 1, 64)[0]
         seen = self.vectors(self.held[-self.window :] if self.window else self.held)
-        fresh = tq_hb.KVCache(1, 64, k_bits=6, v_bits=6, device=self.cache.device)
+        fresh = tq_hb.KVCache(1, 64, k_bits=6, v_bits=6, precision="strict", device=self.cache.device)
         fresh.append(seen, -seen)
         assert np.array_equal(self.cache.attend(q), fresh.attend(q))
 
@@ -224,9 +232,9 @@ def test_a_window_equals_the_sliced_cache_bit_for_bit(seed, head_dim, count, win
 def test_grouped_heads_equal_repeated_heads(seed, count, num_kv_heads, group):
     k, v = tokens(seed, count, num_kv_heads, 256), tokens(seed + 1, count, num_kv_heads, 256)
     q = tokens(seed + 2, min(count, 3), num_kv_heads * group, 256)
-    grouped = tq_hb.KVCache(num_kv_heads, 256)
+    grouped = tq_hb.KVCache(num_kv_heads, 256, precision="strict")
     grouped.append(k, v)
-    repeated = tq_hb.KVCache(num_kv_heads * group, 256)
+    repeated = tq_hb.KVCache(num_kv_heads * group, 256, precision="strict")
     repeated.append(k.repeat(group, axis=1), v.repeat(group, axis=1))
     assert tolerance.nmse(grouped.attend(q), repeated.attend(q)) <= tolerance.SPLIT_NMSE
 
@@ -237,7 +245,7 @@ def test_the_order_of_the_keys_does_not_matter(seed, count, softcap):
     k, v = tokens(seed, count, 1, 256), tokens(seed + 1, count, 1, 256)
     q = tokens(seed + 2, 1, 3, 256)[0]
     order = np.random.default_rng(seed).permutation(count)
-    straight, shuffled = tq_hb.KVCache(1, 256), tq_hb.KVCache(1, 256)
+    straight, shuffled = (tq_hb.KVCache(1, 256, precision="strict") for _ in range(2))
     straight.append(k, v)
     shuffled.append(k[order], v[order])
     assert (
@@ -266,7 +274,9 @@ def test_parts_of_a_cache_merge_to_the_whole(seed, count, cuts, num_queries, win
 
     def attend(begin: int, end: int, sinks: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         capacity = None if window is None else max(window, end - begin)
-        part = tq_hb.KVCache(2, 64, capacity, sliding_window=window, packing="plane", v_bits=5, device=backend)
+        part = tq_hb.KVCache(
+            2, 64, capacity, sliding_window=window, packing="plane", v_bits=5, precision="strict", device=backend
+        )
         part.append(k[begin:end], v[begin:end])
         return part.attend(q, q_offset=count - 1 - begin, softcap=softcap, sinks=sinks, return_lse=True)
 
@@ -320,7 +330,7 @@ def test_the_split_does_not_matter(seed, kv_len, nsg, nwg, head_dim, data):
             num_heads=2, num_kv_heads=1, head_dim=head_dim, kv_seq_len=kv_len, kv_capacity=kv_len,
             scale=head_dim**-0.5, mask_type=2 if window else 0, sliding_window=window, ring_start=ring_start, nsg=nsg,
         )  # fmt: skip
-        return tq_hb.flash_attn_vec_tq_hb(q, k_codes, k_norms, v_codes, v_norms, p, nwg=nwg)
+        return tq_hb.flash_attn_vec_tq_hb(q, k_codes, k_norms, v_codes, v_norms, p, nwg=nwg, precision="strict")
 
     once = attend(nsg, nwg)
     assert once.tobytes() == attend(nsg, nwg).tobytes()

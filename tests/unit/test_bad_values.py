@@ -149,7 +149,7 @@ def test_recorded_attend_leaves_the_row_of_a_bad_query(device):
     q[2, 5] = np.nan
     output = device.array(np.full((4, 256), 7.0, np.float32))
     enc = device.encoder()
-    enc.flash_attn_vec_tq_hb(device.array(q), packed, norms, packed, norms, output, None, p)
+    enc.flash_attn_vec_tq_hb(device.array(q), packed, norms, packed, norms, output, None, p, precision="strict")
 
     with pytest.raises(tq_hb.InvalidArgument, match="head 2"):
         enc.commit_and_wait()
@@ -183,7 +183,9 @@ def test_recorded_attend_leaves_the_row_of_a_bad_query_among_several(environment
     q[1, 2, 5] = q[2, 0, 0] = np.nan
     output, lse = device.array(np.full(q.shape, 7.0, np.float32)), device.array(np.full((3, 4), 7.0, np.float32))
     enc = device.encoder()
-    enc.flash_attn_vec_tq_hb(device.array(q), packed, norms, packed, norms, output, None, p, lse=lse)
+    enc.flash_attn_vec_tq_hb(
+        device.array(q), packed, norms, packed, norms, output, None, p, precision="strict", lse=lse
+    )
 
     with pytest.raises(tq_hb.InvalidArgument, match="token 1.*head 2"):
         enc.commit_and_wait()

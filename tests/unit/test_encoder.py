@@ -75,7 +75,8 @@ class TestLife:
         p = tq_hb.FlashAttnVecTqHbParams(
             num_heads=1, num_kv_heads=1, head_dim=256, kv_seq_len=1, kv_capacity=1, scale=1.0
         )
-        enc.flash_attn_vec_tq_hb(np.zeros((1, 256), np.float32), packed, norms, packed, norms, output, None, p)
+        q = np.zeros((1, 256), np.float32)
+        enc.flash_attn_vec_tq_hb(q, packed, norms, packed, norms, output, None, p, precision="strict")
         del packed, norms
 
         enc.commit_and_wait()

@@ -36,7 +36,7 @@ def test_every_coordinate_of_the_query_reaches_the_score(device, head_dim):
         for packed, norms in ((problem.k_packed, problem.k_norms), (problem.v_packed, problem.v_norms))
     )
 
-    got = tq_hb.flash_attn_vec_tq_hb(q, *problem.buffers()[1:], case.params(), device=device)
+    got = tq_hb.flash_attn_vec_tq_hb(q, *problem.buffers()[1:], case.params(), precision="strict", device=device)
 
     want = reference.attend(q, k, v, scale=case.scale)
     worst = max(tolerance.nmse(got[j], want[j]) for j in range(head_dim))
@@ -69,7 +69,9 @@ def check_every_decoder(device, codes, cbits, head_dim, keywords):
     q = np.zeros((1, head_dim), np.float32)
 
     standalone = tq_hb.tq_dequantize_hb_kv(codes, norms, hp, pos=0, device=device, **keywords)
-    attention = tq_hb.flash_attn_vec_tq_hb(q, codes, norms, codes, norms, p, device=device, **keywords)
+    attention = tq_hb.flash_attn_vec_tq_hb(
+        q, codes, norms, codes, norms, p, precision="strict", device=device, **keywords
+    )
     whole = tq_hb.dequantize(codes, norms, cbits, head_dim=head_dim, rotated=True, **keywords)
 
     np.testing.assert_allclose(standalone, want, rtol=tolerance.DECODE_RTOL)
@@ -130,9 +132,9 @@ def test_every_entry_point_takes_every_width(device, head_dim, k_bits, v_bits, p
         codebook_bits=k_bits, fuse_fwht_pre=1,
     )  # fmt: skip
     by_op = tq_hb.flash_attn_vec_tq_hb_with_fused_undo(
-        q, k_packed, kn, v_packed, vn, p, v_bits=v_bits, packing=packing, device=device
+        q, k_packed, kn, v_packed, vn, p, v_bits=v_bits, packing=packing, precision="strict", device=device
     )
-    cache = tq_hb.KVCache(1, head_dim, k_bits=k_bits, v_bits=v_bits, packing=packing, device=device)
+    cache = tq_hb.KVCache(1, head_dim, k_bits=k_bits, v_bits=v_bits, packing=packing, precision="strict", device=device)
     cache.append(k, v)
 
     for rows, codes, cbits in ((k_packed, k_codes, k_bits), (v_packed, v_codes, v_bits)):
@@ -157,7 +159,7 @@ def test_a_wrapped_ring_starts_at_its_oldest_slot(device, appended, window):
         mask_type=2 if window else 0, sliding_window=window or 0, ring_start=appended % capacity,
     )  # fmt: skip
 
-    got = tq_hb.flash_attn_vec_tq_hb(q, packed, norms, packed, norms, p, device=device)
+    got = tq_hb.flash_attn_vec_tq_hb(q, packed, norms, packed, norms, p, precision="strict", device=device)
 
     seen = reference.decode(codes, lengths, 8)[-(window or capacity) :].swapaxes(0, 1)
     assert tolerance.nmse(got, reference.attend(q, seen, seen, scale=1 / 16)) <= tolerance.ATTEND_NMSE
@@ -188,7 +190,7 @@ def test_the_dequantiser_and_the_attention_kernel_agree(device, head_dim):
     q = rng.standard_normal((2, head_dim)).astype(np.float32)
 
     standalone = tq_hb.tq_dequantize_hb_kv(codes, norms, hp, pos=0, device=device)
-    attention = tq_hb.flash_attn_vec_tq_hb(q, codes, norms, codes, norms, p, device=device)
+    attention = tq_hb.flash_attn_vec_tq_hb(q, codes, norms, codes, norms, p, precision="strict", device=device)
 
     np.testing.assert_allclose(attention, standalone, rtol=2 * tolerance.DECODE_RTOL)
 
@@ -288,7 +290,7 @@ def test_the_quantised_path_is_the_one_that_ran(device):
     rng = np.random.default_rng(5)
     k, v = rng.standard_normal((2, 50, 2, 256)).astype(np.float32)
     q = rng.standard_normal((4, 256)).astype(np.float32)
-    cache = tq_hb.KVCache(2, 256, k_bits=5, v_bits=5, device=device)
+    cache = tq_hb.KVCache(2, 256, k_bits=5, v_bits=5, precision="strict", device=device)
     assert cache.last_plan is None
     cache.append(k, v)
 
@@ -308,7 +310,7 @@ def test_softcap_is_applied(device):
     plain, capped = Case(), Case(softcap=2.0)
     problem = make_problem(capped)
 
-    got = tq_hb.flash_attn_vec_tq_hb(*problem.buffers(), capped.params(), device=device)
+    got = tq_hb.flash_attn_vec_tq_hb(*problem.buffers(), capped.params(), precision="strict", device=device)
 
     assert tolerance.nmse(got, expected(capped, problem, unrotated=False)) <= tolerance.ATTEND_NMSE
     assert tolerance.nmse(got, expected(plain, problem, unrotated=False)) > 1e-3
@@ -320,6 +322,8 @@ def test_a_query_beyond_float16_is_not_rounded(device):
     params = case.params()
     params.scale = case.scale * 1e-5
 
-    got = tq_hb.flash_attn_vec_tq_hb(problem.q * np.float32(1e5), *problem.buffers()[1:], params, device=device)
+    got = tq_hb.flash_attn_vec_tq_hb(
+        problem.q * np.float32(1e5), *problem.buffers()[1:], params, precision="strict", device=device
+    )
 
     assert tolerance.nmse(got, expected(case, problem, unrotated=False)) <= tolerance.ATTEND_NMSE

@@ -1,0 +1,128 @@
+// The flash-attention loop that every path shares: tiles of keys, and the softmax over them.
+//
+// A path is a class with kTile, score(tile), accumulate(tile) and finish(). It works in the rotated domain; a key
+// or value is decoded once for all rows. What a row does not see of a tile stays out of its sums, whatever it
+// holds. Scores are carried in double, so that any finite scale and norm keeps its order.
+#pragma once
+
+#include <math.h>
+
+#include "core/layout.h"
+#include "cpu/attend_kernel.h"
+#include "cpu/simd.h"
+
+namespace tq_hb {
+namespace {
+
+template <std::size_t kHeadDim>
+constexpr std::size_t kNormBlocks = kHeadDim < kNormBlock ? 1 : kHeadDim / kNormBlock;
+template <std::size_t kHeadDim>
+constexpr std::size_t kBlockDim = kHeadDim / kNormBlocks<kHeadDim>;
+
+/// Some consecutive keys. The slots beyond the last are its own, so that a path may work on more keys than there are.
+struct Tile {
+  std::size_t slots[kAttendTile];
+  std::size_t first_age;
+  std::size_t count;
+};
+
+/// The keys of a tile that one row sees: end is not.
+struct Span {
+  std::size_t begin, end;
+};
+
+inline Span seen_of(const QueryRange& range, const Tile& tile) noexcept {
+  const std::size_t begin = range.begin > tile.first_age ? range.begin - tile.first_age : 0;
+  const std::size_t end = range.end > tile.first_age ? range.end - tile.first_age : 0;
+  return Span{begin, end < tile.count ? end : tile.count};
+}
+
+/// Sets what lies outside the span.
+template <std::size_t kTile, class T>
+inline void fill_outside(T* values, Span span, T value) noexcept {
+  for (std::size_t t = 0; t < span.begin; ++t) values[t] = value;
+  for (std::size_t t = span.end; t < kTile; ++t) values[t] = value;
+}
+
+/// Turns a row's scaled scores into weights, and its maximum and sum into those that include them.
+template <std::size_t kTile>
+void update_softmax(const AttendTask& task, std::size_t r, const Tile& tile) noexcept {
+  RowScratch& row = task.scratch[r];
+  const Span seen = seen_of(task.seen[r], tile);
+  row.correction = 1.0f;
+  if (seen.begin >= seen.end) {
+    for (float& weight : row.weights) weight = 0.0f;
+    return;
+  }
+  const double bias = task.bias[r];
+  for (std::size_t t = 0; t < kTile; t += 4) store(row.scores + t, load_as<Double4>(row.scores + t) + bias);
+  if (task.softcap > 0.0) {
+    for (std::size_t t = seen.begin; t < seen.end; ++t) {
+      row.scores[t] = task.softcap * tanh(row.scores[t] / task.softcap);
+    }
+  }
+  fill_outside<kTile>(row.scores, seen, -static_cast<double>(INFINITY));
+
+  Double4 maxima = Double4{} + task.max[r];
+  for (std::size_t t = 0; t < kTile; t += 4) {
+    const Double4 scores = load_as<Double4>(row.scores + t);
+    maxima = scores > maxima ? scores : maxima;
+  }
+  double max = maxima[0];
+  for (std::size_t i = 1; i < 4; ++i) max = maxima[i] > max ? maxima[i] : max;
+  for (std::size_t t = 0; t < kTile; t += 4) {
+    store(row.weights + t, __builtin_convertvector(load_as<Double4>(row.scores + t) - max, Float4));
+  }
+  Vec sums{};
+  for (std::size_t t = 0; t < kTile; t += kLanes) {
+    const Vec weights = exp_of_negative(load(row.weights + t));
+    store(row.weights + t, weights);
+    sums += weights;
+  }
+  row.correction = expf(static_cast<float>(task.max[r] - max));
+  task.sum[r] = task.sum[r] * static_cast<double>(row.correction) + static_cast<double>(sum_of_lanes(sums));
+  task.max[r] = max;
+}
+
+template <class Path>
+void attend_range(const AttendTask& task) noexcept {
+  for (std::size_t r = 0; r < task.rows; ++r) {
+    task.max[r] = -static_cast<double>(INFINITY);
+    task.sum[r] = 0.0;
+  }
+  for (std::size_t j = 0; j < task.rows * task.head_dim; ++j) task.out[j] = 0.0f;
+
+  Path path(task);
+  Tile tile;
+  std::size_t slot = task.first_slot;
+  for (std::size_t done = 0; done < task.count; done += Path::kTile) {
+    tile.first_age = task.first_age + done;
+    tile.count = task.count - done < Path::kTile ? task.count - done : Path::kTile;
+    for (std::size_t t = 0; t < tile.count; ++t) {
+      tile.slots[t] = slot;
+      slot = slot + 1 == task.capacity ? 0 : slot + 1;
+    }
+    for (std::size_t t = tile.count; t < kAttendTile; ++t) tile.slots[t] = tile.slots[tile.count - 1];
+    path.score(tile);
+    for (std::size_t r = 0; r < task.rows; ++r) update_softmax<Path::kTile>(task, r, tile);
+    path.accumulate(tile);
+  }
+  path.finish();
+}
+
+template <std::size_t kValue>
+struct Count {
+  static constexpr std::size_t value = kValue;
+};
+
+/// Calls visit(Count<kGroup>, r) for groups of rows, which share the loads of a key, and visit(Count<1>, r) for the
+/// rest.
+template <std::size_t kGroup, class Visit>
+void for_each_group(std::size_t rows, const Visit& visit) noexcept {
+  std::size_t r = 0;
+  for (; r + kGroup <= rows; r += kGroup) visit(Count<kGroup>{}, r);
+  for (; r < rows; ++r) visit(Count<1>{}, r);
+}
+
+}  // namespace
+}  // namespace tq_hb

@@ -1,0 +1,186 @@
+// Attention in float32: the strict path, and the only one where 16-bit products are no faster.
+#pragma once
+
+#include "cpu/flash.h"
+
+namespace tq_hb {
+namespace {
+
+/// Joins the nibble plane and the high plane of a row to codes of a byte each, four to a word: see core/packing.h.
+///
+/// A word of a plane holds, at each shift, four consecutive codes, in the order of its bytes.
+template <std::size_t kHeadDim, unsigned kHighBits>
+inline void join_planes(const std::uint8_t* row, std::uint32_t* codes) noexcept {
+  constexpr std::size_t kBlock = kHeadDim < kPlaneBlock ? kHeadDim : kPlaneBlock;
+  constexpr std::size_t kLowWords = kBlock * kNibbleBits / 32;
+  constexpr std::size_t kHighWords = kBlock * kHighBits / 32;
+  constexpr std::uint32_t kEveryByte = 0x01010101u;
+  constexpr std::uint32_t kLowMask = kEveryByte * ((1u << kNibbleBits) - 1);
+  constexpr std::uint32_t kHighMask = kEveryByte * ((1u << kHighBits) - 1);
+  for (std::size_t first = 0; first < kHeadDim; first += kBlock) {
+    std::uint32_t low[kLowWords], high[kHighWords];
+    __builtin_memcpy(low, row + first * kNibbleBits / 8, sizeof(low));
+    __builtin_memcpy(high, row + kHeadDim * kNibbleBits / 8 + first * kHighBits / 8, sizeof(high));
+    for (unsigned field = 0; field < 8 / kHighBits; ++field) {
+      const unsigned low_shift = static_cast<unsigned>(field * kHighWords / kLowWords) * kNibbleBits;
+      const std::uint32_t* nibbles = low + field * kHighWords % kLowWords;
+      std::uint32_t* out = codes + first / 4 + field * kHighWords;
+      for (std::size_t w = 0; w < kHighWords; ++w) {
+        const std::uint32_t top = (high[w] >> (field * kHighBits)) & kHighMask;
+        out[w] = ((nibbles[w] >> low_shift) & kLowMask) | (top << kNibbleBits);
+      }
+    }
+  }
+}
+
+template <std::size_t kHeadDim>
+inline void look_up(const std::uint8_t* codes, const float* levels, float* row) noexcept {
+  constexpr std::size_t kUnroll = 8;
+  for (std::size_t j = 0; j < kHeadDim; j += kUnroll) {
+    for (std::size_t i = 0; i < kUnroll; ++i) row[j + i] = levels[codes[j + i]];
+  }
+}
+
+template <std::size_t kHeadDim, unsigned kHighBits>
+void decode_planes(const HeadRows& side, const Tile& tile, float* rows) noexcept {
+  for (std::size_t t = 0; t < tile.count; ++t) {
+    std::uint32_t codes[kHeadDim / 4];
+    join_planes<kHeadDim, kHighBits>(side.codes + tile.slots[t] * side.row_bytes, codes);
+    look_up<kHeadDim>(reinterpret_cast<const std::uint8_t*>(codes), side.levels, rows + t * kHeadDim);
+  }
+}
+
+template <std::size_t kHeadDim>
+void decode_tile(const HeadRows& side, const Tile& tile, float* rows) noexcept {
+  switch (side.high_bits) {
+    case 1:
+      return decode_planes<kHeadDim, 1>(side, tile, rows);
+    case 2:
+      return decode_planes<kHeadDim, 2>(side, tile, rows);
+    default:
+      for (std::size_t t = 0; t < tile.count; ++t) {
+        look_up<kHeadDim>(side.codes + tile.slots[t] * side.row_bytes, side.levels, rows + t * kHeadDim);
+      }
+  }
+}
+
+/// Adds norm * dot(query, key) over one norm block to the scores of kRows rows and kKeys keys.
+///
+/// Each pair has one accumulator, so its bits do not depend on what it shares a block with.
+template <std::size_t kHeadDim, std::size_t kRows, std::size_t kKeys>
+inline void score_block(const float* q, const float* keys, const float* const* norms, double* const* scores,
+                        std::size_t first) noexcept {
+  Vec sums[kRows][kKeys] = {};
+  for (std::size_t i = 0; i < kBlockDim<kHeadDim>; i += kLanes) {
+    Vec key[kKeys];
+    for (std::size_t k = 0; k < kKeys; ++k) key[k] = load(keys + k * kHeadDim + i);
+    for (std::size_t r = 0; r < kRows; ++r) {
+      const Vec query = load(q + r * kHeadDim + i);
+      for (std::size_t k = 0; k < kKeys; ++k) sums[r][k] += query * key[k];
+    }
+  }
+  for (std::size_t r = 0; r < kRows; ++r) {
+    for (std::size_t k = 0; k < kKeys; ++k) {
+      scores[r][first + k] += static_cast<double>(sum_of_lanes(sums[r][k])) * static_cast<double>(*norms[k]);
+    }
+  }
+}
+
+template <std::size_t kHeadDim>
+class Float32Path {
+ public:
+  static constexpr std::size_t kTile = 16;
+
+  explicit Float32Path(const AttendTask& task) noexcept : task_(task) {}
+
+  void score(const Tile& tile) noexcept {
+    decode_tile<kHeadDim>(task_.k, tile, rows_);
+    for_each_group<2>(task_.rows, [&](auto rows, std::size_t r) { score_rows<decltype(rows)::value>(tile, r); });
+  }
+
+  void accumulate(const Tile& tile) noexcept {
+    decode_tile<kHeadDim>(task_.v, tile, rows_);
+    for_each_group<2>(task_.rows, [&](auto rows, std::size_t r) { accumulate_rows<decltype(rows)::value>(tile, r); });
+  }
+
+  void finish() noexcept {}
+
+ private:
+  static constexpr std::size_t kBlocks = kNormBlocks<kHeadDim>;
+
+  /// Scaled scores of kRows rows from `r` on; those of keys that a row does not see mean nothing.
+  template <std::size_t kRows>
+  void score_rows(const Tile& tile, std::size_t r) noexcept {
+    constexpr std::size_t kKeys = 4;
+    double* scores[kRows];
+    for (std::size_t i = 0; i < kRows; ++i) {
+      scores[i] = task_.scratch[r + i].scores;
+      for (std::size_t t = 0; t < kTile; ++t) scores[i][t] = 0.0;
+    }
+    for (std::size_t b = 0; b < kBlocks; ++b) {
+      const float* norms[kTile];
+      for (std::size_t t = 0; t < tile.count; ++t) norms[t] = task_.k.norms + tile.slots[t] * kBlocks + b;
+      const float* q = task_.q + r * kHeadDim + b * kBlockDim<kHeadDim>;
+      const float* keys = rows_ + b * kBlockDim<kHeadDim>;
+      std::size_t t = 0;
+      for (; t + kKeys <= tile.count; t += kKeys) {
+        score_block<kHeadDim, kRows, kKeys>(q, keys + t * kHeadDim, norms + t, scores, t);
+      }
+      for (; t < tile.count; ++t) {
+        score_block<kHeadDim, kRows, 1>(q, keys + t * kHeadDim, norms + t, scores, t);
+      }
+    }
+    for (std::size_t i = 0; i < kRows; ++i) {
+      for (std::size_t t = 0; t < tile.count; ++t) scores[i][t] *= task_.q_scale[r + i];
+    }
+  }
+
+  /// Adds weights * values to the outputs of kRows rows from `r` on, some columns in registers at a time.
+  template <std::size_t kRows>
+  void accumulate_rows(const Tile& tile, std::size_t r) noexcept {
+    constexpr std::size_t kColumns = 4;  // vectors
+    constexpr std::size_t kDim = kBlockDim<kHeadDim>;
+    static_assert(kDim % (kColumns * kLanes) == 0);
+    float* out = task_.out + r * kHeadDim;
+    for (std::size_t b = 0; b < kBlocks; ++b) {
+      float factors[kRows][kTile] = {};  // of 0 for a key that is not seen, whose norm is never read
+      for (std::size_t i = 0; i < kRows; ++i) {
+        const Span seen = seen_of(task_.seen[r + i], tile);
+        for (std::size_t t = seen.begin; t < seen.end; ++t) {
+          const float norm = task_.v.norms[tile.slots[t] * kBlocks + b];
+          factors[i][t] = task_.scratch[r + i].weights[t] * (norm * task_.v_scale);
+        }
+      }
+      for (std::size_t j = b * kDim; j < (b + 1) * kDim; j += kColumns * kLanes) {
+        Vec sums[kRows][kColumns];
+        for (std::size_t i = 0; i < kRows; ++i) {
+          const float correction = task_.scratch[r + i].correction;
+          for (std::size_t c = 0; c < kColumns; ++c)
+            sums[i][c] = load(out + i * kHeadDim + j + c * kLanes) * correction;
+        }
+        for (std::size_t t = 0; t < tile.count; ++t) {
+          for (std::size_t c = 0; c < kColumns; ++c) {
+            const Vec value = load(rows_ + t * kHeadDim + j + c * kLanes);
+            for (std::size_t i = 0; i < kRows; ++i) sums[i][c] += factors[i][t] * value;
+          }
+        }
+        for (std::size_t i = 0; i < kRows; ++i) {
+          for (std::size_t c = 0; c < kColumns; ++c) store(out + i * kHeadDim + j + c * kLanes, sums[i][c]);
+        }
+      }
+    }
+  }
+
+  const AttendTask& task_;
+  alignas(64) float rows_[kTile * kHeadDim];  // K's or V's, as levels
+};
+
+void attend_float32(const AttendTask& task) noexcept {
+#define TQ_ATTEND(size) \
+  if (task.head_dim == size) return attend_range<Float32Path<size>>(task);
+  TQ_HB_FOR_EACH_HEAD_DIM(TQ_ATTEND)
+#undef TQ_ATTEND
+}
+
+}  // namespace
+}  // namespace tq_hb

@@ -1,0 +1,211 @@
+// The primitives of int16_path.h in AVX2. A table of bytes has 16 entries here, so the sign of a level is folded
+// away first, and what is left of a code beyond 4 bits chooses between tables.
+#pragma once
+
+#include <immintrin.h>
+
+#include "core/layout.h"
+#include "cpu/simd.h"
+
+namespace tq_hb {
+namespace {
+
+typedef __m256i Sums;
+constexpr std::size_t kChunk = 32;
+constexpr unsigned kSumShift = 3;
+constexpr std::size_t kScoreRows = 2, kAddRows = 2;
+
+struct Levels {
+  Sums first, second;
+};
+
+inline void interleave(Sums a, Sums b, Sums& low, Sums& high) noexcept {
+  low = _mm256_unpacklo_epi16(a, b);
+  high = _mm256_unpackhi_epi16(a, b);
+}
+
+inline Sums add_products(Sums sums, Sums a, Sums b) noexcept {
+  return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
+}
+
+inline Int4 add_across(const Sums* sums) noexcept {
+  const auto cut = [&](std::size_t i) { return _mm256_srai_epi32(sums[i], kSumShift); };
+  const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(cut(0), cut(1)), _mm256_hadd_epi32(cut(2), cut(3)));
+  const __m128i total = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+  return load_as<Int4>(&total);
+}
+
+inline Sums broadcast_pair(const std::int16_t* pair) noexcept {
+  std::int32_t both;
+  __builtin_memcpy(&both, pair, sizeof(both));
+  return _mm256_set1_epi32(both);
+}
+
+inline Sums fill(std::int32_t value) noexcept {
+  return _mm256_set1_epi32(value);
+}
+
+/// Every byte's bits moved up by kBits within its pair: only the bits that stay in their byte mean anything.
+template <int kBits>
+inline __m256i up(__m256i bytes) noexcept {
+  return _mm256_slli_epi16(bytes, kBits);
+}
+
+/// The bytes whose top bit is set, all ones.
+inline __m256i top_set(__m256i bytes) noexcept {
+  return _mm256_cmpgt_epi8(_mm256_setzero_si256(), bytes);
+}
+
+/// 16 levels as two tables of bytes.
+struct ByteTables {
+  explicit ByteTables(const std::int16_t* levels) noexcept {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(levels));
+    const __m256i mask = _mm256_set1_epi16(0xff);
+    const auto narrow = [](__m256i bytes) {
+      return _mm256_broadcastsi128_si256(
+          _mm_packus_epi16(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+    };
+    low = narrow(_mm256_and_si256(words, mask));
+    high = narrow(_mm256_srli_epi16(words, 8));
+  }
+  __m256i low, high;
+};
+
+/// The low and the high bytes of some levels.
+struct Halves {
+  __m256i low, high;
+};
+
+inline Halves look_up(const ByteTables& table, __m256i index) noexcept {
+  return {_mm256_shuffle_epi8(table.low, index), _mm256_shuffle_epi8(table.high, index)};
+}
+
+/// b where the top bit of `choice` is set, else a.
+inline Halves choose(Halves a, Halves b, __m256i choice) noexcept {
+  return {_mm256_blendv_epi8(a.low, b.low, choice), _mm256_blendv_epi8(a.high, b.high, choice)};
+}
+
+/// Gives levels the sign that was folded away, and joins their bytes.
+inline Levels unfold(Halves halves, __m256i sign) noexcept {
+  const __m256i low = _mm256_xor_si256(halves.low, sign);
+  const __m256i high = _mm256_xor_si256(halves.high, sign);
+  return {_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
+}
+
+/// Codes taken apart. Bits other than those named mean nothing.
+struct Codes {
+  __m256i low;   ///< in bits 0 ... 3 of every byte, the code's
+  __m256i bit4;  ///< in bit 7, the code's bit 4; only where a code has 6 bits
+  __m256i sign;  ///< all ones where the code's top bit is set
+};
+
+/// Of codes that take up a byte, or lie in planes: see core/packing.h.
+template <unsigned kBits, bool kPlane, std::size_t kHeadDim>
+struct CodeReader;
+
+template <unsigned kBits, std::size_t kHeadDim>
+struct CodeReader<kBits, false, kHeadDim> {
+  static Codes at(const std::uint8_t* row, std::size_t chunk) noexcept {
+    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + chunk * kChunk));
+    return {codes, up<3>(codes), top_set(up<8 - kBits>(codes))};
+  }
+};
+
+template <unsigned kBits, std::size_t kHeadDim>
+struct CodeReader<kBits, true, kHeadDim> {
+  static constexpr std::size_t kBlock = kHeadDim < kPlaneBlock ? kHeadDim : kPlaneBlock;
+  static constexpr std::size_t kChunks = kBlock / kChunk;
+  static constexpr unsigned kHighBits = kBits - kNibbleBits;
+  static constexpr std::size_t kLowBytes = kBlock * kNibbleBits / 8, kHighBytes = kBlock * kHighBits / 8;
+
+  /// For every chunk of a block and every high bit, where the bit lies in the high plane's bytes.
+  struct Masks {
+    constexpr Masks() noexcept {
+      for (std::size_t chunk = 0; chunk < kChunks; ++chunk) {
+        for (unsigned bit = 0; bit < kHighBits; ++bit) {
+          for (std::size_t i = 0; i < kChunk; ++i) {
+            const std::size_t field = (chunk * kChunk + i) / kHighBytes;
+            bytes[chunk][bit][i] = static_cast<std::uint8_t>(1u << (field * kHighBits + bit));
+          }
+        }
+      }
+    }
+    alignas(32) std::uint8_t bytes[kChunks][kHighBits][kChunk] = {};
+  };
+  static constexpr Masks kMasks{};
+
+  static __m256i high_plane(const std::uint8_t* bytes) noexcept {
+    if constexpr (kHighBytes == 8) {
+      return _mm256_set1_epi64x(load_as<long long>(bytes));
+    } else if constexpr (kHighBytes == 16) {
+      return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    } else {
+      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+    }
+  }
+
+  static __m256i is_set(__m256i high, std::size_t chunk, unsigned bit) noexcept {
+    const __m256i mask = _mm256_load_si256(reinterpret_cast<const __m256i*>(kMasks.bytes[chunk][bit]));
+    return _mm256_cmpeq_epi8(_mm256_and_si256(high, mask), mask);
+  }
+
+  static Codes at(const std::uint8_t* row, std::size_t chunk) noexcept {
+    const std::size_t block = chunk / kChunks, within = chunk % kChunks;
+    const std::size_t byte = within * kChunk % kLowBytes;
+    const bool in_upper_nibbles = within * kChunk >= kLowBytes;
+    __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + block * kLowBytes + byte));
+    if (in_upper_nibbles) low = _mm256_srli_epi16(low, kNibbleBits);
+    const __m256i high = high_plane(row + kHeadDim * kNibbleBits / 8 + block * kHighBytes);
+    const __m256i sign = is_set(high, within, kHighBits - 1);
+    return {low, kHighBits == 1 ? sign : is_set(high, within, 0), sign};
+  }
+};
+
+inline __m256i folded_index(const Codes& codes) noexcept {
+  return _mm256_and_si256(_mm256_xor_si256(codes.low, codes.sign), _mm256_set1_epi8(15));
+}
+
+template <unsigned kBits, bool kPlane, std::size_t kHeadDim>
+class Lookup {
+ public:
+  explicit Lookup(const std::int16_t* levels) noexcept : first_(levels), second_(levels + 16) {}
+
+  Levels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
+    const Codes codes = CodeReader<kBits, kPlane, kHeadDim>::at(row, chunk);
+    const __m256i index = folded_index(codes);
+    const Halves halves = look_up(first_, index);
+    if constexpr (kBits == 5) {
+      return unfold(halves, codes.sign);
+    } else {
+      return unfold(choose(halves, look_up(second_, index), _mm256_xor_si256(codes.bit4, codes.sign)), codes.sign);
+    }
+  }
+
+ private:
+  ByteTables first_, second_;
+};
+
+template <bool kPlane, std::size_t kHeadDim>
+class Lookup<8, kPlane, kHeadDim> {
+ public:
+  explicit Lookup(const std::int16_t* levels) noexcept
+      : tables_{ByteTables(levels),      ByteTables(levels + 16), ByteTables(levels + 32), ByteTables(levels + 48),
+                ByteTables(levels + 64), ByteTables(levels + 80), ByteTables(levels + 96), ByteTables(levels + 112)} {}
+
+  Levels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
+    const Codes codes = CodeReader<8, false, kHeadDim>::at(row, chunk);
+    const __m256i index = folded_index(codes);
+    const __m256i folded = _mm256_xor_si256(codes.low, codes.sign);
+    const auto pair = [&](std::size_t i) {
+      return choose(look_up(tables_[i], index), look_up(tables_[i + 1], index), up<3>(folded));
+    };
+    const auto four = [&](std::size_t i) { return choose(pair(i), pair(i + 2), up<2>(folded)); };
+    return unfold(choose(four(0), four(4), up<1>(folded)), codes.sign);
+  }
+
+ private:
+  ByteTables tables_[8];
+};
+
+}  // namespace
+}  // namespace tq_hb

@@ -1,0 +1,12 @@
+// Codebooks in fixed point, for the path of default precision.
+#pragma once
+
+#include "core/codebook.h"
+#include "cpu/attend_kernel.h"
+
+namespace tq_hb {
+
+/// The codebook's levels; made at the first call.
+const Int16Levels& int16_levels(const Codebook& codebook);
+
+}  // namespace tq_hb

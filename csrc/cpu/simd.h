@@ -1,0 +1,82 @@
+// Vectors of the widest register that a file is compiled for, by the extension that g++ and clang share.
+//
+// In an unnamed namespace, like all that the attend_<isa>.cpp files include: a function shared between files
+// with different flags could be linked from the wrong one.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace tq_hb {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr std::size_t kLanes = 16;
+#elif defined(__AVX__)
+constexpr std::size_t kLanes = 8;
+#else
+constexpr std::size_t kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+typedef std::int32_t IntVec __attribute__((vector_size(kLanes * sizeof(std::int32_t))));
+typedef std::int16_t ShortVec __attribute__((vector_size(kLanes * sizeof(std::int16_t))));
+// Scores come in fours: a vector of doubles is twice as wide as one of floats.
+typedef double Double4 __attribute__((vector_size(4 * sizeof(double))));
+typedef float Float4 __attribute__((vector_size(4 * sizeof(float))));
+typedef std::int32_t Int4 __attribute__((vector_size(4 * sizeof(std::int32_t))));
+
+template <class V, class T>
+inline V load_as(const T* source) noexcept {
+  V vec;
+  __builtin_memcpy(&vec, source, sizeof(vec));
+  return vec;
+}
+
+inline Vec load(const float* source) noexcept {
+  return load_as<Vec>(source);
+}
+
+template <class V, class T>
+inline void store(T* target, V vec) noexcept {
+  __builtin_memcpy(target, &vec, sizeof(vec));
+}
+
+inline float sum_of_lanes(Vec vec) noexcept {
+  float lanes[kLanes];
+  store(lanes, vec);
+  for (std::size_t half = kLanes / 2; half > 0; half /= 2) {
+    for (std::size_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+  }
+  return lanes[0];
+}
+
+/// The integers nearest to values of magnitude below 2^22.
+inline IntVec nearest(Vec x) noexcept {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  const Vec shifted = x + kMagic;
+  const Vec magic = Vec{} + kMagic;
+  return load_as<IntVec>(&shifted) - load_as<IntVec>(&magic);
+}
+
+/// exp(x) for x <= 0 to 2 units in the last place; 0 where the result would be denormal, NaN for NaN.
+inline Vec exp_of_negative(Vec x) noexcept {
+  constexpr float kSmallest = -87.3f, kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  const auto underflows = x < kSmallest;
+  const Vec bounded = underflows ? Vec{} : x;
+  const IntVec n = nearest(bounded * kLog2E);
+  const Vec power = __builtin_convertvector(n, Vec);
+  const Vec r = (bounded - power * kLn2High) - power * kLn2Low;
+  Vec p = Vec{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  const IntVec exponent = (n + 127) << 23;
+  return underflows ? Vec{} : p * load_as<Vec>(&exponent);
+}
+
+}  // namespace
+}  // namespace tq_hb
