@@ -18,7 +18,16 @@ void bind_device(py::module_& module) {
                              [](const Device& self) { return self.limits().max_threadgroup_bytes; })
       .def_property_readonly("max_threads_per_threadgroup",
                              [](const Device& self) { return self.limits().max_threads_per_threadgroup; })
+      .def_property_readonly("num_multiprocessors",
+                             [](const Device& self) { return self.limits().num_multiprocessors; })
       .def("offers", &Device::offers, py::arg("kernel"))
+      .def(
+          "offers_for",
+          [](const Device& self, AttendKernel kernel, std::uint64_t head_dim, const std::string& packing,
+             unsigned k_bits, unsigned v_bits) {
+            return self.offers_for(kernel, head_dim, parse_packing("Device", packing), k_bits, v_bits);
+          },
+          py::arg("kernel"), py::arg("head_dim"), py::arg("packing"), py::arg("k_bits"), py::arg("v_bits"))
       .def(
           "empty",
           [](const Device& self, const Shape& shape, const py::dtype& dtype, const std::string& op,

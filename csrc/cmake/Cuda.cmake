@@ -17,6 +17,7 @@ set(CMAKE_CUDA_EXTENSIONS OFF)
 
 add_library(tq_hb_cuda_kernels OBJECT
   csrc/cuda/kernels/attend.cu
+  csrc/cuda/kernels/attend_group.cu
   csrc/cuda/kernels/codec.cu
   csrc/cuda/kernels/merge.cu)
 target_include_directories(tq_hb_cuda_kernels PRIVATE csrc)

@@ -18,6 +18,7 @@ struct DeviceLimits {
   unsigned num_threads;
   std::uint64_t max_threadgroup_bytes;        ///< 0 where there are no threadgroups
   std::uint64_t max_threads_per_threadgroup;  ///< 0 where there are no threadgroups
+  unsigned num_multiprocessors = 0;           ///< 0 where that is not known
 };
 
 /// May be used from any thread.
@@ -30,6 +31,11 @@ class Device {
   virtual bool is_simulated() const { return false; }
   virtual DeviceLimits limits() const = 0;
   virtual bool offers(AttendKernel kernel) const { return kernel == AttendKernel::kPerHead; }
+  /// Whether it also does so for rows of this size and packing.
+  virtual bool offers_for(AttendKernel kernel, std::uint64_t /*head_dim*/, Packing /*packing*/, unsigned /*k_cbits*/,
+                          unsigned /*v_cbits*/) const {
+    return offers(kernel);
+  }
   /// Throws in a process that cannot use the device: a forked child of the one that opened it.
   virtual void check_usable(const std::string& /*op*/) const {}
 

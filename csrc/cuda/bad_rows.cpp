@@ -11,13 +11,14 @@ BadRowWords::~BadRowWords() {
   if (blocks_.empty() || context_->is_forked()) return;
   try {
     const CurrentDevice current(*context_);
-    for (std::uint32_t* block : blocks_) {
-      // In the stream's order, and so before its next owner's use.
-      const std::size_t bytes = kStatusWords * sizeof(std::uint32_t);
-      check_cuda(cudaMemsetAsync(block, 0xFF, bytes, context_->stream()), "cuda: setting status words");
+    if (!are_clean_) {
+      for (std::uint32_t* block : blocks_) {
+        const std::size_t bytes = kStatusWords * sizeof(std::uint32_t);
+        check_cuda(cudaMemsetAsync(block, 0xFF, bytes, context_->stream()), "cuda: setting status words");
+      }
       check_cuda(cudaStreamSynchronize(context_->stream()), "cuda: setting status words");
-      context_->give_back_status(block);
     }
+    for (std::uint32_t* block : blocks_) context_->give_back_status(block);
   } catch (const Error&) {
     // Words that could not be set again are not given out again.
   }
@@ -30,7 +31,7 @@ std::uint32_t* BadRowWords::watch(const std::string& op, const std::string& fiel
   return blocks_.back() + index % kStatusWords;
 }
 
-void BadRowWords::check(cudaStream_t stream) const {
+void BadRowWords::check(cudaStream_t stream) {
   std::vector<std::uint32_t> words(watches_.size(), TQ_STATUS_OK);
   for (std::size_t first = 0; first < words.size(); first += kStatusWords) {
     const std::size_t bytes = std::min(kStatusWords, words.size() - first) * sizeof(std::uint32_t);
@@ -45,6 +46,7 @@ void BadRowWords::check(cudaStream_t stream) const {
     throw Error(ErrorCode::kInvalidArgument,
                 bad_row_message(watch.op, watch.field, words[i] / watch.heads, words[i] % watch.heads));
   }
+  are_clean_ = !are_replayed_;
 }
 
 }  // namespace tq_hb

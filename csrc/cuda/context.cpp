@@ -9,7 +9,7 @@
 namespace tq_hb {
 namespace {
 
-constexpr std::size_t kStatusBlocks = 16;  // made at a time
+constexpr std::size_t kStatusBlocks = 8192;  // made at a time
 
 }  // namespace
 

@@ -42,7 +42,7 @@ class CudaContext {
   std::vector<std::uint32_t*> free_status_;
 };
 
-constexpr std::size_t kStatusWords = 256;
+constexpr std::size_t kStatusWords = 8;
 
 /// Makes the context's GPU the thread's current one while it lives.
 class CurrentDevice {

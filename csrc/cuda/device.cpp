@@ -5,6 +5,7 @@
 
 #include "cuda/context.h"
 #include "cuda/encoder.h"
+#include "cuda/kernels/kernels.h"
 #include "cuda/storage.h"
 
 namespace tq_hb {
@@ -20,7 +21,16 @@ class CudaDevice final : public Device {
   std::string backend() const override { return "cuda"; }
   DeviceLimits limits() const override {
     const cudaDeviceProp& gpu = context_->properties();
-    return {gpu.totalGlobalMem, 0, gpu.sharedMemPerBlockOptin, static_cast<std::uint64_t>(gpu.maxThreadsPerBlock)};
+    return {gpu.totalGlobalMem, 0, gpu.sharedMemPerBlockOptin, static_cast<std::uint64_t>(gpu.maxThreadsPerBlock),
+            static_cast<unsigned>(gpu.multiProcessorCount)};
+  }
+  bool offers(AttendKernel kernel) const override {
+    return kernel == AttendKernel::kPerHead || context_->properties().sharedMemPerBlockOptin >= group_shared_bytes();
+  }
+  bool offers_for(AttendKernel kernel, std::uint64_t head_dim, Packing packing, unsigned k_cbits,
+                  unsigned v_cbits) const override {
+    if (kernel == AttendKernel::kPerHead) return true;
+    return offers(kernel) && head_dim >= 128;
   }
   void check_usable(const std::string& op) const override {
     if (!context_->is_forked()) return;

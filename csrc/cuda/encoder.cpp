@@ -47,7 +47,7 @@ CacheSide cache_side(const Buffer& packed, const Buffer& norms, const Codebook& 
           high_bits(packing, codebook.cbits)};
 }
 
-std::string with_head_dim(const char* kernel, std::uint64_t head_dim) {
+std::string with_head_dim(const std::string& kernel, std::uint64_t head_dim) {
   return kernel + std::to_string(head_dim);
 }
 
@@ -185,8 +185,10 @@ class CudaEncoder final : public CommandEncoder {
 
   void encode(AttendOp op) override {
     check_aligned(op.name, "q", op.q);
-    check_aligned(op.name, "k_packed", op.k_packed, kCodesAlignment);
-    check_aligned(op.name, "v_packed", op.v_packed, kCodesAlignment);
+    const bool is_group = op.kernel == AttendKernel::kGroup;
+    const std::uintptr_t codes_alignment = is_group ? kRowAlignment : kCodesAlignment;
+    check_aligned(op.name, "k_packed", op.k_packed, codes_alignment);
+    check_aligned(op.name, "v_packed", op.v_packed, codes_alignment);
     check_aligned(op.name, "output", op.output);
     if (op.tmp) check_aligned(op.name, "tmp", *op.tmp);
     const TqFlashAttnVecArgs& args = op.args;
@@ -199,6 +201,7 @@ class CudaEncoder final : public CommandEncoder {
     call.partials = op.tmp ? device_data<float>(*op.tmp) : nullptr;
     call.output = device_data<float>(op.output);
     call.unrotate = op.fused_undo;
+    call.head_tile = op.head_tile;
     hold({&op.q, &op.k_packed, &op.k_norms, &op.v_packed, &op.v_norms, &op.output});
     if (op.tmp) hold({&*op.tmp});
     if (op.score_bias) {
@@ -219,17 +222,27 @@ class CudaEncoder final : public CommandEncoder {
     const auto shared = std::make_shared<AttendCall>(call);
     const std::uint64_t own_bytes =
         op.tmp ? 0 : tmp_buffer_bytes(args.num_heads, args.head_dim, args.num_queries, args.nwg);
-    record(NodeKind::kSdpa, with_head_dim("flash_attn_vec_tq_hb_dk", args.head_dim), attend_launch(call),
-           [shared, own_bytes](cudaStream_t stream) {
+    const std::string attend = is_group ? "flash_attn_vec_tq_hb_gqa" + std::to_string(op.head_tile) + "_dk"
+                                        : std::string("flash_attn_vec_tq_hb_dk");
+    record(NodeKind::kSdpa, with_head_dim(attend, args.head_dim),
+           is_group ? attend_group_launch(call) : attend_launch(call),
+           [shared, own_bytes, is_group](cudaStream_t stream) {
              if (own_bytes > 0) {
                void* memory = nullptr;
                check_cuda(cudaMallocAsync(&memory, own_bytes, stream), "cuda: allocating partial results");
                shared->partials = static_cast<float*>(memory);
              }
-             launch_attend(*shared, stream);
+             if (is_group) {
+               launch_attend_group(*shared, stream);
+             } else {
+               launch_attend(*shared, stream);
+             }
            });
+    const std::string merge = is_group ? "flash_attn_vec_merge_" : "flash_attn_vec_reduce_";
     record(NodeKind::kSdpa,
-           with_head_dim(op.fused_undo ? "flash_attn_vec_reduce_tq_hb_undo_dk" : "flash_attn_vec_reduce_dk",
+           with_head_dim(merge + (op.fused_undo ? "tq_hb_undo_dk"
+                                  : is_group    ? "tq_hb_dk"
+                                                : "dk"),
                          args.head_dim),
            merge_launch(call), [shared, own_bytes](cudaStream_t stream) {
              launch_merge(*shared, stream);
@@ -256,7 +269,11 @@ class CudaEncoder final : public CommandEncoder {
     check_cuda(cudaStreamIsCapturing(stream_, &capture), "cuda: asking for the stream's state");
     is_running_ = capture == cudaStreamCaptureStatusNone;
     try {
-      if (is_running_) stopwatch_.start(stream_);
+      if (is_running_) {
+        stopwatch_.start(stream_);
+      } else {
+        bad_rows_.expect_replays();
+      }
       for (const Recorded& recorded : launches_) {
         recorded.launch_on(stream_);
         check_cuda(cudaGetLastError(), "cuda: launching " + recorded.kernel);

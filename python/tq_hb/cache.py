@@ -575,8 +575,16 @@ class KVCache:
             params.validate(op)
             call.leave_empty(index)
             return None
-        offers_group = self._form.device._core.offers(policy.AttendKernel.GROUP)
-        dispatch = policy.plan_attention(op, params, num_queries=call.num_queries, offers_group=offers_group)
+        form, core = self._form, self._form.device._core
+        dispatch = policy.plan_attention(
+            op,
+            params,
+            num_queries=call.num_queries,
+            offers_group=core.offers_for(
+                policy.AttendKernel.GROUP, form.head_dim, form.packing, form.k_bits, form.v_bits
+            ),
+            multiprocessors=core.num_multiprocessors,
+        )
         sides = (self._k.packed, self._k.norms, self._v.packed, self._v.norms)
         call.record(index, sides, params, dispatch, placement)
         return params, dispatch

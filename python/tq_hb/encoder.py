@@ -331,12 +331,16 @@ class CommandEncoder:
         if not (sinks is None or isinstance(sinks, Buffer)):
             sinks = self._device.copy_in(op, "sinks", check_sinks(op, sinks, p.num_heads))
         queries = self._floats(op, "q", q)
+        width = p.codebook_bits if v_bits is None else check_bits(op, "v_bits", v_bits)
         dispatch = policy.plan_attention(
             op,
             p,
             # The core refuses a call without any.
             num_queries=max(1, queries.shape[0]) if len(queries.shape) == 3 else 1,
-            offers_group=self._device.offers(policy.AttendKernel.GROUP),
+            offers_group=self._device.offers_for(
+                policy.AttendKernel.GROUP, p.head_dim, packing, p.codebook_bits, width
+            ),
+            multiprocessors=self._device.num_multiprocessors,
             nwg=nwg,
             tmp_bytes=None if storage is None else storage.nbytes,
         )
@@ -353,7 +357,7 @@ class CommandEncoder:
             dispatch.kernel,
             dispatch.head_tile,
             dispatch.nwg,
-            p.codebook_bits if v_bits is None else check_bits(op, "v_bits", v_bits),
+            width,
             codebook,
             fused_undo,
             packing,

@@ -22,6 +22,8 @@ TARGET_THREADGROUPS = 256
 GQA_MIN_KEYS = 512
 # Two blocks of keys: below that, merging a split costs as much as computing it.
 GQA_MIN_KEYS_PER_SPLIT = 64
+# The same where a block of the group kernel has a multiprocessor to itself: a tile of 16 keys for each of its 8 warps.
+GQA_MIN_KEYS_PER_MULTIPROCESSOR = 128
 GQA_MODES = ("auto", "off", "on")
 
 
@@ -156,6 +158,7 @@ def plan_attention(
     *,
     num_queries: int = 1,
     offers_group: bool,
+    multiprocessors: int = 0,
     nwg: int | None = None,
     tmp_bytes: int | None = None,
 ) -> Dispatch:
@@ -166,12 +169,17 @@ def plan_attention(
     ``GQA_MIN_KEYS`` visible keys, counted once per query (``TQ_HB_GQA=on`` drops that last rule). A choice
     for the per-head kernel keeps that one: ``nwg``, ``HF2Q_TQ_NSG``, ``HF2Q_TQ_NWG`` or ``TQ_HB_GQA=off``.
 
+    Where a block of the group kernel has a multiprocessor to itself, as on cuda, it serves any number of rows from
+    ``GQA_MIN_KEYS_PER_MULTIPROCESSOR`` keys on, in no more splits than there are multiprocessors.
+
     Parameters
     ----------
     num_queries : int
         Query tokens of the call, at least 1.
     offers_group : bool
-        Whether the device has the group kernel.
+        Whether the device has the group kernel for this head size and packing.
+    multiprocessors : int
+        Those that take one block of the group kernel each; 0 where blocks share them.
     nwg : int, optional
         Workgroups per head that the caller asks for.
     tmp_bytes : int, optional
@@ -188,15 +196,19 @@ def plan_attention(
     Dispatch(kernel=<AttendKernel.GROUP: 1>, head_tile=4, nwg=64)
     >>> tq_hb.policy.plan_attention("example", p, offers_group=True, num_queries=4)
     Dispatch(kernel=<AttendKernel.GROUP: 1>, head_tile=8, nwg=32)
+    >>> tq_hb.policy.plan_attention("example", p, offers_group=True, multiprocessors=132)
+    Dispatch(kernel=<AttendKernel.GROUP: 1>, head_tile=4, nwg=32)
     """
     mode = _gqa_mode(op)
     sharing = p.num_heads // p.num_kv_heads * num_queries
     chosen = nwg is not None or environment().nsg is not None or environment().nwg is not None or mode == "off"
-    too_short = mode == "auto" and visible_keys(p, num_queries) * num_queries < GQA_MIN_KEYS
-    if not offers_group or chosen or sharing < 2 or too_short:
+    fewest_keys = GQA_MIN_KEYS_PER_MULTIPROCESSOR if multiprocessors else GQA_MIN_KEYS
+    too_short = mode == "auto" and visible_keys(p, num_queries) * num_queries < fewest_keys
+    too_few_rows = sharing < 2 and not multiprocessors
+    if not offers_group or chosen or too_few_rows or too_short:
         return Dispatch(AttendKernel.PER_HEAD, 1, _workgroups(op, p, num_queries, nwg))
     tile = next((tile for tile in (2, 4) if tile >= sharing), _core.GQA_MAX_TILE)
-    return Dispatch(AttendKernel.GROUP, tile, _group_splits(p, tile, num_queries, tmp_bytes))
+    return Dispatch(AttendKernel.GROUP, tile, _group_splits(p, tile, num_queries, multiprocessors, tmp_bytes))
 
 
 def _workgroups(op: str, p: _core.FlashAttnVecTqHbParams, num_queries: int, nwg: int | None) -> int:
@@ -210,13 +222,17 @@ def _workgroups(op: str, p: _core.FlashAttnVecTqHbParams, num_queries: int, nwg:
     return min(count, -(-TARGET_THREADGROUPS // (p.num_heads * num_queries)))
 
 
-def _group_splits(p: _core.FlashAttnVecTqHbParams, tile: int, num_queries: int, tmp_bytes: int | None) -> int:
+def _group_splits(
+    p: _core.FlashAttnVecTqHbParams, tile: int, num_queries: int, multiprocessors: int, tmp_bytes: int | None
+) -> int:
     sharing = p.num_heads // p.num_kv_heads * num_queries
     tiles = p.num_kv_heads * -(-sharing // tile)
-    most = min(_core.GQA_MAX_SPLITS, -(-visible_keys(p, num_queries) // GQA_MIN_KEYS_PER_SPLIT))
+    fewest_keys = GQA_MIN_KEYS_PER_MULTIPROCESSOR if multiprocessors else GQA_MIN_KEYS_PER_SPLIT
+    most = min(_core.GQA_MAX_SPLITS, -(-visible_keys(p, num_queries) // fewest_keys))
     if tmp_bytes is not None:
         most = min(most, tmp_bytes // _core.tmp_buffer_bytes(p.num_heads, p.head_dim, num_queries, 1))
-    return max(1, min(-(-TARGET_THREADGROUPS // tiles), most))
+    wanted = multiprocessors // tiles if multiprocessors else -(-TARGET_THREADGROUPS // tiles)
+    return max(1, min(wanted, most))
 
 
 def check_num_threads(op: str, field: str, value: object) -> int:

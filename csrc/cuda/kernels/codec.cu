@@ -52,19 +52,19 @@ __global__ void __launch_bounds__(kEncodeWarps* kWarp) quantize_kernel(const __g
 
   const unsigned lane = threadIdx.x % kWarp;
   const unsigned warp = threadIdx.x / kWarp;
-  const std::uint64_t heads = call.args.num_kv_heads;
-  const std::uint64_t row = std::uint64_t{blockIdx.x} * kEncodeWarps + warp;  // of those that are kept
+  const TqU32 heads = call.args.num_kv_heads;
+  const TqU32 row = blockIdx.x * kEncodeWarps + warp;  // of those that are kept
   if (row >= heads * call.tokens) return;
-  const std::uint64_t src_row = row + heads * call.first_token;
+  const TqU32 src_row = row + heads * call.first_token;
 
   R y;
-  y.load(tensor.src + src_row * kHeadDim, lane);
+  y.load(tensor.src + std::uint64_t{src_row} * kHeadDim, lane);
   y.rotate(lane);
 #pragma unroll
   for (unsigned i = 0; i < R::kPerLane; ++i) y.values[i] = fabsf(y.values[i]) < kFlushBelow ? 0.0f : y.values[i];
   const float norm = sqrtf(block_energy(y)) * (R::kNorms == 1 ? 1.0f : kBlockRms);
   if (!__all_sync(kAllLanes, isfinite(norm))) {
-    if (lane == 0) atomicMin(tensor.status, static_cast<std::uint32_t>(src_row));
+    if (lane == 0) atomicMin(tensor.status, src_row);
     return;
   }
 
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kEncodeWarps* kWarp) quantize_kernel(const __g
 
   const std::uint64_t position = std::uint64_t{call.args.write_pos} + src_row / heads;
   const std::uint64_t slot = call.args.is_sliding == 1 ? position % call.args.cache_capacity : position;
-  const std::uint64_t at = src_row % heads * call.args.cache_capacity + slot;
+  const std::uint64_t at = std::uint64_t{src_row % heads} * call.args.cache_capacity + slot;
   if (lane % (kWarp / R::kNorms) == 0) tensor.norms[at * R::kNorms + lane / (kWarp / R::kNorms)] = norm;
   std::uint8_t* codes = code_rows[warp] + lane * R::kPerLane;
 #pragma unroll

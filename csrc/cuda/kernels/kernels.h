@@ -84,6 +84,7 @@ struct AttendCall {
   float* lse;  ///< or null
   std::uint32_t* status;
   bool unrotate;
+  TqU32 head_tile;  ///< rows that the group kernel takes together, at most TQ_GQA_MAX_TILE
 };
 
 /// Floats of one partial result.
@@ -93,6 +94,12 @@ constexpr unsigned partial_floats(unsigned head_dim) {
 
 Launch attend_launch(const AttendCall& call);
 void launch_attend(const AttendCall& call, cudaStream_t stream);
+/// The same by the group kernel: head sizes from 128 on, codes at multiples of 16 bytes.
+Launch attend_group_launch(const AttendCall& call);
+void launch_attend_group(const AttendCall& call, cudaStream_t stream);
+/// Shared memory that a block of it may take.
+unsigned group_shared_bytes();
+
 Launch merge_launch(const AttendCall& call);
 void launch_merge(const AttendCall& call, cudaStream_t stream);
 

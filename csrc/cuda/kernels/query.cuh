@@ -27,8 +27,8 @@ struct QueryRow {
 };
 
 __device__ inline TqU32 slot_of_age(const TqFlashAttnVecArgs& args, TqU32 age) {
-  const std::uint64_t slot = std::uint64_t{args.ring_start} + age;
-  return static_cast<TqU32>(slot < args.kv_capacity ? slot : slot - args.kv_capacity);
+  const TqU32 before_wrap = args.kv_capacity - args.ring_start;
+  return age < before_wrap ? args.ring_start + age : age - before_wrap;
 }
 
 __device__ inline float warp_sum(float value) {

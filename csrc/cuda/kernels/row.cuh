@@ -20,30 +20,41 @@ template <unsigned kHeadDim>
 struct Row {
   static constexpr unsigned kPerLane = kHeadDim / kWarp;
   static constexpr unsigned kNorms = kHeadDim > kNormBlock ? kHeadDim / kNormBlock : 1;
-  /// Vectors of 2 values: the shortest rows have no more in a lane.
   static constexpr unsigned kPairs = kPerLane / 2;
+  /// Values of a load: the shortest rows have no more than 2 in a lane.
+  static constexpr unsigned kVector = kPerLane < 4 ? 2 : 4;
+  struct alignas(kVector * sizeof(float)) Vector {
+    float values[kVector];
+  };
 
   float values[kPerLane];
 
   __device__ void load(const float* row, unsigned lane) {
-    const float2* pairs = reinterpret_cast<const float2*>(row + lane * kPerLane);
+    const Vector* vectors = reinterpret_cast<const Vector*>(row + lane * kPerLane);
 #pragma unroll
-    for (unsigned i = 0; i < kPairs; ++i) {
-      const float2 pair = pairs[i];
-      values[2 * i] = pair.x;
-      values[2 * i + 1] = pair.y;
+    for (unsigned v = 0; v < kPerLane / kVector; ++v) {
+      const Vector vector = vectors[v];
+#pragma unroll
+      for (unsigned i = 0; i < kVector; ++i) values[v * kVector + i] = vector.values[i];
     }
   }
 
   __device__ void store(float* row, unsigned lane) const {
-    float2* pairs = reinterpret_cast<float2*>(row + lane * kPerLane);
+    Vector* vectors = reinterpret_cast<Vector*>(row + lane * kPerLane);
 #pragma unroll
-    for (unsigned i = 0; i < kPairs; ++i) pairs[i] = make_float2(values[2 * i], values[2 * i + 1]);
+    for (unsigned v = 0; v < kPerLane / kVector; ++v) {
+      Vector vector;
+#pragma unroll
+      for (unsigned i = 0; i < kVector; ++i) vector.values[i] = values[v * kVector + i];
+      vectors[v] = vector;
+    }
   }
 
   __device__ void multiply_signs(unsigned lane) {
+    const unsigned first = lane * kPerLane;
+    const unsigned bits = (kSignBits[first / 8] | (kPerLane > 8 ? kSignBits[first / 8 + 1] << 8 : 0)) >> (first % 8);
 #pragma unroll
-    for (unsigned i = 0; i < kPerLane; ++i) values[i] *= sign_of(lane * kPerLane + i);
+    for (unsigned i = 0; i < kPerLane; ++i) values[i] = (bits >> i & 1) != 0 ? -values[i] : values[i];
   }
 
   __device__ void multiply(float factor) {

@@ -73,9 +73,5 @@ __device__ inline const float* boundaries_of(TqU32 codebook, unsigned cbits) {
   }
 }
 
-__device__ inline float sign_of(unsigned coordinate) {
-  return (kSignBits[coordinate / 8] >> (coordinate % 8)) & 1 ? -1.0f : 1.0f;
-}
-
 }  // namespace
 }  // namespace tq_hb

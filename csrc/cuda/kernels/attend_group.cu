@@ -1,0 +1,485 @@
+// Attention for up to kRows rows of q that share a KV head: a key is decoded once for all of them, on tensor cores.
+//
+// Grid:   (splits, KV heads, tiles of rows) blocks of (32, 8) threads, one block per multiprocessor.
+// Work:   a split has consecutive tiles of kKeys keys, which its units take in turn. A unit is a warp, or two where a
+//         row has two norm blocks, of which each takes one. Every unit keeps its own softmax and output.
+// Shared: the tables, the queries, a ring of K and V rows for every warp, filled by asynchronous copies, and for pairs
+//         of warps the scores that they exchange. At the end every unit's output lies over the tables and the ring.
+//
+// Products are those of float16 with its remainder: a table holds both for every level, queries and weights are cut in
+// the same way, and of the four products the three that count are added in float32. A table has a copy for every
+// lane, so that lookups never meet in a bank, with the levels of K and of V side by side.
+//
+// Matrices: S = K q^T has keys as rows, O = V^T p^T coordinates, and both have rows of q as columns. The order of
+// coordinates inside a product is free. So in S a lane holds 16 consecutive coordinates of a key, with q's in the same
+// order, and in O a group of four lanes holds 16 consecutive coordinates of V: rows are read as they lie in memory.
+//
+// Scores count in powers of two. What a row does not see is selected away, whatever it holds.
+
+#include "core/query_range.h"
+#include "cuda/kernels/code_tile.cuh"
+#include "cuda/kernels/dispatch.h"
+#include "cuda/kernels/half_products.cuh"
+#include "cuda/kernels/kernels.h"
+#include "cuda/kernels/overlap.cuh"
+#include "cuda/kernels/query.cuh"
+#include "cuda/kernels/row.cuh"
+
+namespace tq_hb {
+namespace {
+
+constexpr unsigned kRows = TQ_GQA_MAX_TILE;
+constexpr unsigned kWarps = 8;
+constexpr unsigned kThreads = kWarps * kWarp;
+/// Rows of K and V that a block asks for before it needs them.
+constexpr unsigned kRingBytes = 128 << 10;
+constexpr unsigned kTableStride = 256;
+constexpr unsigned kTableBytes = 256 * kTableStride;
+constexpr unsigned kVTableOffset = 128;
+/// Weights are multiplied by this, so that the remainder of a small one is a normal float16.
+constexpr float kWeightScale = 256.0f;
+/// A maximum may be exceeded by so many powers of two before everything is rescaled to a new one.
+constexpr float kSlack = 4.0f;
+/// Scores beyond this count as equal.
+constexpr float kLargestScore = 1e38f;
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr double kLn2 = 0.6931471805599453;
+/// Shared memory that a block may take, whatever the shape.
+constexpr unsigned kGroupSharedBytes = 224 << 10;
+
+template <unsigned kHeadDim, unsigned kKHighBits, unsigned kVHighBits>
+struct Shape {
+  static constexpr unsigned kBlockDim = kHeadDim < kNormBlock ? kHeadDim : kNormBlock;  // coordinates of a warp
+  static constexpr unsigned kBlocks = kHeadDim / kBlockDim;
+  static constexpr unsigned kUnits = kWarps / kBlocks;
+  static constexpr unsigned kSteps = kBlockDim / 16;  // products along a row of K, and pairs of coordinates of V
+  static constexpr unsigned kOutputStride = kHeadDim + 8;
+  using KTile = CodeTile<kHeadDim, kBlockDim, kKHighBits>;
+  using VTile = CodeTile<kHeadDim, kBlockDim, kVHighBits>;
+  static constexpr unsigned kStageBytes = KTile::kBytes + VTile::kBytes;
+  static constexpr unsigned kStages = kRingBytes / (kWarps * kStageBytes);
+
+  static constexpr unsigned kQueries = kTableBytes;
+  static constexpr unsigned kExchange = kQueries + kBlocks * kSteps * kWarp * sizeof(uint4);
+  static constexpr unsigned kRing = kExchange + (kBlocks > 1 ? 2 * kUnits * kBlocks * kWarp * sizeof(float4) : 0);
+  static constexpr unsigned kStates = kRing + kWarps * kStages * kStageBytes;
+  static constexpr unsigned kBytes = kStates + kUnits * kRows * sizeof(float4) + kRows * sizeof(float);
+  static_assert(kUnits * kRows * kOutputStride * sizeof(float) <= kStates, "the outputs lie over what is not needed");
+  static_assert(kBytes <= kGroupSharedBytes);
+};
+
+/// What the columns of the products are: rows of q that share a KV head, in the order of queries, then heads.
+struct RowTile {
+  __device__ RowTile(const AttendCall& call)
+      : group(call.args.num_heads / call.args.num_kv_heads),
+        first(blockIdx.z * call.head_tile),
+        count(min(call.head_tile, group * call.args.num_queries - blockIdx.z * call.head_tile)) {}
+
+  /// Index of a row in q.
+  __device__ TqU32 row(const AttendCall& call, unsigned index) const {
+    const TqU32 i = first + index;
+    return i / group * call.args.num_heads + blockIdx.y * group + i % group;
+  }
+
+  TqU32 group, first, count;
+};
+
+/// The level of byte `index` of a word of codes. `lane_offset` is below 256, so that the address is made of bytes.
+__device__ inline std::uint32_t look_up(const unsigned char* table, std::uint32_t codes, unsigned index,
+                                        std::uint32_t lane_offset) {
+  return *reinterpret_cast<const std::uint32_t*>(table + __byte_perm(codes, lane_offset, 0x5504 | index << 4));
+}
+
+__device__ inline std::uint32_t word_of(const uint4& chunk, unsigned index) {
+  return index == 0 ? chunk.x : index == 1 ? chunk.y : index == 2 ? chunk.z : chunk.w;
+}
+
+__device__ inline unsigned thread_index() {
+  return threadIdx.y * kWarp + threadIdx.x;
+}
+
+/// Writes a level's 32 copies: eight threads of 16 bytes each.
+__device__ inline void write_level(unsigned char* table, unsigned code, float level) {
+  const std::uint32_t value = pack_halves(level, 0.0f);
+  const std::uint32_t entry = value | pack_remainders(level, 0.0f, value) << 16;
+  *reinterpret_cast<uint4*>(table + code * kTableStride + threadIdx.x % 8 * sizeof(uint4)) =
+      make_uint4(entry, entry, entry, entry);
+}
+
+__device__ inline void fill_tables(unsigned char* tables, const AttendCall& call) {
+  constexpr unsigned kCodesAtOnce = kThreads / 8;
+  const float* k_table = levels_of(call.args.codebook, call.k.cbits);
+  const float* v_table = levels_of(call.args.codebook, call.v.cbits);
+  float k_levels[256 / kCodesAtOnce], v_levels[256 / kCodesAtOnce];
+#pragma unroll
+  for (unsigned i = 0; i < 256 / kCodesAtOnce; ++i) {
+    const unsigned code = i * kCodesAtOnce + thread_index() / 8;
+    k_levels[i] = k_table[code & ((1u << call.k.cbits) - 1)];
+    v_levels[i] = v_table[code & ((1u << call.v.cbits) - 1)];
+  }
+#pragma unroll
+  for (unsigned i = 0; i < 256 / kCodesAtOnce; ++i) {
+    const unsigned code = i * kCodesAtOnce + thread_index() / 8;
+    write_level(tables, code, k_levels[i]);
+    write_level(tables + kVTableOffset, code, v_levels[i]);
+  }
+}
+
+/// Cuts the tile's rows into the operands of the products, each scaled by a power of two: a warp prepares a row.
+template <class S, unsigned kHeadDim>
+__device__ void prepare_queries(unsigned char* shared, float* scales, const AttendCall& call, const RowTile& tile) {
+  static_assert(kWarps == kRows);
+  const unsigned lane = threadIdx.x, r = threadIdx.y;
+  Row<kHeadDim> row{};
+  double undo = 1.0;
+  if (r < tile.count) {
+    row.load(call.q + std::uint64_t{tile.row(call, r)} * kHeadDim, lane);
+    undo = scale_by_power_of_two(row);
+    if (call.args.fuse_fwht_pre == 1) {
+      // The transform adds up to sqrt(D) coordinates; halves stay below their largest value all the same.
+      row.rotate(lane);
+    }
+  }
+  if (lane == 0) {
+    const double scale = undo * call.args.scale * decode_factor<kHeadDim>(1.0f, call.args.scale_factor_d512) * kLog2E;
+    scales[r] = static_cast<float>(fmin(fmax(scale, -1e38), 1e38));
+  }
+  auto* operands = reinterpret_cast<uint2*>(shared + S::kQueries);
+#pragma unroll
+  for (unsigned i = 0; i < Row<kHeadDim>::kPairs; ++i) {
+    const unsigned coordinate = lane * Row<kHeadDim>::kPerLane + 2 * i;
+    const unsigned block = coordinate / S::kBlockDim, within = coordinate % S::kBlockDim;
+    const unsigned chunk = within / kChunk, word = within % kChunk / 4, half = within % 4 / 2;
+    const unsigned step = block * S::kSteps + chunk / 4 * 4 + word;
+    const std::uint32_t values = pack_halves(row.values[2 * i], row.values[2 * i + 1]);
+    auto* operand = reinterpret_cast<std::uint32_t*>(operands + (step * kWarp + r * 4 + chunk % 4) * 2);
+    operand[half] = values;
+    operand[2 + half] = pack_remainders(row.values[2 * i], row.values[2 * i + 1], values);
+  }
+}
+
+template <unsigned kHeadDim, unsigned kKHighBits, unsigned kVHighBits>
+__global__ void __launch_bounds__(kThreads, 1) attend_group_kernel(const __grid_constant__ AttendCall call) {
+#if __CUDA_ARCH__ >= 900  // no GPU before has the shared memory
+  using S = Shape<kHeadDim, kKHighBits, kVHighBits>;
+  using KTile = typename S::KTile;
+  using VTile = typename S::VTile;
+  constexpr unsigned kBlocks = S::kBlocks;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  auto* states = reinterpret_cast<float4*>(shared + S::kStates);  // maximum, sum, maximum of the weighted, unused
+  auto* scales = reinterpret_cast<float*>(states + S::kUnits * kRows);
+  const unsigned lane = threadIdx.x, warp = threadIdx.y, g = lane / 4, t = lane % 4;
+  const unsigned unit = warp / kBlocks, block = warp % kBlocks;
+  const TqFlashAttnVecArgs& args = call.args;
+
+  let_next_start();
+  fill_tables(shared, call);
+  wait_for_previous();
+
+  const RowTile rows(call);
+  prepare_queries<S, kHeadDim>(shared, scales, call, rows);
+  // The columns of this lane, and the keys that any row of the tile sees.
+  TqU32 begins[2] = {0, 0}, ends[2] = {0, 0};
+  float biases[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (unsigned c = 0; c < 2; ++c) {
+    if (2 * t + c >= rows.count) continue;
+    const QueryRow query(call, rows.row(call, 2 * t + c));
+    begins[c] = query.range.begin;
+    ends[c] = query.range.end;
+    biases[c] = query.bias;
+  }
+  const TqU32 first_key = QueryRow(call, rows.row(call, 0)).range.begin;
+  const TqU32 last_key = QueryRow(call, rows.row(call, rows.count - 1)).range.end;
+  const std::uint64_t num_tiles = (last_key - first_key + kKeys - 1) / kKeys;
+  const auto tiles_end = static_cast<TqU32>(num_tiles * (blockIdx.x + 1) / gridDim.x);
+  TqU32 tile = static_cast<TqU32>(num_tiles * blockIdx.x / gridDim.x) + unit;
+
+  const std::uint64_t first_slot = std::uint64_t{blockIdx.y} * args.kv_capacity;
+  const auto slot_in_tile = [&](TqU32 at, unsigned key) {
+    return slot_of_age(args, min(first_key + at * kKeys + key, last_key - 1));
+  };
+  const std::uint8_t* k_rows = call.k.packed + first_slot * Codes<kHeadDim, kKHighBits>::kRowBytes;
+  const std::uint8_t* v_rows = call.v.packed + first_slot * Codes<kHeadDim, kVHighBits>::kRowBytes;
+  const unsigned ring_offset = S::kRing + warp * S::kStages * S::kStageBytes;
+  const auto ring = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared + ring_offset));
+  const auto copy_k = [&](unsigned stage, TqU32 at) {
+    KTile::copy(ring + stage * S::kStageBytes, block, lane, [&](unsigned key) {
+      return k_rows + std::uint64_t{slot_in_tile(at, key)} * Codes<kHeadDim, kKHighBits>::kRowBytes;
+    });
+  };
+  const auto copy_v = [&](unsigned stage, TqU32 at) {
+    VTile::copy(ring + stage * S::kStageBytes + KTile::kBytes, block, lane, [&](unsigned key) {
+      return v_rows + std::uint64_t{slot_in_tile(at, key)} * Codes<kHeadDim, kVHighBits>::kRowBytes;
+    });
+  };
+  const float* k_norm_rows = call.k.norms + first_slot * kBlocks + block;
+  const float* v_norm_rows = call.v.norms + first_slot * kBlocks + block;
+  float k_norms[2] = {}, v_norms[2] = {};
+  const auto load_norms = [&](TqU32 at) {
+#pragma unroll
+    for (unsigned i = 0; i < 2; ++i) {
+      const std::uint64_t at_norm = std::uint64_t{slot_in_tile(at, g + 8 * i)} * kBlocks;
+      k_norms[i] = __ldg(k_norm_rows + at_norm);
+      v_norms[i] = __ldg(v_norm_rows + at_norm);
+    }
+  };
+  // Small loads first: behind the copies they would wait for them.
+  if (tile < tiles_end) load_norms(tile);
+#pragma unroll
+  for (unsigned i = 0; i < S::kStages; ++i) {
+    if (tile + i * S::kUnits < tiles_end) copy_k(i, tile + i * S::kUnits);
+    end_copies();
+    if (tile + i * S::kUnits < tiles_end) copy_v(i, tile + i * S::kUnits);
+    end_copies();
+  }
+  __syncthreads();
+  const float q_scales[2] = {scales[2 * t], scales[2 * t + 1]};
+  const float v_scale = decode_factor<kHeadDim>(1.0f, args.scale_factor_d512);
+  const float cap = args.softcap * kLog2E;
+
+  float out[S::kSteps][4] = {};
+  float maxima[2] = {-INFINITY, -INFINITY}, sums[2] = {0.0f, 0.0f}, v_maxima[2] = {-INFINITY, -INFINITY};
+  const std::uint32_t k_lane = lane * 4, v_lane = lane * 4 + kVTableOffset;
+  unsigned stage_index = 0, exchange = 0;
+  for (; tile < tiles_end; tile += S::kUnits) {
+    const unsigned char* k_tile = shared + ring_offset + stage_index * S::kStageBytes;
+    const unsigned char* v_tile = k_tile + KTile::kBytes;
+    wait_for_copies<2 * S::kStages - 1>();
+    float high[4] = {}, middle[4] = {}, low[4] = {};
+#pragma unroll
+    for (unsigned j = 0; j < S::kBlockDim / 64; ++j) {
+      const uint4 codes_0 = KTile::codes(k_tile, g, 4 * j + t);
+      const uint4 codes_1 = KTile::codes(k_tile, g + 8, 4 * j + t);
+#pragma unroll
+      for (unsigned w = 0; w < 4; ++w) {
+        std::uint32_t x[4], y[4];
+#pragma unroll
+        for (unsigned b = 0; b < 4; ++b) {
+          x[b] = look_up(shared, word_of(codes_0, w), b, k_lane);
+          y[b] = look_up(shared, word_of(codes_1, w), b, k_lane);
+        }
+        const std::uint32_t values[4] = {values_of(x[0], x[1]), values_of(y[0], y[1]), values_of(x[2], x[3]),
+                                         values_of(y[2], y[3])};
+        const std::uint32_t remainders[4] = {remainders_of(x[0], x[1]), remainders_of(y[0], y[1]),
+                                             remainders_of(x[2], x[3]), remainders_of(y[2], y[3])};
+        const uint4 q =
+            reinterpret_cast<const uint4*>(shared + S::kQueries)[(block * S::kSteps + 4 * j + w) * kWarp + lane];
+        multiply_add(high, values, q.x, q.y);
+        multiply_add(middle, values, q.z, q.w);
+        multiply_add(low, remainders, q.x, q.y);
+      }
+    }
+    float scores[4];  // of keys g and g + 8, each for both columns
+#pragma unroll
+    for (unsigned i = 0; i < 4; ++i) scores[i] = (high[i] + (middle[i] + low[i])) * k_norms[i / 2] * q_scales[i % 2];
+    float weights_of_v[2] = {v_norms[0] * v_scale, v_norms[1] * v_scale};
+    const TqU32 next = tile + S::kStages * S::kUnits;
+    if (tile + S::kUnits < tiles_end) load_norms(tile + S::kUnits);
+    __syncwarp();
+    if (next < tiles_end) copy_k(stage_index, next);
+    end_copies();
+    if constexpr (kBlocks > 1) {
+      auto* shared_scores =
+          reinterpret_cast<float4*>(shared + S::kExchange) + (exchange * S::kUnits + unit) * 2 * kWarp;
+      shared_scores[block * kWarp + lane] = make_float4(scores[0], scores[1], scores[2], scores[3]);
+      asm volatile("bar.sync %0, 64;" ::"r"(unit + 1) : "memory");
+      const float4 a = shared_scores[lane], b = shared_scores[kWarp + lane];
+      scores[0] = a.x + b.x;
+      scores[1] = a.y + b.y;
+      scores[2] = a.z + b.z;
+      scores[3] = a.w + b.w;
+      exchange ^= 1;
+    }
+
+    bool seen[4];
+    float v_scores[4];  // with the logarithm of V's norm: of the weights that meet V
+#pragma unroll
+    for (unsigned i = 0; i < 4; ++i) {
+      const TqU32 age = first_key + tile * kKeys + g + 8 * (i / 2);
+      seen[i] = age >= begins[i % 2] && age < ends[i % 2];
+      if (args.softcap > 0.0f) scores[i] = cap * tanhf((scores[i] + biases[i % 2] * kLog2E) / cap);
+      scores[i] = scores[i] > kLargestScore ? kLargestScore : scores[i] < -kLargestScore ? -kLargestScore : scores[i];
+      if (!seen[i]) scores[i] = -INFINITY;
+      v_scores[i] = scores[i] + log2f(fabsf(weights_of_v[i / 2]));
+    }
+    const float x[2] = {fmaxf(scores[0], scores[2]), fmaxf(scores[1], scores[3])};
+    const float y[2] = {
+        seen[0] || seen[2] ? fmaxf(seen[0] ? v_scores[0] : -INFINITY, seen[2] ? v_scores[2] : -INFINITY) : -INFINITY,
+        seen[1] || seen[3] ? fmaxf(seen[1] ? v_scores[1] : -INFINITY, seen[3] ? v_scores[3] : -INFINITY) : -INFINITY};
+    const bool grows = x[0] > maxima[0] + kSlack || x[1] > maxima[1] + kSlack || y[0] > v_maxima[0] + kSlack ||
+                       y[1] > v_maxima[1] + kSlack;
+    if (__any_sync(kAllLanes, grows)) {
+#pragma unroll
+      for (unsigned c = 0; c < 2; ++c) {
+        float new_max = x[c], new_v_max = y[c];
+#pragma unroll
+        for (unsigned step = 4; step < kWarp; step *= 2) {
+          new_max = fmaxf(new_max, __shfl_xor_sync(kAllLanes, new_max, step));
+          new_v_max = fmaxf(new_v_max, __shfl_xor_sync(kAllLanes, new_v_max, step));
+        }
+        new_max = fmaxf(maxima[c], new_max);
+        new_v_max = fmaxf(v_maxima[c], new_v_max);
+        sums[c] *= new_max == maxima[c] ? 1.0f : exp2f(maxima[c] - new_max);
+        const float correction = new_v_max == v_maxima[c] ? 1.0f : exp2f(v_maxima[c] - new_v_max);
+        maxima[c] = new_max;
+        v_maxima[c] = new_v_max;
+#pragma unroll
+        for (unsigned i = 0; i < S::kSteps; ++i) {
+          out[i][c] *= correction;
+          out[i][2 + c] *= correction;
+        }
+      }
+    }
+    float weights[4];
+#pragma unroll
+    for (unsigned i = 0; i < 4; ++i) {
+      if (seen[i]) sums[i % 2] += exp2f(scores[i] - maxima[i % 2]);
+      const float norm = weights_of_v[i / 2];
+      const float weight = kWeightScale * exp2f(v_scores[i] - v_maxima[i % 2]);
+      weights[i] = seen[i] && norm != 0.0f ? copysignf(weight, norm) : 0.0f;
+    }
+    const std::uint32_t halves[2] = {pack_halves(weights[0], weights[1]), pack_halves(weights[2], weights[3])};
+    const std::uint32_t p[2] = {transpose(halves[0]), transpose(halves[1])};
+    const std::uint32_t p_low[2] = {transpose(pack_remainders(weights[0], weights[1], halves[0])),
+                                    transpose(pack_remainders(weights[2], weights[3], halves[1]))};
+
+    wait_for_copies<2 * S::kStages - 1>();
+#pragma unroll
+    for (unsigned h = 0; h < S::kBlockDim / 128; ++h) {
+      uint4 codes[4];  // of keys 2t, 2t + 1, 2t + 8 and 2t + 9
+#pragma unroll
+      for (unsigned r = 0; r < 4; ++r) {
+        codes[r] = VTile::codes(v_tile, 2 * t + r % 2 + 8 * (r / 2), 8 * h + g);
+      }
+#pragma unroll
+      for (unsigned w = 0; w < 4; ++w) {
+#pragma unroll
+        for (unsigned b = 0; b < 4; b += 2) {
+          std::uint32_t x[4], y[4];
+#pragma unroll
+          for (unsigned r = 0; r < 4; ++r) {
+            x[r] = look_up(shared, word_of(codes[r], w), b, v_lane);
+            y[r] = look_up(shared, word_of(codes[r], w), b + 1, v_lane);
+          }
+          const std::uint32_t values[4] = {values_of(x[0], x[1]), values_of(y[0], y[1]), values_of(x[2], x[3]),
+                                           values_of(y[2], y[3])};
+          const std::uint32_t remainders[4] = {remainders_of(x[0], x[1]), remainders_of(y[0], y[1]),
+                                               remainders_of(x[2], x[3]), remainders_of(y[2], y[3])};
+          float (&sum)[4] = out[h * 8 + w * 2 + b / 2];
+          multiply_add(sum, values, p[0], p[1]);
+          multiply_add(sum, values, p_low[0], p_low[1]);
+          multiply_add(sum, remainders, p[0], p[1]);
+        }
+      }
+    }
+    __syncwarp();
+    if (next < tiles_end) copy_v(stage_index, next);
+    end_copies();
+    stage_index = stage_index + 1 == S::kStages ? 0 : stage_index + 1;
+  }
+
+  // The units' results become one. Two warps of a unit have the same sums, but each its own weighted maximum.
+#pragma unroll
+  for (unsigned c = 0; c < 2; ++c) {
+#pragma unroll
+    for (unsigned step = 4; step < kWarp; step *= 2) sums[c] += __shfl_xor_sync(kAllLanes, sums[c], step);
+    if (g == 0 && block == 0) states[unit * kRows + 2 * t + c] = make_float4(maxima[c], sums[c], 0.0f, 0.0f);
+  }
+  wait_for_copies<0>();
+  __syncthreads();
+  const auto merged_state = [&](unsigned r) {
+    float max = -INFINITY, sum = 0.0f;
+    for (unsigned u = 0; u < S::kUnits; ++u) max = fmaxf(max, states[u * kRows + r].x);
+    for (unsigned u = 0; u < S::kUnits; ++u) {
+      const float4 state = states[u * kRows + r];
+      sum += state.y * (state.x == max ? 1.0f : exp2f(state.x - max));
+    }
+    return make_float2(max, sum);
+  };
+  auto* outputs = reinterpret_cast<float*>(shared);
+#pragma unroll
+  for (unsigned c = 0; c < 2; ++c) {
+    if (2 * t + c >= rows.count) continue;
+    const float2 merged = merged_state(2 * t + c);
+    // A row that sees nothing here leaves zeros.
+    const float factor = merged.y == 0.0f ? 0.0f : exp2f(v_maxima[c] - merged.x) / (merged.y * kWeightScale);
+    float* output = outputs + (unit * kRows + 2 * t + c) * S::kOutputStride + block * S::kBlockDim;
+#pragma unroll
+    for (unsigned i = 0; i < S::kSteps; ++i) {
+      *reinterpret_cast<float2*>(output + (i * 8 + g) * 2) = make_float2(out[i][c] * factor, out[i][2 + c] * factor);
+    }
+  }
+  __syncthreads();
+  for (unsigned i = thread_index(); i < rows.count * kHeadDim / 2; i += kThreads) {
+    const unsigned r = i / (kHeadDim / 2), pair = i % (kHeadDim / 2);
+    float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll
+    for (unsigned u = 0; u < S::kUnits; ++u) {
+      const float2 of_unit = *reinterpret_cast<const float2*>(outputs + (u * kRows + r) * S::kOutputStride + 2 * pair);
+      sum.x += of_unit.x;
+      sum.y += of_unit.y;
+    }
+    const unsigned within = pair % (S::kBlockDim / 2), step = within / 8, group = within % 8;
+    const unsigned coordinate =
+        pair / (S::kBlockDim / 2) * S::kBlockDim + step / 8 * 128 + group * kChunk + step % 8 * 2;
+    const std::uint64_t row = rows.row(call, r);
+    float* partial = call.partials + (row * gridDim.x + blockIdx.x) * partial_floats(kHeadDim);
+    *reinterpret_cast<float2*>(partial + coordinate) = sum;
+  }
+  if (thread_index() < rows.count) {
+    const std::uint64_t row = rows.row(call, thread_index());
+    const float2 merged = merged_state(thread_index());
+    // Without a softcap the bias is the same for all keys, and only the logarithm sees it.
+    const double bias = args.softcap > 0.0f || call.score_bias == nullptr ? 0.0 : call.score_bias[row];
+    float* partial = call.partials + (row * gridDim.x + blockIdx.x) * partial_floats(kHeadDim);
+    *reinterpret_cast<double*>(partial + kHeadDim) =
+        merged.y == 0.0f ? -HUGE_VAL : merged.x * kLn2 + log(static_cast<double>(merged.y)) + bias;
+  }
+#endif
+}
+
+/// Calls visit(head size, K's high bits, V's high bits).
+template <class Visit>
+void with_group_shape(const AttendCall& call, const Visit& visit) {
+  with_high_bits(call.k.high_bits, [&](auto k_high_bits) {
+    with_high_bits(call.v.high_bits, [&](auto v_high_bits) {
+      switch (call.args.head_dim) {
+        case 128:
+          return visit(Constant<128>{}, k_high_bits, v_high_bits);
+        case 256:
+          return visit(Constant<256>{}, k_high_bits, v_high_bits);
+        default:
+          return visit(Constant<512>{}, k_high_bits, v_high_bits);
+      }
+    });
+  });
+}
+
+}  // namespace
+
+unsigned group_shared_bytes() {
+  return kGroupSharedBytes;
+}
+
+Launch attend_group_launch(const AttendCall& call) {
+  const TqU32 sharing = call.args.num_heads / call.args.num_kv_heads * call.args.num_queries;
+  Launch sizes{{call.args.nwg, call.args.num_kv_heads, (sharing + call.head_tile - 1) / call.head_tile},
+               {kWarp, kWarps}};
+  with_group_shape(call, [&](auto head_dim, auto k_high_bits, auto v_high_bits) {
+    sizes.shared_bytes = Shape<head_dim, k_high_bits, v_high_bits>::kBytes;
+  });
+  return sizes;
+}
+
+void launch_attend_group(const AttendCall& call, cudaStream_t stream) {
+  const Launch sizes = attend_group_launch(call);
+  with_group_shape(call, [&](auto head_dim, auto k_high_bits, auto v_high_bits) {
+    constexpr auto kKernel = attend_group_kernel<head_dim, k_high_bits, v_high_bits>;
+    static const cudaError_t allowed =
+        cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kGroupSharedBytes);
+    if (allowed == cudaSuccess) launch_overlapping(kKernel, sizes, stream, call);
+  });
+}
+
+}  // namespace tq_hb
