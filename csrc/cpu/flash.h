@@ -115,13 +115,14 @@ struct Count {
   static constexpr std::size_t value = kValue;
 };
 
-/// Calls visit(Count<kGroup>, r) for groups of rows, which share the loads of a key, and visit(Count<1>, r) for the
-/// rest.
+/// Calls visit(Count<n>, r) for groups of n rows, which share the loads of a key: of kGroup while there are as many,
+/// then of half as many, and so on.
 template <std::size_t kGroup, class Visit>
-void for_each_group(std::size_t rows, const Visit& visit) noexcept {
-  std::size_t r = 0;
+void for_each_group(std::size_t rows, const Visit& visit, std::size_t r = 0) noexcept {
   for (; r + kGroup <= rows; r += kGroup) visit(Count<kGroup>{}, r);
-  for (; r < rows; ++r) visit(Count<1>{}, r);
+  if constexpr (kGroup > 1) {
+    if (r < rows) for_each_group<kGroup / 2>(rows, visit, r);
+  }
 }
 
 }  // namespace

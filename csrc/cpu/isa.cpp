@@ -15,7 +15,8 @@ std::vector<const IsaKernel*> find_available() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx2) kernels.push_back(&attend_kernel_avx2());
-  if (avx512) kernels.push_back(&attend_kernel_avx512());
+  const bool vbmi = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+  if (avx512) kernels.push_back(vbmi ? &attend_kernel_avx512_vbmi() : &attend_kernel_avx512());
 #endif
   return kernels;
 }

@@ -1,0 +1,179 @@
+// The primitives of int16_path.h in AVX-512 with VBMI and VNNI. A table of bytes has 64 entries here, or 128 in two
+// registers, so codes of 5 and 6 bits are looked up as they are.
+#pragma once
+
+#include <immintrin.h>
+
+#include "core/layout.h"
+#include "cpu/simd.h"
+
+namespace tq_hb {
+namespace {
+
+typedef __m512i Sums;
+constexpr std::size_t kChunk = 64;
+constexpr unsigned kSumShift = 4;
+constexpr std::size_t kScoreRows = 4, kAddRows = 4;
+
+struct Levels {
+  Sums first, second;
+};
+
+inline void interleave(Sums a, Sums b, Sums& low, Sums& high) noexcept {
+  low = _mm512_unpacklo_epi16(a, b);
+  high = _mm512_unpackhi_epi16(a, b);
+}
+
+inline Sums add_products(Sums sums, Sums a, Sums b) noexcept {
+  return _mm512_dpwssd_epi32(sums, a, b);
+}
+
+inline Int4 add_across(const Sums* sums) noexcept {
+  const auto pair = [&](std::size_t i) {
+    const __m512i a = _mm512_srai_epi32(sums[i], kSumShift), b = _mm512_srai_epi32(sums[i + 1], kSumShift);
+    return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  };
+  const __m512i ab = pair(0), cd = pair(2);
+  const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  const __m128i total = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  return load_as<Int4>(&total);
+}
+
+inline Sums broadcast_pair(const std::int16_t* pair) noexcept {
+  std::int32_t both;
+  __builtin_memcpy(&both, pair, sizeof(both));
+  return _mm512_set1_epi32(both);
+}
+
+inline Sums fill(std::int32_t value) noexcept {
+  return _mm512_set1_epi32(value);
+}
+
+/// 64 levels as two tables of bytes.
+struct ByteTables {
+  explicit ByteTables(const std::int16_t* levels) noexcept {
+    alignas(64) std::uint8_t low_bytes[64], high_bytes[64];
+    for (std::size_t i = 0; i < 64; ++i) {
+      low_bytes[i] = static_cast<std::uint8_t>(levels[i] & 0xff);
+      high_bytes[i] = static_cast<std::uint8_t>((levels[i] >> 8) & 0xff);
+    }
+    low = _mm512_load_si512(low_bytes);
+    high = _mm512_load_si512(high_bytes);
+  }
+  __m512i low, high;
+};
+
+inline Levels join(__m512i low, __m512i high) noexcept {
+  return {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
+}
+
+/// Codes that take up a byte, or lie in planes: see core/packing.h. Bits above the width mean nothing.
+template <unsigned kBits, bool kPlane, std::size_t kHeadDim>
+struct CodeReader;
+
+template <unsigned kBits, std::size_t kHeadDim>
+struct CodeReader<kBits, false, kHeadDim> {
+  static __m512i at(const std::uint8_t* row, std::size_t chunk) noexcept {
+    return _mm512_loadu_si512(row + chunk * kChunk);
+  }
+};
+
+template <unsigned kBits, std::size_t kHeadDim>
+struct CodeReader<kBits, true, kHeadDim> {
+  static constexpr std::size_t kBlock = kHeadDim < kPlaneBlock ? kHeadDim : kPlaneBlock;
+  static constexpr std::size_t kChunks = kBlock / kChunk;
+  static constexpr unsigned kHighBits = kBits - kNibbleBits;
+  static constexpr std::size_t kLowBytes = kBlock * kNibbleBits / 8, kHighBytes = kBlock * kHighBits / 8;
+
+  /// For every chunk of a block and every high bit, where the bit lies in the high plane's bytes.
+  struct Masks {
+    constexpr Masks() noexcept {
+      for (std::size_t chunk = 0; chunk < kChunks; ++chunk) {
+        for (unsigned bit = 0; bit < kHighBits; ++bit) {
+          for (std::size_t i = 0; i < kChunk; ++i) {
+            const std::size_t field = (chunk * kChunk + i) / kHighBytes;
+            bytes[chunk][bit][i] = static_cast<std::uint8_t>(1u << (field * kHighBits + bit));
+          }
+        }
+      }
+    }
+    alignas(64) std::uint8_t bytes[kChunks][kHighBits][kChunk] = {};
+  };
+  static constexpr Masks kMasks{};
+
+  static __m256i load_half(const std::uint8_t* bytes) noexcept {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+  }
+
+  /// The high plane of a block, repeated.
+  static __m512i high_plane(const std::uint8_t* bytes) noexcept {
+    if constexpr (kHighBytes == 8) {
+      return _mm512_set1_epi64(load_as<long long>(bytes));
+    } else if constexpr (kHighBytes == 16) {
+      return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    } else {
+      return _mm512_broadcast_i64x4(load_half(bytes));
+    }
+  }
+
+  /// The nibbles of a chunk, in the low bits of the bytes.
+  static __m512i nibbles(const std::uint8_t* bytes, std::size_t chunk) noexcept {
+    if constexpr (kLowBytes < kChunk) {
+      // The low nibbles are the first half of the chunk, the high ones the second.
+      const __m256i both = load_half(bytes);
+      return _mm512_inserti64x4(_mm512_castsi256_si512(both), _mm256_srli_epi16(both, kNibbleBits), 1);
+    } else {
+      const __m512i both = _mm512_loadu_si512(bytes);
+      return chunk == 0 ? both : _mm512_srli_epi16(both, kNibbleBits);
+    }
+  }
+
+  static __m512i at(const std::uint8_t* row, std::size_t chunk) noexcept {
+    const std::size_t block = chunk / kChunks, within = chunk % kChunks;
+    const __m512i high = high_plane(row + kHeadDim * kNibbleBits / 8 + block * kHighBytes);
+    __m512i codes = _mm512_and_si512(nibbles(row + block * kLowBytes, within), _mm512_set1_epi8(15));
+    for (unsigned bit = 0; bit < kHighBits; ++bit) {
+      const __mmask64 set = _mm512_test_epi8_mask(high, _mm512_load_si512(kMasks.bytes[within][bit]));
+      codes = _mm512_mask_add_epi8(codes, set, codes, _mm512_set1_epi8(static_cast<char>(16 << bit)));
+    }
+    return codes;
+  }
+};
+
+/// Of 5 or 6 bits: the levels are repeated up to 64, so an index needs no mask.
+template <unsigned kBits, bool kPlane, std::size_t kHeadDim>
+class Lookup {
+ public:
+  explicit Lookup(const std::int16_t* levels) noexcept : tables_(levels) {}
+
+  Levels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
+    const __m512i codes = CodeReader<kBits, kPlane, kHeadDim>::at(row, chunk);
+    return join(_mm512_permutexvar_epi8(codes, tables_.low), _mm512_permutexvar_epi8(codes, tables_.high));
+  }
+
+ private:
+  ByteTables tables_;
+};
+
+/// Of 8 bits: the sign of a level is folded away, and 128 levels are left.
+template <bool kPlane, std::size_t kHeadDim>
+class Lookup<8, kPlane, kHeadDim> {
+ public:
+  explicit Lookup(const std::int16_t* levels) noexcept : first_(levels), second_(levels + 64) {}
+
+  Levels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
+    const __m512i codes = _mm512_loadu_si512(row + chunk * kChunk);
+    const __m512i sign = _mm512_movm_epi8(_mm512_movepi8_mask(codes));
+    const __m512i index = _mm512_xor_si512(codes, sign);
+    const __m512i low = _mm512_permutex2var_epi8(first_.low, index, second_.low);
+    const __m512i high = _mm512_permutex2var_epi8(first_.high, index, second_.high);
+    return join(_mm512_xor_si512(low, sign), _mm512_xor_si512(high, sign));
+  }
+
+ private:
+  ByteTables first_, second_;
+};
+
+}  // namespace
+}  // namespace tq_hb
