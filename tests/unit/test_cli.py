@@ -103,7 +103,6 @@ def test_bench_prints_tables(capsys):
     "arguments",
     [
         "--head-dim 96",
-        "--head-dim 96",
         "--heads 3",
         "--k-bits 4",
         "--kv-len 0",
