@@ -2,9 +2,8 @@
 //
 // Grid:        (queries, heads, nwg) threadgroups of (32, nsg, 1) threads.
 // Work:        simdgroup (w, s) takes blocks of 32 visible keys: w * nsg + s, then every nwg * nsg-th one.
-// Lanes:       lane t owns four coordinates of every 128-wide stripe (packing.h); per key for norms and weights. Rows
-// of
-//              64 take half the lanes, and each half takes half of the block's keys.
+// Lanes:       lane t owns four coordinates of every 128-wide stripe (packing.h); per key for norms and weights.
+//              Rows of 64 take half the lanes, and each half takes half of the block's keys.
 // Loads:       twice two bytes per lane, row and stripe; lanes that share bytes of the high plane all load them.
 // Threadgroup: attend_layout.h.
 // Out:         the row itself if the pipeline is direct, else a partial (o[D], sum, maximum) per (row of q, w), the

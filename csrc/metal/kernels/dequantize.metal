@@ -6,6 +6,7 @@
 #include "metal/kernels/cache_slot.h"
 #include "metal/kernels/packing.h"
 #include "metal/kernels/rotation.h"
+#include "metal/kernels/slots.h"
 #include "metal/kernels/tables.h"
 
 kernel void tq_dequantize_hb_kv(device const uchar* packed [[buffer(TQ_DEQUANTIZE_PACKED)]],

@@ -10,6 +10,7 @@
 #include "metal/kernels/cache_slot.h"
 #include "metal/kernels/packing.h"
 #include "metal/kernels/rotation.h"
+#include "metal/kernels/slots.h"
 #include "metal/kernels/tables.h"
 
 #pragma clang fp contract(off)

@@ -5,6 +5,7 @@
 #include "core/abi.h"
 #include "metal/kernels/rotation.h"
 #include "metal/kernels/row_shape.h"
+#include "metal/kernels/slots.h"
 
 enum class Transform { kPremult, kUndo, kPlain };
 
