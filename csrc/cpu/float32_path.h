@@ -33,11 +33,12 @@ inline void join_planes(const std::uint8_t* row, std::uint32_t* codes) noexcept 
   }
 }
 
+/// Eight codes at a time in one word: a level that is stored might else overlay the codes yet to be read.
 template <std::size_t kHeadDim>
 inline void look_up(const std::uint8_t* codes, const float* levels, float* row) noexcept {
-  constexpr std::size_t kUnroll = 8;
-  for (std::size_t j = 0; j < kHeadDim; j += kUnroll) {
-    for (std::size_t i = 0; i < kUnroll; ++i) row[j + i] = levels[codes[j + i]];
+  for (std::size_t j = 0; j < kHeadDim; j += 8) {
+    const std::uint64_t eight = load_as<std::uint64_t>(codes + j);
+    for (std::size_t i = 0; i < 8; ++i) row[j + i] = levels[(eight >> (8 * i)) & 0xff];
   }
 }
 
