@@ -242,10 +242,15 @@ class Int16Path {
       largest = magnitude > largest ? magnitude : largest;
     }
     const float total = sum_of_lanes(sums);
+    if (!(total < INFINITY)) {  // must show in the output, and has no fixed point
+      for (std::int16_t& weight : row.fixed_weights[b]) weight = 0;
+      row.halves[b] = 0;
+      row.fixed_units[b] = NAN;
+      return;
+    }
     float unit = 1e-37f;
     for (std::size_t i = 0; i < kLanes; ++i) unit = largest[i] / 32766.0f > unit ? largest[i] / 32766.0f : unit;
     unit = total / Int16Levels::kBudget > unit ? total / Int16Levels::kBudget : unit;
-    unit += 0.0f * total;  // a total that is not finite must show in the output
     const float inverse = 1.0f / unit;
     IntVec sum{};
     for (std::size_t t = 0; t < kTile; t += kLanes) {
