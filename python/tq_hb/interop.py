@@ -53,6 +53,8 @@ def _exportable(x: Array) -> Array:
     if x.device.type == "mps":
         # DLPack has no streams for Metal: what torch still computes has to be there before it is read.
         sys.modules["torch"].mps.synchronize()
+    if x.device.type == "cuda":
+        return x.detach().cpu()
     return x.detach()  # torch exports no tensor that still records gradients
 
 
@@ -104,6 +106,8 @@ def _borrow_writable(op: str, field: str, x: Array) -> tuple[npt.NDArray[Any], s
     """Borrow an array that can be written in place, with the name of its dtype."""
     if _library(x) == "mlx":
         raise invalid(op, field, "must be writable (mlx arrays are not; use tq_hb.empty)", "an mlx array")
+    if _library(x) == "torch" and x.device.type == "cuda":
+        raise invalid(op, field, "must be in host memory to be written", f"a tensor on {x.device}")
     array, is_bfloat16 = borrow(op, field, x)
     _check_layout(op, field, array)
     return array, "bfloat16" if is_bfloat16 else array.dtype.name

@@ -24,6 +24,8 @@ GQA_MIN_KEYS = 512
 GQA_MIN_KEYS_PER_SPLIT = 64
 # The same where a block of the group kernel has a multiprocessor to itself: a tile of 16 keys for each of its 8 warps.
 GQA_MIN_KEYS_PER_MULTIPROCESSOR = 128
+# A row of more coordinates than this takes two warps, so half as many tiles are in work.
+GQA_COORDINATES_PER_WARP = 256
 GQA_MODES = ("auto", "off", "on")
 
 
@@ -227,7 +229,10 @@ def _group_splits(
 ) -> int:
     sharing = p.num_heads // p.num_kv_heads * num_queries
     tiles = p.num_kv_heads * -(-sharing // tile)
-    fewest_keys = GQA_MIN_KEYS_PER_MULTIPROCESSOR if multiprocessors else GQA_MIN_KEYS_PER_SPLIT
+    fewest_keys = GQA_MIN_KEYS_PER_SPLIT
+    if multiprocessors:
+        warps_per_row = -(-p.head_dim // GQA_COORDINATES_PER_WARP)
+        fewest_keys = GQA_MIN_KEYS_PER_MULTIPROCESSOR // warps_per_row
     most = min(_core.GQA_MAX_SPLITS, -(-visible_keys(p, num_queries) // fewest_keys))
     if tmp_bytes is not None:
         most = min(most, tmp_bytes // _core.tmp_buffer_bytes(p.num_heads, p.head_dim, num_queries, 1))

@@ -185,10 +185,11 @@ def params(group=4, kv_heads=4, kv_len=4096, head_dim=256, window=0):
     )  # fmt: skip
 
 
-def plan(*, queries=1, offers_group=True, nwg=None, tmp_bytes=None, **shape):
+def plan(*, queries=1, offers_group=True, multiprocessors=0, nwg=None, tmp_bytes=None, **shape):
     dispatch = policy.plan_attention(
-        "op", params(**shape), num_queries=queries, offers_group=offers_group, nwg=nwg, tmp_bytes=tmp_bytes
-    )
+        "op", params(**shape), num_queries=queries, offers_group=offers_group, multiprocessors=multiprocessors,
+        nwg=nwg, tmp_bytes=tmp_bytes,
+    )  # fmt: skip
     is_group = dispatch.kernel is policy.AttendKernel.GROUP
     return (dispatch.head_tile if is_group else "per head", dispatch.nwg)
 
@@ -287,6 +288,22 @@ class TestPlan:
         assert plan(queries=queries, nwg=31) == ("per head", 31)
         environment(HF2Q_TQ_NWG="30")
         assert plan(queries=queries) == ("per head", 30)
+
+    @pytest.mark.parametrize(
+        ("shape", "expected"),
+        [
+            ({"kv_len": 65536, "group": 2, "kv_heads": 8}, (2, 16)),
+            ({"kv_len": 1024, "group": 2, "kv_heads": 8}, (2, 8)),
+            ({"kv_len": 1024, "group": 8, "kv_heads": 1, "head_dim": 512}, (8, 16)),
+            ({"kv_len": 65536, "group": 1, "kv_heads": 8}, (2, 16)),
+            ({"kv_len": 65536, "group": 8, "kv_heads": 200}, (8, 1)),
+            ({"kv_len": 65536, "group": 8, "kv_heads": 1, "queries": 3}, (8, 44)),
+            ({"kv_len": 127, "group": 8, "kv_heads": 1}, ("per head", 16)),
+        ],
+        ids=str,
+    )
+    def test_blocks_that_have_a_multiprocessor_to_themselves(self, shape, expected):
+        assert plan(multiprocessors=132, **shape) == expected
 
     @pytest.mark.parametrize("queries", [1, 2, 9, 4096])
     @pytest.mark.parametrize("offers_group", [False, True])

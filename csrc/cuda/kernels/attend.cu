@@ -64,13 +64,15 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) attend_kernel(const __grid_c
 
   const TqFlashAttnVecArgs& args = call.args;
   const unsigned lane = threadIdx.x, warp = threadIdx.y;
-  const std::uint64_t row = blockIdx.x;
-  const QueryRow query(call, static_cast<TqU32>(row));
+  const TqU32 row = blockIdx.x;
+  const TqU32 kv_head = row % args.num_heads / (args.num_heads / args.num_kv_heads);
+  const QueryRange range = range_of_row(args, row);
+  const float bias = call.score_bias != nullptr ? call.score_bias[row] : 0.0f;
   load_levels(k_levels, args.codebook, call.k.cbits);
   load_levels(v_levels, args.codebook, call.v.cbits);
   if (warp == 0) {
     Row<kHeadDim> prepared;
-    prepared.load(call.q + row * kHeadDim, lane);
+    prepared.load(call.q + std::uint64_t{row} * kHeadDim, lane);
     const double undo = scale_by_power_of_two(prepared);
     if (args.fuse_fwht_pre == 1) prepared.rotate(lane);
     prepared.store(q, lane);
@@ -88,14 +90,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) attend_kernel(const __grid_c
   }
   double max = -HUGE_VAL, sum = 0.0;
 
-  const std::uint64_t first_slot = std::uint64_t{query.kv_head} * args.kv_capacity;
+  const std::uint64_t first_slot = std::uint64_t{kv_head} * args.kv_capacity;
   // Blocks start at the first key that is seen, so that what a window leaves out changes no bit.
-  const unsigned num_keys = query.range.end - query.range.begin;
+  const unsigned num_keys = range.end - range.begin;
   for (std::uint64_t first = std::uint64_t{blockIdx.y * blockDim.y + warp} * TQ_BLOCK; first < num_keys;
        first += gridDim.y * blockDim.y * TQ_BLOCK) {
     const unsigned count = min(num_keys - static_cast<unsigned>(first), TQ_BLOCK);
     const bool is_seen = lane < count;
-    const TqU32 age = query.range.begin + static_cast<TqU32>(first) + (is_seen ? lane : 0);
+    const TqU32 age = range.begin + static_cast<TqU32>(first) + (is_seen ? lane : 0);
     const std::uint64_t own_slot = first_slot + slot_of_age(args, age);
 
     float dots[kNorms] = {};
@@ -126,7 +128,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) attend_kernel(const __grid_c
         score += static_cast<double>(dots[n]) * call.k.norms[own_slot * kNorms + n];
         factors[n] = call.v.norms[own_slot * kNorms + n] * v_scale;
       }
-      score = score * q_scale + query.bias;
+      score = score * q_scale + bias;
       if (args.softcap > 0.0f) score = args.softcap * tanh(score / args.softcap);
     }
     const double new_max = fmax(max, warp_max(score));
@@ -173,7 +175,7 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) attend_kernel(const __grid_c
   }
   const bool is_empty = all_sum == 0.0;
   const float inverse = is_empty ? 0.0f : static_cast<float>(1.0 / all_sum);
-  float* partial = call.partials + (row * gridDim.y + blockIdx.y) * partial_floats(kHeadDim);
+  float* partial = call.partials + (std::uint64_t{row} * gridDim.y + blockIdx.y) * partial_floats(kHeadDim);
   for (unsigned j = warp * kWarp + lane; j < kHeadDim; j += blockDim.y * kWarp) {
     float value = 0.0f;
     for (unsigned w = 0; w < blockDim.y; ++w) value += weights[w] * outputs[w][j];

@@ -16,6 +16,8 @@
 //
 // Scores count in powers of two. What a row does not see is selected away, whatever it holds.
 
+#include <cfloat>
+
 #include "core/query_range.h"
 #include "cuda/kernels/code_tile.cuh"
 #include "cuda/kernels/dispatch.h"
@@ -84,6 +86,40 @@ struct RowTile {
   TqU32 group, first, count;
 };
 
+/// Waits for the other warp of a unit. The numbers of barriers are constants, so that tools can follow them.
+__device__ inline void wait_for_pair(unsigned unit) {
+  static_assert(kWarps == 8);
+  switch (unit) {
+    case 0:
+      asm volatile("bar.sync 1, 64;" ::: "memory");
+      break;
+    case 1:
+      asm volatile("bar.sync 2, 64;" ::: "memory");
+      break;
+    case 2:
+      asm volatile("bar.sync 3, 64;" ::: "memory");
+      break;
+    default:
+      asm volatile("bar.sync 4, 64;" ::: "memory");
+  }
+}
+
+/// 2^x, and 0 below the normal numbers.
+__device__ inline float power_of_two(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+/// Brings x into [-limit, limit]; NaN stays.
+__device__ inline float clamped(float x, float limit) {
+  float result;
+  asm("{ .reg .f32 lower; max.NaN.f32 lower, %1, %2; min.NaN.f32 %0, lower, %3; }"
+      : "=f"(result)
+      : "f"(x), "f"(-limit), "f"(limit));
+  return result;
+}
+
 /// The level of byte `index` of a word of codes. `lane_offset` is below 256, so that the address is made of bytes.
 __device__ inline std::uint32_t look_up(const unsigned char* table, std::uint32_t codes, unsigned index,
                                         std::uint32_t lane_offset) {
@@ -125,21 +161,14 @@ __device__ inline void fill_tables(unsigned char* tables, const AttendCall& call
   }
 }
 
-/// Cuts the tile's rows into the operands of the products, each scaled by a power of two: a warp prepares a row.
+/// Cuts a row of q into operands of the products, scaled by a power of two: each warp that of its number.
 template <class S, unsigned kHeadDim>
-__device__ void prepare_queries(unsigned char* shared, float* scales, const AttendCall& call, const RowTile& tile) {
+__device__ void prepare_query(unsigned char* shared, float* scales, const AttendCall& call, Row<kHeadDim> row) {
   static_assert(kWarps == kRows);
   const unsigned lane = threadIdx.x, r = threadIdx.y;
-  Row<kHeadDim> row{};
-  double undo = 1.0;
-  if (r < tile.count) {
-    row.load(call.q + std::uint64_t{tile.row(call, r)} * kHeadDim, lane);
-    undo = scale_by_power_of_two(row);
-    if (call.args.fuse_fwht_pre == 1) {
-      // The transform adds up to sqrt(D) coordinates; halves stay below their largest value all the same.
-      row.rotate(lane);
-    }
-  }
+  const double undo = scale_by_power_of_two(row);
+  // The transform makes coordinates up to sqrt(D) times as large, which float16 holds.
+  if (call.args.fuse_fwht_pre == 1) row.rotate(lane);
   if (lane == 0) {
     const double scale = undo * call.args.scale * decode_factor<kHeadDim>(1.0f, call.args.scale_factor_d512) * kLog2E;
     scales[r] = static_cast<float>(fmin(fmax(scale, -1e38), 1e38));
@@ -174,23 +203,19 @@ __global__ void __launch_bounds__(kThreads, 1) attend_group_kernel(const __grid_
 
   let_next_start();
   fill_tables(shared, call);
-  wait_for_previous();
-
-  const RowTile rows(call);
-  prepare_queries<S, kHeadDim>(shared, scales, call, rows);
   // The columns of this lane, and the keys that any row of the tile sees.
+  const RowTile rows(call);
   TqU32 begins[2] = {0, 0}, ends[2] = {0, 0};
-  float biases[2] = {0.0f, 0.0f};
 #pragma unroll
   for (unsigned c = 0; c < 2; ++c) {
     if (2 * t + c >= rows.count) continue;
-    const QueryRow query(call, rows.row(call, 2 * t + c));
-    begins[c] = query.range.begin;
-    ends[c] = query.range.end;
-    biases[c] = query.bias;
+    const QueryRange range = range_of_row(args, rows.row(call, 2 * t + c));
+    begins[c] = range.begin;
+    ends[c] = range.end;
   }
-  const TqU32 first_key = QueryRow(call, rows.row(call, 0)).range.begin;
-  const TqU32 last_key = QueryRow(call, rows.row(call, rows.count - 1)).range.end;
+  const QueryRange first_range = range_of_row(args, rows.row(call, 0));
+  const QueryRange last_range = range_of_row(args, rows.row(call, rows.count - 1));
+  const TqU32 first_key = first_range.begin, last_key = last_range.end;
   const std::uint64_t num_tiles = (last_key - first_key + kKeys - 1) / kKeys;
   const auto tiles_end = static_cast<TqU32>(num_tiles * (blockIdx.x + 1) / gridDim.x);
   TqU32 tile = static_cast<TqU32>(num_tiles * blockIdx.x / gridDim.x) + unit;
@@ -203,15 +228,23 @@ __global__ void __launch_bounds__(kThreads, 1) attend_group_kernel(const __grid_
   const std::uint8_t* v_rows = call.v.packed + first_slot * Codes<kHeadDim, kVHighBits>::kRowBytes;
   const unsigned ring_offset = S::kRing + warp * S::kStages * S::kStageBytes;
   const auto ring = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared + ring_offset));
+  // Nearly all tiles lie in consecutive slots, whose rows are at fixed distances.
+  const auto copy = [&](auto code_tile, std::uint32_t target, const std::uint8_t* first_row, std::uint64_t row_bytes,
+                        TqU32 at) {
+    using Tile = decltype(code_tile);
+    const TqU32 first = slot_in_tile(at, 0);
+    if (slot_in_tile(at, kKeys - 1) == first + kKeys - 1) {
+      const std::uint8_t* tile_rows = first_row + first * row_bytes;
+      Tile::copy(target, block, lane, [&](unsigned key) { return tile_rows + key * row_bytes; });
+    } else {
+      Tile::copy(target, block, lane, [&](unsigned key) { return first_row + slot_in_tile(at, key) * row_bytes; });
+    }
+  };
   const auto copy_k = [&](unsigned stage, TqU32 at) {
-    KTile::copy(ring + stage * S::kStageBytes, block, lane, [&](unsigned key) {
-      return k_rows + std::uint64_t{slot_in_tile(at, key)} * Codes<kHeadDim, kKHighBits>::kRowBytes;
-    });
+    copy(KTile{}, ring + stage * S::kStageBytes, k_rows, Codes<kHeadDim, kKHighBits>::kRowBytes, at);
   };
   const auto copy_v = [&](unsigned stage, TqU32 at) {
-    VTile::copy(ring + stage * S::kStageBytes + KTile::kBytes, block, lane, [&](unsigned key) {
-      return v_rows + std::uint64_t{slot_in_tile(at, key)} * Codes<kHeadDim, kVHighBits>::kRowBytes;
-    });
+    copy(VTile{}, ring + stage * S::kStageBytes + KTile::kBytes, v_rows, Codes<kHeadDim, kVHighBits>::kRowBytes, at);
   };
   const float* k_norm_rows = call.k.norms + first_slot * kBlocks + block;
   const float* v_norm_rows = call.v.norms + first_slot * kBlocks + block;
@@ -224,7 +257,18 @@ __global__ void __launch_bounds__(kThreads, 1) attend_group_kernel(const __grid_
       v_norms[i] = __ldg(v_norm_rows + at_norm);
     }
   };
+
+  wait_for_previous();
   // Small loads first: behind the copies they would wait for them.
+  Row<kHeadDim> query{};
+  if (warp < rows.count) query.load(call.q + std::uint64_t{rows.row(call, warp)} * kHeadDim, lane);
+  float biases[2] = {0.0f, 0.0f};
+  if (args.softcap > 0.0f && call.score_bias != nullptr) {
+#pragma unroll
+    for (unsigned c = 0; c < 2; ++c) {
+      if (2 * t + c < rows.count) biases[c] = call.score_bias[rows.row(call, 2 * t + c)];
+    }
+  }
   if (tile < tiles_end) load_norms(tile);
 #pragma unroll
   for (unsigned i = 0; i < S::kStages; ++i) {
@@ -233,13 +277,15 @@ __global__ void __launch_bounds__(kThreads, 1) attend_group_kernel(const __grid_
     if (tile + i * S::kUnits < tiles_end) copy_v(i, tile + i * S::kUnits);
     end_copies();
   }
+  prepare_query<S>(shared, scales, call, query);
   __syncthreads();
   const float q_scales[2] = {scales[2 * t], scales[2 * t + 1]};
   const float v_scale = decode_factor<kHeadDim>(1.0f, args.scale_factor_d512);
   const float cap = args.softcap * kLog2E;
 
   float out[S::kSteps][4] = {};
-  float maxima[2] = {-INFINITY, -INFINITY}, sums[2] = {0.0f, 0.0f}, v_maxima[2] = {-INFINITY, -INFINITY};
+  // Below every score, but finite, so that a row that has seen nothing yet needs no case of its own.
+  float maxima[2] = {-FLT_MAX, -FLT_MAX}, sums[2] = {0.0f, 0.0f}, v_maxima[2] = {-FLT_MAX, -FLT_MAX};
   const std::uint32_t k_lane = lane * 4, v_lane = lane * 4 + kVTableOffset;
   unsigned stage_index = 0, exchange = 0;
   for (; tile < tiles_end; tile += S::kUnits) {
@@ -283,7 +329,7 @@ __global__ void __launch_bounds__(kThreads, 1) attend_group_kernel(const __grid_
       auto* shared_scores =
           reinterpret_cast<float4*>(shared + S::kExchange) + (exchange * S::kUnits + unit) * 2 * kWarp;
       shared_scores[block * kWarp + lane] = make_float4(scores[0], scores[1], scores[2], scores[3]);
-      asm volatile("bar.sync %0, 64;" ::"r"(unit + 1) : "memory");
+      wait_for_pair(unit);
       const float4 a = shared_scores[lane], b = shared_scores[kWarp + lane];
       scores[0] = a.x + b.x;
       scores[1] = a.y + b.y;
@@ -292,21 +338,27 @@ __global__ void __launch_bounds__(kThreads, 1) attend_group_kernel(const __grid_
       exchange ^= 1;
     }
 
-    bool seen[4];
+    if (args.softcap > 0.0f) {
+#pragma unroll
+      for (unsigned i = 0; i < 4; ++i) scores[i] = cap * tanhf((scores[i] + biases[i % 2] * kLog2E) / cap);
+    }
     float v_scores[4];  // with the logarithm of V's norm: of the weights that meet V
+    const float v_logs[2] = {__log2f(fabsf(weights_of_v[0])), __log2f(fabsf(weights_of_v[1]))};
 #pragma unroll
     for (unsigned i = 0; i < 4; ++i) {
-      const TqU32 age = first_key + tile * kKeys + g + 8 * (i / 2);
-      seen[i] = age >= begins[i % 2] && age < ends[i % 2];
-      if (args.softcap > 0.0f) scores[i] = cap * tanhf((scores[i] + biases[i % 2] * kLog2E) / cap);
-      scores[i] = scores[i] > kLargestScore ? kLargestScore : scores[i] < -kLargestScore ? -kLargestScore : scores[i];
-      if (!seen[i]) scores[i] = -INFINITY;
-      v_scores[i] = scores[i] + log2f(fabsf(weights_of_v[i / 2]));
+      scores[i] = clamped(scores[i], kLargestScore);
+      v_scores[i] = scores[i] + v_logs[i / 2];
+    }
+    const TqU32 tile_key = first_key + tile * kKeys;
+    if (tile_key < last_range.begin || tile_key + kKeys > first_range.end) {  // not all rows see all keys
+#pragma unroll
+      for (unsigned i = 0; i < 4; ++i) {
+        const TqU32 age = tile_key + g + 8 * (i / 2);
+        if (age < begins[i % 2] || age >= ends[i % 2]) scores[i] = v_scores[i] = -INFINITY;
+      }
     }
     const float x[2] = {fmaxf(scores[0], scores[2]), fmaxf(scores[1], scores[3])};
-    const float y[2] = {
-        seen[0] || seen[2] ? fmaxf(seen[0] ? v_scores[0] : -INFINITY, seen[2] ? v_scores[2] : -INFINITY) : -INFINITY,
-        seen[1] || seen[3] ? fmaxf(seen[1] ? v_scores[1] : -INFINITY, seen[3] ? v_scores[3] : -INFINITY) : -INFINITY};
+    const float y[2] = {fmaxf(v_scores[0], v_scores[2]), fmaxf(v_scores[1], v_scores[3])};
     const bool grows = x[0] > maxima[0] + kSlack || x[1] > maxima[1] + kSlack || y[0] > v_maxima[0] + kSlack ||
                        y[1] > v_maxima[1] + kSlack;
     if (__any_sync(kAllLanes, grows)) {
@@ -320,8 +372,8 @@ __global__ void __launch_bounds__(kThreads, 1) attend_group_kernel(const __grid_
         }
         new_max = fmaxf(maxima[c], new_max);
         new_v_max = fmaxf(v_maxima[c], new_v_max);
-        sums[c] *= new_max == maxima[c] ? 1.0f : exp2f(maxima[c] - new_max);
-        const float correction = new_v_max == v_maxima[c] ? 1.0f : exp2f(v_maxima[c] - new_v_max);
+        sums[c] *= power_of_two(maxima[c] - new_max);
+        const float correction = power_of_two(v_maxima[c] - new_v_max);
         maxima[c] = new_max;
         v_maxima[c] = new_v_max;
 #pragma unroll
@@ -334,10 +386,8 @@ __global__ void __launch_bounds__(kThreads, 1) attend_group_kernel(const __grid_
     float weights[4];
 #pragma unroll
     for (unsigned i = 0; i < 4; ++i) {
-      if (seen[i]) sums[i % 2] += exp2f(scores[i] - maxima[i % 2]);
-      const float norm = weights_of_v[i / 2];
-      const float weight = kWeightScale * exp2f(v_scores[i] - v_maxima[i % 2]);
-      weights[i] = seen[i] && norm != 0.0f ? copysignf(weight, norm) : 0.0f;
+      sums[i % 2] += power_of_two(scores[i] - maxima[i % 2]);
+      weights[i] = copysignf(kWeightScale * power_of_two(v_scores[i] - v_maxima[i % 2]), weights_of_v[i / 2]);
     }
     const std::uint32_t halves[2] = {pack_halves(weights[0], weights[1]), pack_halves(weights[2], weights[3])};
     const std::uint32_t p[2] = {transpose(halves[0]), transpose(halves[1])};
@@ -389,11 +439,11 @@ __global__ void __launch_bounds__(kThreads, 1) attend_group_kernel(const __grid_
   wait_for_copies<0>();
   __syncthreads();
   const auto merged_state = [&](unsigned r) {
-    float max = -INFINITY, sum = 0.0f;
+    float max = -FLT_MAX, sum = 0.0f;
     for (unsigned u = 0; u < S::kUnits; ++u) max = fmaxf(max, states[u * kRows + r].x);
     for (unsigned u = 0; u < S::kUnits; ++u) {
       const float4 state = states[u * kRows + r];
-      sum += state.y * (state.x == max ? 1.0f : exp2f(state.x - max));
+      sum += state.y * exp2f(state.x - max);
     }
     return make_float2(max, sum);
   };
@@ -478,7 +528,7 @@ void launch_attend_group(const AttendCall& call, cudaStream_t stream) {
     constexpr auto kKernel = attend_group_kernel<head_dim, k_high_bits, v_high_bits>;
     static const cudaError_t allowed =
         cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kGroupSharedBytes);
-    if (allowed == cudaSuccess) launch_overlapping(kKernel, sizes, stream, call);
+    if (allowed == cudaSuccess) launch_overlapping(kKernel, sizes, 1, stream, call);
   });
 }
 

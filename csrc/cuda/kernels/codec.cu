@@ -2,6 +2,8 @@
 //
 // Compiled without contraction of a*b+c, with IEEE division and square root: the bytes are part of the format.
 
+#include <algorithm>
+
 #include "cuda/kernels/dispatch.h"
 #include "cuda/kernels/kernels.h"
 #include "cuda/kernels/row.cuh"
@@ -10,22 +12,58 @@ namespace tq_hb {
 namespace {
 
 constexpr unsigned kEncodeWarps = 8;
+/// Enough to fill a GPU; each then encodes many rows with one copy of the boundaries.
+constexpr TqU32 kMostEncodeBlocks = 1024;
 // Values below this count as zero, as on every backend.
 constexpr float kFlushBelow = 0x1p-60f;
 constexpr float kSmallestNorm = 1e-10f;
 constexpr float kBlockRms = 1.0f / 16.0f;
 
-/// Number of boundaries below each value, by binary searches in step with each other.
-template <unsigned kCount>
-__device__ void find_indices(const float (&values)[kCount], const float* boundaries, unsigned cbits,
-                             unsigned (&indices)[kCount]) {
-#pragma unroll
-  for (unsigned i = 0; i < kCount; ++i) indices[i] = 0;
-  for (unsigned step = 1u << (cbits - 1); step > 0; step /= 2) {
-#pragma unroll
-    for (unsigned i = 0; i < kCount; ++i) indices[i] += values[i] > boundaries[indices[i] + step - 1] ? step : 0;
+/// A codebook's boundaries, each kCopies times: lanes that look up different ones then rarely meet in a memory bank.
+class Boundaries {
+ public:
+  __device__ Boundaries(float* copies, TqU32 codebook, unsigned cbits) : copies_(copies), cbits_(cbits) {
+    const float* table = boundaries_of(codebook, cbits);
+    for (unsigned i = threadIdx.x; i < ((1u << cbits) - 1) * kCopies; i += blockDim.x) copies[i] = table[i / kCopies];
+    __syncthreads();
   }
-}
+
+  /// Number of boundaries below each value.
+  template <unsigned kCount>
+  __device__ void find(const float (&values)[kCount], unsigned (&indices)[kCount]) const {
+    switch (cbits_) {
+      case 5:
+        return search<5>(values, indices);
+      case 6:
+        return search<6>(values, indices);
+      default:
+        return search<8>(values, indices);
+    }
+  }
+
+  static constexpr unsigned kCopies = 8;
+
+ private:
+  /// By binary searches in step with each other, over offsets in the copies.
+  template <unsigned kCbits, unsigned kCount>
+  __device__ void search(const float (&values)[kCount], unsigned (&indices)[kCount]) const {
+    unsigned offsets[kCount];
+#pragma unroll
+    for (unsigned i = 0; i < kCount; ++i) offsets[i] = threadIdx.x % kCopies;
+#pragma unroll
+    for (unsigned step = 1u << (kCbits - 1); step > 0; step /= 2) {
+#pragma unroll
+      for (unsigned i = 0; i < kCount; ++i) {
+        if (values[i] > copies_[offsets[i] + (step - 1) * kCopies]) offsets[i] += step * kCopies;
+      }
+    }
+#pragma unroll
+    for (unsigned i = 0; i < kCount; ++i) indices[i] = offsets[i] / kCopies;
+  }
+
+  float* copies_;
+  unsigned cbits_;
+};
 
 /// The sum of squares of each norm block: serial inside a lane, then an XOR tree over the block's lanes.
 template <unsigned kHeadDim>
@@ -40,31 +78,18 @@ __device__ float block_energy(const Row<kHeadDim>& row) {
   return energy;
 }
 
+/// Encodes a row that has been loaded; `row` counts those of the source.
 template <unsigned kHeadDim>
-__global__ void __launch_bounds__(kEncodeWarps* kWarp) quantize_kernel(const __grid_constant__ QuantizeCall call) {
+__device__ void encode_row(const QuantizeCall& call, const QuantizeTensor& tensor, const Boundaries& boundaries,
+                           TqU32 row, Row<kHeadDim> y, std::uint8_t* codes, unsigned lane) {
   using R = Row<kHeadDim>;
-  __shared__ float boundaries[256];
-  __shared__ __align__(16) std::uint8_t code_rows[kEncodeWarps][kHeadDim];
-  const QuantizeTensor& tensor = call.tensors[blockIdx.y];
-  const float* table = boundaries_of(call.args.codebook, tensor.cbits);
-  for (unsigned i = threadIdx.x; i + 1 < 1u << tensor.cbits; i += blockDim.x) boundaries[i] = table[i];
-  __syncthreads();
-
-  const unsigned lane = threadIdx.x % kWarp;
-  const unsigned warp = threadIdx.x / kWarp;
-  const TqU32 heads = call.args.num_kv_heads;
-  const TqU32 row = blockIdx.x * kEncodeWarps + warp;  // of those that are kept
-  if (row >= heads * call.tokens) return;
-  const TqU32 src_row = row + heads * call.first_token;
-
-  R y;
-  y.load(tensor.src + std::uint64_t{src_row} * kHeadDim, lane);
+  constexpr unsigned kNormLanes = kWarp / R::kNorms;
   y.rotate(lane);
 #pragma unroll
   for (unsigned i = 0; i < R::kPerLane; ++i) y.values[i] = fabsf(y.values[i]) < kFlushBelow ? 0.0f : y.values[i];
   const float norm = sqrtf(block_energy(y)) * (R::kNorms == 1 ? 1.0f : kBlockRms);
   if (!__all_sync(kAllLanes, isfinite(norm))) {
-    if (lane == 0) atomicMin(tensor.status, src_row);
+    if (lane == 0) atomicMin(tensor.status, row);
     return;
   }
 
@@ -76,27 +101,48 @@ __global__ void __launch_bounds__(kEncodeWarps* kWarp) quantize_kernel(const __g
     y.multiply(call.args.scale_factor_d512);
   }
   unsigned indices[R::kPerLane];
-  find_indices(y.values, boundaries, tensor.cbits, indices);
+  boundaries.find(y.values, indices);
 
-  const std::uint64_t position = std::uint64_t{call.args.write_pos} + src_row / heads;
+  const TqU32 heads = call.args.num_kv_heads;
+  const std::uint64_t position = std::uint64_t{call.args.write_pos} + row / heads;
   const std::uint64_t slot = call.args.is_sliding == 1 ? position % call.args.cache_capacity : position;
-  const std::uint64_t at = std::uint64_t{src_row % heads} * call.args.cache_capacity + slot;
-  if (lane % (kWarp / R::kNorms) == 0) tensor.norms[at * R::kNorms + lane / (kWarp / R::kNorms)] = norm;
-  std::uint8_t* codes = code_rows[warp] + lane * R::kPerLane;
+  const std::uint64_t at = std::uint64_t{row % heads} * call.args.cache_capacity + slot;
+  if (lane % kNormLanes == 0) tensor.norms[at * R::kNorms + lane / kNormLanes] = norm;
+  typename R::Bytes own;
 #pragma unroll
-  for (unsigned i = 0; i < R::kPerLane; ++i) codes[i] = static_cast<std::uint8_t>(indices[i]);
+  for (unsigned i = 0; i < R::kPerLane; ++i) own.values[i] = static_cast<std::uint8_t>(indices[i]);
+  if (tensor.high_bits == 0) {
+    reinterpret_cast<typename R::Bytes*>(tensor.packed + at * kHeadDim)[lane] = own;
+    return;
+  }
+  __syncwarp();  // the row before has been read
+  reinterpret_cast<typename R::Bytes*>(codes)[lane] = own;
   __syncwarp();
   if (tensor.high_bits == 1) {
     using C = Codes<kHeadDim, 1>;
-    C::write_planes(code_rows[warp], tensor.packed + at * C::kRowBytes, lane);
-  } else if (tensor.high_bits == 2) {
-    using C = Codes<kHeadDim, 2>;
-    C::write_planes(code_rows[warp], tensor.packed + at * C::kRowBytes, lane);
+    C::write_planes(codes, tensor.packed + at * C::kRowBytes, lane);
   } else {
-    auto* words = reinterpret_cast<std::uint32_t*>(tensor.packed + at * kHeadDim);
-    for (unsigned w = lane; w < kHeadDim / 4; w += kWarp) {
-      words[w] = reinterpret_cast<const std::uint32_t*>(code_rows[warp])[w];
-    }
+    using C = Codes<kHeadDim, 2>;
+    C::write_planes(codes, tensor.packed + at * C::kRowBytes, lane);
+  }
+}
+
+template <unsigned kHeadDim>
+__global__ void __launch_bounds__(kEncodeWarps* kWarp) quantize_kernel(const __grid_constant__ QuantizeCall call) {
+  __shared__ float copies[256 * Boundaries::kCopies];
+  __shared__ __align__(16) std::uint8_t code_rows[kEncodeWarps][kHeadDim];
+  const QuantizeTensor& tensor = call.tensors[blockIdx.y];
+  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const TqU32 rows_end = (call.first_token + call.tokens) * call.args.num_kv_heads;
+  const TqU32 stride = gridDim.x * kEncodeWarps;
+  TqU32 row = call.first_token * call.args.num_kv_heads + blockIdx.x * kEncodeWarps + warp;
+  Row<kHeadDim> next{};
+  if (row < rows_end) next.load(tensor.src + std::uint64_t{row} * kHeadDim, lane);
+  const Boundaries boundaries(copies, call.args.codebook, tensor.cbits);
+  for (; row < rows_end; row += stride) {
+    const Row<kHeadDim> y = next;
+    if (row + stride < rows_end) next.load(tensor.src + std::uint64_t{row + stride} * kHeadDim, lane);
+    encode_row(call, tensor, boundaries, row, y, code_rows[warp], lane);
   }
 }
 
@@ -147,7 +193,8 @@ __global__ void transform_kernel(const __grid_constant__ TransformCall call) {
 
 Launch quantize_launch(const QuantizeCall& call) {
   const TqU32 rows = call.tokens * call.args.num_kv_heads;
-  return {{(rows + kEncodeWarps - 1) / kEncodeWarps, call.num_tensors}, {kEncodeWarps * kWarp}};
+  return {{std::min((rows + kEncodeWarps - 1) / kEncodeWarps, kMostEncodeBlocks), call.num_tensors},
+          {kEncodeWarps * kWarp}};
 }
 
 void launch(const QuantizeCall& call, cudaStream_t stream) {

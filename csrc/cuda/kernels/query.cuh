@@ -10,21 +10,12 @@
 namespace tq_hb {
 namespace {
 
-/// One head of one query.
-struct QueryRow {
-  __device__ QueryRow(const AttendCall& call, TqU32 row) {
-    const TqFlashAttnVecArgs& args = call.args;
-    const TqU32 query = row / args.num_heads;
-    kv_head = row % args.num_heads / (args.num_heads / args.num_kv_heads);
-    range = query_range(args.query_position - (args.num_queries - 1 - query), args.kv_seq_len,
-                        args.mask_type == 2 ? args.sliding_window : 0);
-    bias = call.score_bias != nullptr ? call.score_bias[row] : 0.0f;
-  }
-
-  TqU32 kv_head;
-  QueryRange range;
-  float bias;
-};
+/// The keys that a row of q sees: a row is one head of one query.
+__device__ inline QueryRange range_of_row(const TqFlashAttnVecArgs& args, TqU32 row) {
+  const TqU32 later_queries = args.num_queries - 1 - row / args.num_heads;
+  return query_range(args.query_position - later_queries, args.kv_seq_len,
+                     args.mask_type == 2 ? args.sliding_window : 0);
+}
 
 __device__ inline TqU32 slot_of_age(const TqFlashAttnVecArgs& args, TqU32 age) {
   const TqU32 before_wrap = args.kv_capacity - args.ring_start;

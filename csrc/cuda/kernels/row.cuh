@@ -26,6 +26,10 @@ struct Row {
   struct alignas(kVector * sizeof(float)) Vector {
     float values[kVector];
   };
+  /// A byte for every value of the lane; a row of them starts at a multiple of 8.
+  struct alignas(kPerLane < 8 ? kPerLane : 8) Bytes {
+    std::uint8_t values[kPerLane];
+  };
 
   float values[kPerLane];
 
