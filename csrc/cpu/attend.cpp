@@ -259,7 +259,8 @@ void QueryBlock::merge(std::size_t row, std::size_t head, float* out, float* lse
 }  // namespace
 
 Precision attend_precision(const AttendOp& op, const IsaKernel& kernel) noexcept {
-  return kernel.attend_int16 == nullptr ? Precision::kStrict : op.precision;
+  // Beside a sink, one key's weight can be all there is: its rounding is then not averaged away, nor divided out.
+  return kernel.attend_int16 == nullptr || op.sinks ? Precision::kStrict : op.precision;
 }
 
 void attend(const AttendOp& op, ThreadPool& pool, BadRows& bad_rows) {
