@@ -256,11 +256,18 @@ void QueryBlock::merge(std::size_t row, std::size_t head, float* out, float* lse
   if (lse != nullptr) *lse = static_cast<float>(max + std::log(sum));
 }
 
+/// Whether any head has a sink: -infinity is none.
+bool has_sink(const AttendOp& op) noexcept {
+  if (!op.sinks) return false;
+  const float* sinks = op.sinks->data<const float>();
+  return std::any_of(sinks, sinks + op.sinks->size(), [](float sink) { return !std::isinf(sink); });
+}
+
 }  // namespace
 
 Precision attend_precision(const AttendOp& op, const IsaKernel& kernel) noexcept {
   // Beside a sink, one key's weight can be all there is: its rounding is then not averaged away, nor divided out.
-  return kernel.attend_int16 == nullptr || op.sinks ? Precision::kStrict : op.precision;
+  return kernel.attend_int16 == nullptr || has_sink(op) ? Precision::kStrict : op.precision;
 }
 
 void attend(const AttendOp& op, ThreadPool& pool, BadRows& bad_rows) {
