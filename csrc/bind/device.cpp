@@ -20,7 +20,6 @@ void bind_device(py::module_& module) {
                              [](const Device& self) { return self.limits().max_threads_per_threadgroup; })
       .def_property_readonly("num_multiprocessors",
                              [](const Device& self) { return self.limits().num_multiprocessors; })
-      .def("offers", &Device::offers, py::arg("kernel"))
       .def(
           "offers_for",
           [](const Device& self, AttendKernel kernel, std::uint64_t head_dim, const std::string& packing,

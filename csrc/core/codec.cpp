@@ -28,6 +28,17 @@ float inverse_sqrt_head_dim(std::size_t head_dim) noexcept {
 /// Four values, by the extension that g++ and clang share.
 typedef float Four __attribute__((vector_size(16)));
 
+/// The values at four places. g++ has clang's name for it from version 12 on only.
+template <int kA, int kB, int kC, int kD>
+inline Four pick(Four x) noexcept {
+#if defined(__clang__)
+  return __builtin_shufflevector(x, x, kA, kB, kC, kD);
+#else
+  typedef std::int32_t Places __attribute__((vector_size(16)));
+  return __builtin_shuffle(x, Places{kA, kB, kC, kD});
+#endif
+}
+
 inline void butterfly(Four& a, Four& b) noexcept {
   const Four sum = a + b;
   b = a - b;
@@ -37,8 +48,8 @@ inline void butterfly(Four& a, Four& b) noexcept {
 /// The butterflies of strides 1 and 2 among four values.
 inline Four transform_four(Four x) noexcept {
   constexpr Four kAlternate = {1.0f, -1.0f, 1.0f, -1.0f}, kHalves = {1.0f, 1.0f, -1.0f, -1.0f};
-  x = __builtin_shufflevector(x, x, 0, 0, 2, 2) + kAlternate * __builtin_shufflevector(x, x, 1, 1, 3, 3);
-  return __builtin_shufflevector(x, x, 0, 1, 0, 1) + kHalves * __builtin_shufflevector(x, x, 2, 3, 2, 3);
+  x = pick<0, 0, 2, 2>(x) + kAlternate * pick<1, 1, 3, 3>(x);
+  return pick<0, 1, 0, 1>(x) + kHalves * pick<2, 3, 2, 3>(x);
 }
 
 /// Natural-order Walsh-Hadamard butterflies, unscaled: strides 1, 2, 4, ..., two at a time on the values at hand.

@@ -15,6 +15,18 @@ const char* name_of(Precision precision) noexcept {
   return precision == Precision::kStrict ? "strict" : "default";
 }
 
+const char* kernel_prefix(Fwht kind) noexcept {
+  switch (kind) {
+    case Fwht::kPremult:
+      return "fwht_sign_premult_f32_d";
+    case Fwht::kUndo:
+      return "fwht_sign_undo_f32_d";
+    case Fwht::kPlain:
+      break;
+  }
+  return "fwht_standalone_f32_d";
+}
+
 Accesses accesses_of(const QuantizeOp& op) {
   Accesses accesses;
   for (const QuantizeTarget& target : op.targets) {

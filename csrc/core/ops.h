@@ -86,6 +86,9 @@ struct AttendOp {
 /// Multiply by signs and transform (the rotation R), transform and multiply by signs (its inverse), or only transform.
 enum class Fwht { kPremult, kUndo, kPlain };
 
+/// The kernel's name, to which the head size is appended.
+const char* kernel_prefix(Fwht kind) noexcept;
+
 struct FwhtOp {
   std::string name;
   Fwht kind;

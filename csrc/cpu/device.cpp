@@ -104,25 +104,13 @@ class CpuEncoder final : public CommandEncoder {
     ops_.emplace_back(std::move(op));
   }
   void encode(FwhtOp op) override {
-    note_kernel(name_of(op.kind), op.data.shape().back());
+    note_kernel(kernel_prefix(op.kind), op.data.shape().back());
     ops_.emplace_back(std::move(op));
   }
   void encode_barrier() override {}
 
   void note_kernel(const char* kernel, std::uint64_t head_dim, NodeKind kind = NodeKind::kOther) {
     note({kind, kernel + std::to_string(head_dim), {}, {}});
-  }
-
-  static const char* name_of(Fwht kind) noexcept {
-    switch (kind) {
-      case Fwht::kPremult:
-        return "fwht_sign_premult_f32_d";
-      case Fwht::kUndo:
-        return "fwht_sign_undo_f32_d";
-      case Fwht::kPlain:
-        break;
-    }
-    return "fwht_standalone_f32_d";
   }
 
   void submit() override {

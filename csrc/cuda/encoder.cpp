@@ -63,18 +63,6 @@ Transform transform_of(Fwht kind) {
   return Transform::kPlain;
 }
 
-const char* name_of(Fwht kind) {
-  switch (kind) {
-    case Fwht::kPremult:
-      return "fwht_sign_premult_f32_d";
-    case Fwht::kUndo:
-      return "fwht_sign_undo_f32_d";
-    case Fwht::kPlain:
-      break;
-  }
-  return "fwht_standalone_f32_d";
-}
-
 /// A pair of events around the launches, if the stream is not being captured into a graph.
 class Stopwatch {
  public:
@@ -257,7 +245,7 @@ class CudaEncoder final : public CommandEncoder {
                              checked_rows(op.name, op.data.size() / head_dim), device_data<float>(op.data)};
     if (call.rows == 0) return;
     hold({&op.data});
-    record(NodeKind::kOther, with_head_dim(name_of(op.kind), head_dim), transform_launch(call),
+    record(NodeKind::kOther, with_head_dim(kernel_prefix(op.kind), head_dim), transform_launch(call),
            [call](cudaStream_t stream) { launch(call, stream); });
   }
 

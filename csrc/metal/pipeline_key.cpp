@@ -1,6 +1,7 @@
 #include "metal/pipeline_key.h"
 
 #include "core/layout.h"
+#include "core/ops.h"
 #include "core/params.h"
 #include "metal/kernels/attend_layout.h"
 #include "metal/kernels/row_shape.h"
@@ -15,11 +16,11 @@ TQ_HB_FOR_EACH_HEAD_DIM(TQ_CHECK)
 const char* name_prefix(Kernel kernel) noexcept {
   switch (kernel) {
     case Kernel::kFwhtPremult:
-      return "fwht_sign_premult_f32_d";
+      return kernel_prefix(Fwht::kPremult);
     case Kernel::kFwhtUndo:
-      return "fwht_sign_undo_f32_d";
+      return kernel_prefix(Fwht::kUndo);
     case Kernel::kFwhtPlain:
-      return "fwht_standalone_f32_d";
+      return kernel_prefix(Fwht::kPlain);
     case Kernel::kQuantize:
       return "hadamard_quantize_kv_hb_d";
     case Kernel::kQuantizeDual:

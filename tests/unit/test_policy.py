@@ -337,10 +337,11 @@ class TestPlan:
         cache.append(*np.ones((2, 600, 1, 256), np.float32))
         cache.attend(np.ones((4, 256), np.float32))
         ran = cache.last_plan
-        if device.backend == "cuda" and device._core.offers(policy.AttendKernel.GROUP):
+        offers_group = device._core.offers_for(policy.AttendKernel.GROUP, 256, "byte", 8, 8)
+        if device.backend == "cuda" and offers_group:
             assert ran.kernels == ("flash_attn_vec_tq_hb_gqa4_dk256", "flash_attn_vec_merge_tq_hb_undo_dk256")
             assert (ran.nsg, ran.nwg) == (8, 5)
-        elif device._core.offers(policy.AttendKernel.GROUP):
+        elif offers_group:
             assert ran.kernels == ("flash_attn_vec_tq_hb_gqa4_dk256", "flash_attn_vec_merge_tq_hb_undo_dk256")
             assert (ran.nsg, ran.nwg) == (4, 10)
         else:
