@@ -62,6 +62,7 @@ bench: $(STAMP)-demo $(STAMP)-test $(STAMP)-package
 	$(BIN)/python -m bench.codec
 	$(BIN)/python -m bench.rate_distortion
 	$(BIN)/python -m bench.cpu
+	$(BIN)/python -m bench.cpu_kernels
 	$(BIN)/python -m bench.tables
 
 mutants: $(STAMP)-test $(STAMP)-googletest

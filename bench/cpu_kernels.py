@@ -1,30 +1,36 @@
 """What each cpu kernel takes: every instruction set that runs here, in fixed point and in float32, in turns.
 
-Prints a table of times, and in brackets the share of a plain read of the same codes and norms. Shapes are
-heads/kv_heads/head_dim/kv_len.
+Writes ``bench/results/cpu_kernels.json``: median times, and the share of a plain read of the same codes and norms.
+``python -m bench.tables`` makes the table of ``docs/cpu.md`` from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 import tq_hb
+from bench import harness
 from tq_hb import _core
 from tq_hb.cli._sampling import PlainRead, buffers_to_stay_cold, sample
 
-_SHAPES = ("16/16/256/4096", "16/8/256/4096", "16/4/256/4096", "16/2/256/4096", "16/8/128/4096", "16/2/512/4096")
+_TOKENS = 4096
+# Query heads, KV heads, head size.
+_SHAPES = ((16, 16, 256), (16, 8, 256), (16, 4, 256), (16, 2, 256), (16, 8, 128), (16, 2, 512))
 _FORMS = ((5, "byte"), (5, "plane"), (6, "byte"), (6, "plane"), (8, "byte"))
 
 
-def contenders(shape: str, bits: int, packing: str) -> tuple[dict[str, Callable[[int], object]], int]:
+def contenders(
+    heads: int, kv_heads: int, head_dim: int, bits: int, packing: str
+) -> tuple[dict[str, Callable[[int], object]], int]:
     """Return a call for every kernel, and the bytes that each reads."""
-    heads, kv_heads, head_dim, kv_len = map(int, shape.split("/"))
     rng = np.random.default_rng(0)
     q = rng.standard_normal((heads, head_dim), dtype=np.float32)
-    k, v = rng.standard_normal((2, kv_len, kv_heads, head_dim), dtype=np.float32)
+    k, v = rng.standard_normal((2, _TOKENS, kv_heads, head_dim), dtype=np.float32)
     calls: dict[str, Callable[[int], object]] = {}
     nbytes = 0
     for precision in ("default", "strict"):
@@ -32,7 +38,7 @@ def contenders(shape: str, bits: int, packing: str) -> tuple[dict[str, Callable[
             kv_heads, head_dim, k_bits=bits, v_bits=bits, packing=packing, precision=precision, device="cpu"
         )
         cache.append(k, v)
-        nbytes = kv_len * cache.bytes_per_token
+        nbytes = _TOKENS * cache.bytes_per_token
         copies = [cache.copy() for _ in range(buffers_to_stay_cold(nbytes))]
         for isa in _core.cpu_isas():
             _core.set_cpu_isa("bench", "isa", isa)
@@ -50,21 +56,24 @@ def contenders(shape: str, bits: int, packing: str) -> tuple[dict[str, Callable[
 
 
 def main() -> None:
-    """Measure every shape in every form."""
+    """Measure every shape in every form, on one thread."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("shapes", nargs="*", default=_SHAPES)
-    arguments = parser.parse_args()
-    tq_hb.set_num_threads(arguments.threads)
-    print(f"{arguments.threads} threads; median us, and share of the read")
-    for shape in arguments.shapes:
-        for bits, packing in _FORMS:
-            calls, nbytes = contenders(shape, bits, packing)
-            timings = sample({**calls, "read": PlainRead(arguments.threads)}, arguments.samples)
-            read_gb_s = timings.pop("read").gb_s(PlainRead.nbytes)
-            cells = (f"{n} {t.median_us:.0f} ({t.gb_s(nbytes) / read_gb_s:.2f})" for n, t in timings.items())
-            print(f"{shape:15} {bits} {packing:5}", "  ".join(cells), flush=True)
+    samples = parser.parse_args().samples
+    tq_hb.set_num_threads(1)
+    results: list[dict[str, Any]] = []
+    for (heads, kv_heads, head_dim), (bits, packing) in itertools.product(_SHAPES, _FORMS):
+        shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "bits": bits, "packing": packing}
+        print(shape, flush=True)
+        calls, nbytes = contenders(heads, kv_heads, head_dim, bits, packing)
+        timings = sample({**calls, "read": PlainRead(1)}, samples)
+        read_gb_s = timings.pop("read").gb_s(PlainRead.nbytes)
+        rows = {
+            name: {"median_us": timing.median_us, "share_of_read": timing.gb_s(nbytes) / read_gb_s}
+            for name, timing in timings.items()
+        }
+        results.append({**shape, "tokens": _TOKENS, "rows": rows})
+    print(harness.write("cpu_kernels", "bench.cpu_kernels", results))
 
 
 if __name__ == "__main__":

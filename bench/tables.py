@@ -16,7 +16,7 @@ from typing import Any
 from bench import harness, metal_tables
 from bench.markdown import table
 
-_DOCUMENTS = ("README.md", "docs/measurements.md", "docs/metal.md")
+_DOCUMENTS = ("README.md", "docs/cpu.md", "docs/cuda.md", "docs/measurements.md", "docs/metal.md")
 _BLOCK = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -136,6 +136,41 @@ def _bytes(result: dict[str, Any]) -> tuple[str, str]:
     return str(nbytes["byte"]), str(nbytes["plane"])
 
 
+def cpu_kernels() -> str:
+    """Return what every cpu kernel takes, and in brackets its share of a plain read."""
+    report = harness.read("cpu_kernels")
+    names = list(report["results"][0]["rows"])
+    rows = [
+        (
+            f"{result['heads']} / {result['kv_heads']} / {result['head_dim']}",
+            f"{result['bits']}" + (" in planes" if result["packing"] == "plane" else ""),
+            *(f"{row['median_us']:,.0f} ({row['share_of_read']:.2f})" for row in map(result["rows"].get, names)),
+        )
+        for result in report["results"]
+    ]
+    return table(("heads / KV heads / D", "bits", *names), rows) + _source(report, "cpu_kernels") + _machine(report)
+
+
+def cuda_attend() -> str:
+    """Return attention on an NVIDIA GPU per shape, the best of torch's beside it."""
+    report = harness.read("peers_cuda")
+    rows = [
+        (
+            f"{result['heads']} / {result['kv_heads']} / {result['head_dim']}",
+            f"{result['keys']:,}",
+            str(result["bits"]),
+            f"{1e6 * result['seconds']:.1f} us",
+            f"{result['share_of_floor']:.0%}",
+            f"{result['error']:.0e}",
+            f"{result['sdpa_seconds'] / result['seconds']:.2f}" if "sdpa_seconds" in result else "",
+        )
+        for result in report["results"]
+        if "keys" in result
+    ]
+    header = ("heads / KV heads / D", "keys", "bits", "time", "of the floor", "error", "torch float16 ÷ ours")
+    return table(header, rows) + _source(report, "peers_cuda") + f": {report['results'][0]['gpu']}.\n"
+
+
 def append_cpu() -> str:
     """Return the cost of appending, per token."""
     report = harness.read("cpu")
@@ -169,6 +204,8 @@ _TABLES: dict[str, Callable[[], str]] = {
     "attend_cpu_narrow": attend_cpu_narrow,
     "append_cpu": append_cpu,
     "codec": codec,
+    "cpu_kernels": cpu_kernels,
+    "cuda_attend": cuda_attend,
     "memory": memory,
     "metal_bounds": metal_tables.bounds,
     "metal_cost": metal_tables.cost,
