@@ -162,7 +162,7 @@ def cuda_attend() -> str:
             f"{1e6 * result['seconds']:.1f} us",
             f"{result['share_of_floor']:.0%}",
             f"{result['error']:.0e}",
-            f"{result['sdpa_seconds'] / result['seconds']:.2f}" if "sdpa_seconds" in result else "",
+            f"{result['sdpa_seconds'] / result['seconds']:.2f}" if result["sdpa_seconds"] is not None else "",
         )
         for result in report["results"]
         if "keys" in result
