@@ -193,6 +193,8 @@ __global__ void __launch_bounds__(kThreads, 1) attend_group_kernel(const __grid_
   using S = Shape<kHeadDim, kKHighBits, kVHighBits>;
   using KTile = typename S::KTile;
   using VTile = typename S::VTile;
+  using KCodes = Codes<kHeadDim, kKHighBits>;
+  using VCodes = Codes<kHeadDim, kVHighBits>;
   constexpr unsigned kBlocks = S::kBlocks;
   extern __shared__ __align__(1024) unsigned char shared[];
   auto* states = reinterpret_cast<float4*>(shared + S::kStates);  // maximum, sum, maximum of the weighted, unused
@@ -225,8 +227,8 @@ __global__ void __launch_bounds__(kThreads, 1) attend_group_kernel(const __grid_
   const auto slot_in_tile = [&](TqU32 at, unsigned key) {
     return slot_of_age(args, min(first_key + at * kKeys + key, last_key - 1));
   };
-  const std::uint8_t* k_rows = call.k.packed + first_slot * Codes<kHeadDim, kKHighBits>::kRowBytes;
-  const std::uint8_t* v_rows = call.v.packed + first_slot * Codes<kHeadDim, kVHighBits>::kRowBytes;
+  const std::uint8_t* k_rows = call.k.packed + first_slot * KCodes::kRowBytes;
+  const std::uint8_t* v_rows = call.v.packed + first_slot * VCodes::kRowBytes;
   const unsigned ring_offset = S::kRing + warp * S::kStages * S::kStageBytes;
   const auto ring = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared + ring_offset));
   // Nearly all tiles lie in consecutive slots, whose rows are at fixed distances.
@@ -242,10 +244,10 @@ __global__ void __launch_bounds__(kThreads, 1) attend_group_kernel(const __grid_
     }
   };
   const auto copy_k = [&](unsigned stage, TqU32 at) {
-    copy(KTile{}, ring + stage * S::kStageBytes, k_rows, Codes<kHeadDim, kKHighBits>::kRowBytes, at);
+    copy(KTile{}, ring + stage * S::kStageBytes, k_rows, KCodes::kRowBytes, at);
   };
   const auto copy_v = [&](unsigned stage, TqU32 at) {
-    copy(VTile{}, ring + stage * S::kStageBytes + KTile::kBytes, v_rows, Codes<kHeadDim, kVHighBits>::kRowBytes, at);
+    copy(VTile{}, ring + stage * S::kStageBytes + KTile::kBytes, v_rows, VCodes::kRowBytes, at);
   };
   const float* k_norm_rows = call.k.norms + first_slot * kBlocks + block;
   const float* v_norm_rows = call.v.norms + first_slot * kBlocks + block;
@@ -259,6 +261,16 @@ __global__ void __launch_bounds__(kThreads, 1) attend_group_kernel(const __grid_
     }
   };
 
+  // The kernels before this one may still write what it reads, but whatever they write passes through the L2 cache.
+#pragma unroll
+  for (unsigned i = 0; i < S::kStages; ++i) {
+    const TqU32 at = tile + i * S::kUnits;
+    if (lane != 0 || at >= tiles_end) continue;
+    const TqU32 first = slot_in_tile(at, 0);
+    if (slot_in_tile(at, kKeys - 1) != first + kKeys - 1) continue;
+    if (block == 0) prefetch(k_rows + first * KCodes::kRowBytes, kKeys * KCodes::kRowBytes);
+    if (block == kBlocks - 1) prefetch(v_rows + first * VCodes::kRowBytes, kKeys * VCodes::kRowBytes);
+  }
   wait_for_previous();
   // Small loads first: behind the copies they would wait for them.
   Row<kHeadDim> query{};

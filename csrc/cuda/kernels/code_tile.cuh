@@ -13,6 +13,13 @@ constexpr unsigned kKeys = 16;   // of a tile
 constexpr unsigned kChunk = 16;  // bytes of one copy, and coordinates that a lane holds together
 constexpr std::uint32_t kEveryByte = 0x01010101u;
 
+/// Brings consecutive bytes into the L2 cache: a multiple of 16 of them, from a multiple of 16 on.
+__device__ inline void prefetch(const std::uint8_t* bytes, unsigned count) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(bytes), "r"(count) : "memory");
+#endif
+}
+
 __device__ inline void copy_chunk(std::uint32_t shared_address, const std::uint8_t* source) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address), "l"(source) : "memory");
 }
@@ -27,8 +34,8 @@ __device__ void wait_for_copies() {
 
 /// A warp's keys of one tile in shared memory: of each, the codes of kBlockDim coordinates.
 ///
-/// The chunks of a part of a row (bytes, nibbles or high bits) lie at other places in every row, so that reads of the
-/// same chunk of several rows rarely meet in a bank.
+/// The chunks of a part of a row (bytes, nibbles or high bits) lie at other places in every row, so that reads meet in
+/// no bank: see place().
 template <unsigned kHeadDim, unsigned kBlockDim, unsigned kHighBits>
 struct CodeTile {
   static constexpr bool kHasPlanes = kHighBits != 0;
@@ -37,11 +44,9 @@ struct CodeTile {
   static constexpr unsigned kRowChunks = kLowChunks + kHighChunks;
   static constexpr unsigned kBytes = kKeys * kRowChunks * kChunk;
 
-  static __device__ unsigned low_place(unsigned key, unsigned chunk) {
-    return key * kLowChunks + (chunk ^ (kLowChunks >= 8 ? key % 8 : key / 2 % kLowChunks));
-  }
+  static __device__ unsigned low_place(unsigned key, unsigned chunk) { return place<kLowChunks>(key, chunk); }
   static __device__ unsigned high_place(unsigned key, unsigned chunk) {
-    return kKeys * kLowChunks + key * kHighChunks + chunk;
+    return kKeys * kLowChunks + place<kHighChunks>(key, chunk);
   }
 
   /// Starts the copies of all keys; `row_of(key)` is the key's row of codes, of which the warp has block `block`.
@@ -76,12 +81,28 @@ struct CodeTile {
       const uint4 low = chunks[low_place(key, plane_block * 4 + within % 4)];
       const uint4 high = chunks[high_place(key, plane_block * kHighPerBlock + within % kHighPerBlock)];
       const unsigned low_shift = within / 4 * kNibbleBits, high_shift = within / kHighPerBlock * kHighBits;
+      // Bits above a code's width do not count: the tables repeat.
       const auto join = [&](std::uint32_t low_word, std::uint32_t high_word) {
-        return (low_word >> low_shift & kEveryByte * ((1u << kNibbleBits) - 1)) |
-               (high_word >> high_shift & kEveryByte * ((1u << kHighBits) - 1)) << kNibbleBits;
+        constexpr std::uint32_t kNibbles = kEveryByte * ((1u << kNibbleBits) - 1);
+        const std::uint32_t above = __funnelshift_l(high_word, high_word, kNibbleBits - high_shift);
+        return (low_word >> low_shift & kNibbles) | (above & ~kNibbles);
       };
       return make_uint4(join(low.x, high.x), join(low.y, high.y), join(low.z, high.z), join(low.w, high.w));
     }
+  }
+
+ private:
+  /// Where a chunk of a key's kRowPart chunks lies.
+  ///
+  /// Eight lanes read together: four consecutive chunks of keys 2i and 2i + 1 (of K), or two of every other key of
+  /// eight (of V). So keys that differ in their lowest bit, and such that differ in the two bits above it, have their
+  /// chunks in different banks. A bank is known by the three lowest bits of the place, which the key's bits are in
+  /// already where a row part is short.
+  template <unsigned kRowPart>
+  static __device__ unsigned place(unsigned key, unsigned chunk) {
+    const unsigned bit_1 = kRowPart >= 4 ? key >> 1 : kRowPart == 2 ? key >> 2 : 0;
+    const unsigned bit_2 = kRowPart >= 8 ? key >> 2 ^ key : kRowPart == 4 ? key >> 2 : 0;
+    return (key * kRowPart + chunk) ^ ((bit_1 & 1) << 1 | (bit_2 & 1) << 2);
   }
 };
 

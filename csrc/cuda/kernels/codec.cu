@@ -12,58 +12,68 @@ namespace tq_hb {
 namespace {
 
 constexpr unsigned kEncodeWarps = 8;
-/// Enough to fill a GPU; each then encodes many rows with one copy of the boundaries.
+/// Enough to fill a GPU; each then encodes many rows with one grid.
 constexpr TqU32 kMostEncodeBlocks = 1024;
 // Values below this count as zero, as on every backend.
 constexpr float kFlushBelow = 0x1p-60f;
 constexpr float kSmallestNorm = 1e-10f;
 constexpr float kBlockRms = 1.0f / 16.0f;
 
-/// A codebook's boundaries, each kCopies times: lanes that look up different ones then rarely meet in a memory bank.
-class Boundaries {
+/// Finds the number of boundaries below a value by the cell of a regular grid that the value lies in.
+///
+/// Cells are so narrow that each holds one boundary at most: the boundaries of the cells before are below the value,
+/// those of the cells behind are not, and the cell's own is compared with it. `boundary` is that one, or for a cell
+/// without any the next, and `below` counts those before it.
+class Grid {
  public:
-  __device__ Boundaries(float* copies, TqU32 codebook, unsigned cbits) : copies_(copies), cbits_(cbits) {
-    const float* table = boundaries_of(codebook, cbits);
-    for (unsigned i = threadIdx.x; i < ((1u << cbits) - 1) * kCopies; i += blockDim.x) copies[i] = table[i / kCopies];
+  struct Cell {
+    float boundary;
+    unsigned below;
+  };
+  static constexpr float kLimit = 5.0f;  // beyond every boundary
+  static constexpr float kCellsPerUnit = 64.0f;
+  static constexpr unsigned kCells = 2 * static_cast<unsigned>(kLimit * kCellsPerUnit) + 1;
+
+  __device__ Grid(Cell* cells, TqU32 codebook, unsigned cbits) : cells_(cells) {
+    const float* boundaries = boundaries_of(codebook, cbits);
+    const unsigned count = (1u << cbits) - 1;
+    if (threadIdx.x <= count) {
+      const unsigned i = threadIdx.x;
+      const unsigned first = i == 0 ? 0 : cell_of(boundaries[i - 1]) + 1;
+      const unsigned last = i == count ? kCells - 1 : cell_of(boundaries[i]);
+      const Cell cell{i == count ? INFINITY : boundaries[i], i};
+      for (unsigned c = first; c <= last; ++c) cells_[c] = cell;
+    }
     __syncthreads();
   }
 
-  /// Number of boundaries below each value.
-  template <unsigned kCount>
-  __device__ void find(const float (&values)[kCount], unsigned (&indices)[kCount]) const {
-    switch (cbits_) {
-      case 5:
-        return search<5>(values, indices);
-      case 6:
-        return search<6>(values, indices);
-      default:
-        return search<8>(values, indices);
-    }
+  __device__ unsigned index_of(float value) const {
+    const Cell cell = cells_[cell_of(value)];
+    return cell.below + (value > cell.boundary ? 1 : 0);
   }
-
-  static constexpr unsigned kCopies = 8;
 
  private:
-  /// By binary searches in step with each other, over offsets in the copies.
-  template <unsigned kCbits, unsigned kCount>
-  __device__ void search(const float (&values)[kCount], unsigned (&indices)[kCount]) const {
-    unsigned offsets[kCount];
-#pragma unroll
-    for (unsigned i = 0; i < kCount; ++i) offsets[i] = threadIdx.x % kCopies;
-#pragma unroll
-    for (unsigned step = 1u << (kCbits - 1); step > 0; step /= 2) {
-#pragma unroll
-      for (unsigned i = 0; i < kCount; ++i) {
-        if (values[i] > copies_[offsets[i] + (step - 1) * kCopies]) offsets[i] += step * kCopies;
-      }
-    }
-#pragma unroll
-    for (unsigned i = 0; i < kCount; ++i) indices[i] = offsets[i] / kCopies;
+  /// Does not fall as the value grows, which is all that matters of its rounding.
+  static __device__ unsigned cell_of(float value) {
+    // The sum's unit in the last place is 1.
+    constexpr float kShift = 0x1.8p23f + kLimit * kCellsPerUnit;
+    const float inside = fminf(fmaxf(value, -kLimit), kLimit);
+    return __float_as_uint(fmaf(inside, kCellsPerUnit, kShift)) - 0x4B400000u;
   }
 
-  float* copies_;
-  unsigned cbits_;
+  Cell* cells_;
 };
+
+template <std::size_t kCount>
+constexpr bool fits_grid(const float (&boundaries)[kCount]) {
+  for (std::size_t i = 1; i < kCount; ++i) {
+    if ((boundaries[i] - boundaries[i - 1]) * Grid::kCellsPerUnit <= 1.0f) return false;
+  }
+  return -boundaries[0] < Grid::kLimit && boundaries[kCount - 1] < Grid::kLimit;
+}
+static_assert(fits_grid(kLloydMax5Boundaries) && fits_grid(kMlxNative5Boundaries));
+static_assert(fits_grid(kLloydMax6Boundaries) && fits_grid(kMlxNative6Boundaries));
+static_assert(fits_grid(kLloydMax8Boundaries) && fits_grid(kMlxNative8Boundaries));
 
 /// The sum of squares of each norm block: serial inside a lane, then an XOR tree over the block's lanes.
 template <unsigned kHeadDim>
@@ -80,8 +90,8 @@ __device__ float block_energy(const Row<kHeadDim>& row) {
 
 /// Encodes a row that has been loaded; `row` counts those of the source.
 template <unsigned kHeadDim>
-__device__ void encode_row(const QuantizeCall& call, const QuantizeTensor& tensor, const Boundaries& boundaries,
-                           TqU32 row, Row<kHeadDim> y, std::uint8_t* codes, unsigned lane) {
+__device__ void encode_row(const QuantizeCall& call, const QuantizeTensor& tensor, const Grid& grid, TqU32 row,
+                           Row<kHeadDim> y, std::uint8_t* codes, unsigned lane) {
   using R = Row<kHeadDim>;
   constexpr unsigned kNormLanes = kWarp / R::kNorms;
   y.rotate(lane);
@@ -100,8 +110,6 @@ __device__ void encode_row(const QuantizeCall& call, const QuantizeTensor& tenso
     y.multiply(inverse);
     y.multiply(call.args.scale_factor_d512);
   }
-  unsigned indices[R::kPerLane];
-  boundaries.find(y.values, indices);
 
   const TqU32 heads = call.args.num_kv_heads;
   const std::uint64_t position = std::uint64_t{call.args.write_pos} + row / heads;
@@ -110,7 +118,7 @@ __device__ void encode_row(const QuantizeCall& call, const QuantizeTensor& tenso
   if (lane % kNormLanes == 0) tensor.norms[at * R::kNorms + lane / kNormLanes] = norm;
   typename R::Bytes own;
 #pragma unroll
-  for (unsigned i = 0; i < R::kPerLane; ++i) own.values[i] = static_cast<std::uint8_t>(indices[i]);
+  for (unsigned i = 0; i < R::kPerLane; ++i) own.values[i] = static_cast<std::uint8_t>(grid.index_of(y.values[i]));
   if (tensor.high_bits == 0) {
     reinterpret_cast<typename R::Bytes*>(tensor.packed + at * kHeadDim)[lane] = own;
     return;
@@ -129,7 +137,7 @@ __device__ void encode_row(const QuantizeCall& call, const QuantizeTensor& tenso
 
 template <unsigned kHeadDim>
 __global__ void __launch_bounds__(kEncodeWarps* kWarp) quantize_kernel(const __grid_constant__ QuantizeCall call) {
-  __shared__ float copies[256 * Boundaries::kCopies];
+  __shared__ Grid::Cell cells[Grid::kCells];
   __shared__ __align__(16) std::uint8_t code_rows[kEncodeWarps][kHeadDim];
   const QuantizeTensor& tensor = call.tensors[blockIdx.y];
   const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -138,11 +146,11 @@ __global__ void __launch_bounds__(kEncodeWarps* kWarp) quantize_kernel(const __g
   TqU32 row = call.first_token * call.args.num_kv_heads + blockIdx.x * kEncodeWarps + warp;
   Row<kHeadDim> next{};
   if (row < rows_end) next.load(tensor.src + std::uint64_t{row} * kHeadDim, lane);
-  const Boundaries boundaries(copies, call.args.codebook, tensor.cbits);
+  const Grid grid(cells, call.args.codebook, tensor.cbits);
   for (; row < rows_end; row += stride) {
     const Row<kHeadDim> y = next;
     if (row + stride < rows_end) next.load(tensor.src + std::uint64_t{row + stride} * kHeadDim, lane);
-    encode_row(call, tensor, boundaries, row, y, code_rows[warp], lane);
+    encode_row(call, tensor, grid, row, y, code_rows[warp], lane);
   }
 }
 

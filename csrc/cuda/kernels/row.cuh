@@ -81,11 +81,11 @@ struct Row {
     }
 #pragma unroll
     for (unsigned step = 1; step < kWarp; step *= 2) {
-      const bool is_upper = (lane & step) != 0;
+      const float sign = (lane & step) != 0 ? -1.0f : 1.0f;
 #pragma unroll
       for (unsigned i = 0; i < kPerLane; ++i) {
         const float other = __shfl_xor_sync(kAllLanes, values[i], step);
-        values[i] = is_upper ? other - values[i] : values[i] + other;
+        values[i] = fmaf(values[i], sign, other);  // the product is exact: this is a sum or a difference
       }
     }
   }

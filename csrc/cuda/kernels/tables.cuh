@@ -8,40 +8,40 @@
 namespace tq_hb {
 namespace {
 
-__device__ const float kLloydMax5Levels[] = {
+__device__ constexpr float kLloydMax5Levels[] = {
 #include "core/codebooks/lloyd_max_5_levels.inc"
 };
-__device__ const float kLloydMax5Boundaries[] = {
+__device__ constexpr float kLloydMax5Boundaries[] = {
 #include "core/codebooks/lloyd_max_5_boundaries.inc"
 };
-__device__ const float kLloydMax6Levels[] = {
+__device__ constexpr float kLloydMax6Levels[] = {
 #include "core/codebooks/lloyd_max_6_levels.inc"
 };
-__device__ const float kLloydMax6Boundaries[] = {
+__device__ constexpr float kLloydMax6Boundaries[] = {
 #include "core/codebooks/lloyd_max_6_boundaries.inc"
 };
-__device__ const float kLloydMax8Levels[] = {
+__device__ constexpr float kLloydMax8Levels[] = {
 #include "core/codebooks/lloyd_max_8_levels.inc"
 };
-__device__ const float kLloydMax8Boundaries[] = {
+__device__ constexpr float kLloydMax8Boundaries[] = {
 #include "core/codebooks/lloyd_max_8_boundaries.inc"
 };
-__device__ const float kMlxNative5Levels[] = {
+__device__ constexpr float kMlxNative5Levels[] = {
 #include "core/codebooks/mlx_native_5_levels.inc"
 };
-__device__ const float kMlxNative5Boundaries[] = {
+__device__ constexpr float kMlxNative5Boundaries[] = {
 #include "core/codebooks/mlx_native_5_boundaries.inc"
 };
-__device__ const float kMlxNative6Levels[] = {
+__device__ constexpr float kMlxNative6Levels[] = {
 #include "core/codebooks/mlx_native_6_levels.inc"
 };
-__device__ const float kMlxNative6Boundaries[] = {
+__device__ constexpr float kMlxNative6Boundaries[] = {
 #include "core/codebooks/mlx_native_6_boundaries.inc"
 };
-__device__ const float kMlxNative8Levels[] = {
+__device__ constexpr float kMlxNative8Levels[] = {
 #include "core/codebooks/mlx_native_8_levels.inc"
 };
-__device__ const float kMlxNative8Boundaries[] = {
+__device__ constexpr float kMlxNative8Boundaries[] = {
 #include "core/codebooks/mlx_native_8_boundaries.inc"
 };
 /// One bit per coordinate, least significant first; 1 means -1.
