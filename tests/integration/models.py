@@ -8,11 +8,17 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -38,6 +44,37 @@ _CLASSES = {
         {"head_dim": 64, "sliding_window": WINDOW, "num_local_experts": 2, "num_experts_per_tok": 2},
     ),
     "qwen3-512": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 512, "num_key_value_heads": 2}),
+    # Head dimension hidden_size / heads, full layers and then sliding ones.
+    "qwen2-64": (
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        {
+            "hidden_size": 256,
+            "initializer_range": 0.07,  # the sums are longer
+            "num_key_value_heads": 2,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 3,
+        },
+    ),
+    # Every layer is sliding.
+    "mistral-128": (
+        MistralForCausalLM,
+        MistralConfig,
+        {"head_dim": 128, "num_key_value_heads": 2, "sliding_window": WINDOW},
+    ),
+    # Head dimensions 256 and 512; the last two layers attend to keys and values of the ones before.
+    "gemma4": (
+        Gemma4ForCausalLM,
+        Gemma4TextConfig,
+        {
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCABULARY,
+        },
+    ),
 }
 KINDS = tuple(_CLASSES)
 
@@ -60,7 +97,12 @@ def make_config(kind: str = "gemma3", **changes):
 
 def make_model(kind: str = "gemma3", **changes) -> PreTrainedModel:
     torch.manual_seed(1)
-    return _CLASSES[kind][0](make_config(kind, **changes)).eval()
+    model = _CLASSES[kind][0](make_config(kind, **changes)).eval()
+    if kind == "gemma4":
+        # Its scores are not scaled: that is left to what the norms learn.
+        for layer in model.model.layers:
+            torch.nn.init.constant_(layer.self_attn.q_norm.weight, 2 * layer.self_attn.head_dim**-0.5)
+    return model
 
 
 def make_tokens(length: int, seed: int = 0) -> torch.Tensor:

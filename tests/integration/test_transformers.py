@@ -139,6 +139,25 @@ def test_predictions_with_8_bits_are_close_and_with_fewer_less_so(kind):
     assert 4 * divergence[8] < divergence[6] < divergence[5]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation_with_8_bits_runs_past_the_window_and_every_layer_says_what_it_holds(kind):
+    model = enabled(kind)
+    cache = TqCache(model.config)
+    tokens = model.generate(
+        make_tokens(WINDOW - 4), cache=cache, max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0
+    )
+    seen = tokens.shape[1] - 1  # the last one has not been attended to
+    assert seen == WINDOW + 7 == cache.get_seq_length()
+    holding = [layer.kv for layer in cache.layers if hasattr(layer, "kv")]
+    assert len(holding) == (4 if kind == "gemma4" else 6)
+    for kv in holding:
+        assert (kv.offset, len(kv)) == (seen, seen if kv.sliding_window is None else WINDOW)
+    assert cache.bytes_per_token == sum(
+        2 * kv.num_kv_heads * (kv.head_dim + 4 * -(-kv.head_dim // 256)) for kv in holding
+    )
+    assert None not in cache.last_plans
+
+
 def test_a_first_prefill_is_in_full_precision():
     tokens = make_tokens(WINDOW + 20)
     model = enabled()

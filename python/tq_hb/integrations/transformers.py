@@ -12,23 +12,31 @@ more new tokens than a ring has spare  full precision over the decoded visible p
 The last row concerns sliding-window layers only: their ring holds the window and `rollback` tokens more, so up to
 ``rollback + 1`` tokens at a time are attended to on the codes.
 
+Keys that have a large part in common lose less if they are encoded as differences from it: `calibrate` measures the
+mean key of every layer and KV head, once for a model, and ``TqCache(k_mean=)`` takes them.
+
 One sequence at a time: batches, padding and beams raise `tq_hb.UnsupportedError`.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeAlias
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, get_layer_types_and_kwargs
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from tq_hb import InvalidArgument, KVCache, UnsupportedError
+from tq_hb.integrations.calibration import Calibration
+from tq_hb.integrations.key_means import MIN_PREFILL, calibrate, prefill_mean
 
-__all__ = ["ATTENTION_NAME", "TqCache", "enable"]
+__all__ = ["ATTENTION_NAME", "MIN_PREFILL", "TqCache", "calibrate", "enable"]
 
 ATTENTION_NAME = "tq_hb"
 """What the attention and mask functions are registered as, for ``attn_implementation=``."""
@@ -80,7 +88,8 @@ def enable(model: Model) -> None:
 class TqCache(Cache):  # type: ignore[misc]
     """A transformers cache held by tq_hb: pass it as ``cache=`` to a model that `enable` was called on.
 
-    Sliding-window layers hold a ring of `sliding_window` tokens, the others grow.
+    Sliding-window layers hold a ring of `sliding_window` tokens, the others grow. Layers that attend to another layer's
+    keys and values hold none.
 
     Parameters
     ----------
@@ -93,21 +102,32 @@ class TqCache(Cache):  # type: ignore[misc]
     rollback : int
         How many tokens `crop` can take back once a ring has overwritten its oldest. Assisted decoding and prompt
         lookup need as many as they propose at a time. The rings get that many more slots.
+    k_mean : optional
+        Mean keys, which keys are encoded as differences from; attention is on the keys themselves all the same. One of:
+
+        - a `Calibration` (see `calibrate`), or the path of its file
+        - an array (kv_heads, head_dim) or None for every layer, in a sequence, or in a mapping from the layer's index
+        - ``"prefill"``: each layer takes the mean over the first prefill's keys, if the mean of the first half of them
+          brings those of the second half closer to zero. The prefill must have at least `MIN_PREFILL` tokens.
 
     Raises
     ------
     tq_hb.InvalidArgument
-        If an argument, or the model's head dimension, is outside what tq_hb knows.
+        If an argument, or the model's head dimension, is outside what tq_hb knows; in `update`, if the prefill is too
+        short for ``k_mean="prefill"``.
     tq_hb.UnsupportedError
         If a layer is of another kind than full or sliding attention.
 
     Examples
     --------
+    >>> import torch
     >>> from transformers import Qwen3Config
     >>> config = Qwen3Config(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=256)
     >>> cache = TqCache(config, k_bits=8, v_bits=5)
     >>> cache.get_seq_length(), cache.bytes_per_token
     (0, 2080)
+    >>> TqCache(config, k_mean={1: torch.ones(2, 256)}).k_means[1].shape
+    (2, 256)
     """
 
     def __init__(
@@ -121,6 +141,7 @@ class TqCache(Cache):  # type: ignore[misc]
         precision: str = "default",
         device: Any = None,
         rollback: int = 0,
+        k_mean: Any = None,
     ) -> None:
         if not hasattr(rollback, "__index__") or rollback < 0:
             raise InvalidArgument(f"TqCache: rollback must be an integer of at least 0, got {rollback!r}")
@@ -134,22 +155,40 @@ class TqCache(Cache):  # type: ignore[misc]
         }
         config = config.get_text_config(decoder=True)
         layer_types, layer_kwargs = get_layer_types_and_kwargs(config)
-        layers = []
+        from_prefill = isinstance(k_mean, str) and k_mean == "prefill"
+        k_means = [None] * len(layer_types) if from_prefill else _k_means(k_mean, config, len(layer_types))
+        layers: list[Any] = []
         for index, (layer_type, layer_config) in enumerate(zip(layer_types, config.per_layer_config, strict=True)):
+            if layer_type == "dummy":
+                if k_means[index] is not None:
+                    raise InvalidArgument(f"TqCache: k_mean must be None for layer {index}, which holds no keys")
+                layers.append(DummyLayer())
+                continue
             if layer_type not in ("full_attention", "sliding_attention"):
                 raise UnsupportedError(
                     f"TqCache: layer {index} must be full_attention or sliding_attention, got {layer_type}"
                 )
             window = layer_kwargs[index].get("sliding_window")
-            kv = KVCache(
-                getattr(layer_config, "num_key_value_heads", None) or layer_config.num_attention_heads,
-                getattr(layer_config, "head_dim", None) or layer_config.hidden_size // layer_config.num_attention_heads,
+            heads = getattr(layer_config, "num_key_value_heads", None) or layer_config.num_attention_heads
+            head_dim = (
+                getattr(layer_config, "head_dim", None) or layer_config.hidden_size // layer_config.num_attention_heads
+            )
+            make_kv = functools.partial(
+                KVCache,
+                heads,
+                head_dim,
                 None if window is None else window + rollback,
                 sliding_window=window,
                 **options,
             )
-            layers.append(TqLayer(kv))
+            kv = make_kv(k_mean=_layer_mean(index, k_means[index], (heads, head_dim)))
+            layers.append(TqLayer(kv, make_kv if from_prefill else None))
         super().__init__(layers=layers)
+
+    @property
+    def _holding(self) -> list[TqLayer]:
+        """The layers with keys and values of their own."""
+        return [layer for layer in self.layers if isinstance(layer, TqLayer)]
 
     @property
     def nbytes(self) -> int:
@@ -164,7 +203,7 @@ class TqCache(Cache):  # type: ignore[misc]
         >>> cache.nbytes  # one layer of 64 slots, the other still empty
         66560
         """
-        return sum(layer.kv.nbytes for layer in self.layers)
+        return sum(layer.kv.nbytes for layer in self._holding)
 
     @property
     def bytes_per_token(self) -> int:
@@ -177,11 +216,11 @@ class TqCache(Cache):  # type: ignore[misc]
         >>> cache.bytes_per_token  # layers * (K and V) * heads * (codes and norm)
         2080
         """
-        return sum(layer.kv.bytes_per_token for layer in self.layers)
+        return sum(layer.kv.bytes_per_token for layer in self._holding)
 
     @property
     def last_plans(self) -> tuple[Plan | None, ...]:
-        """Per layer, what served the last attention on codes; None for a layer that hasn't done any yet.
+        """What served the last attention on codes, per layer that holds keys; None where there hasn't been any yet.
 
         >>> from transformers import Qwen3Config
         >>> from tq_hb.integrations.transformers import TqCache
@@ -190,7 +229,24 @@ class TqCache(Cache):  # type: ignore[misc]
         >>> cache.last_plans
         (None, None)
         """
-        return tuple(layer.kv.last_plan for layer in self.layers)
+        return tuple(layer.kv.last_plan for layer in self._holding)
+
+    @property
+    def k_means(self) -> tuple[Any, ...]:
+        """The mean key, float32 (kv_heads, head_dim), per layer that holds keys; None where it is not centred.
+
+        >>> import torch
+        >>> from transformers import Qwen3Config
+        >>> from tq_hb.integrations.transformers import TqCache
+        >>> config = Qwen3Config(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=256)
+        >>> cache = TqCache(config, k_mean="prefill")
+        >>> cache.k_means
+        (None,)
+        >>> _ = cache.update(*torch.ones(2, 1, 2, 300, 256), 0)
+        >>> float(cache.k_means[0].mean())
+        1.0
+        """
+        return tuple(layer.kv.k_mean for layer in self._holding)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens, in every layer or, if that can't be, in none.
@@ -220,7 +276,7 @@ class TqCache(Cache):  # type: ignore[misc]
         >>> cache.get_seq_length()
         3
         """
-        for layer in self.layers:
+        for layer in self._holding:
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
@@ -235,9 +291,11 @@ class TqLayer(CacheLayerMixin):  # type: ignore[misc]
     (True, 512)
     """
 
-    def __init__(self, kv: KVCache) -> None:
+    def __init__(self, kv: KVCache, make_kv: Callable[..., KVCache] | None = None) -> None:
+        """Hold `kv`, or with `make_kv` at the first prefill what it makes of ``k_mean=``."""
         super().__init__()
         self.kv = kv
+        self._make_kv = make_kv
         self.is_initialized = True
         self.is_sliding = kv.sliding_window is not None
         # Whether cropping works however many tokens have been seen.
@@ -293,6 +351,8 @@ class TqLayer(CacheLayerMixin):  # type: ignore[misc]
         if key_states.shape[0] != 1:
             raise UnsupportedError(f"TqCache: batch must be 1, got {key_states.shape[0]}")
         if self.kv.offset == 0:
+            if self._make_kv is not None:
+                self.kv = self._make_kv(k_mean=prefill_mean(_token_major(key_states)))
             keys: Any = key_states
             values: Any = value_states
         elif self._keeps_in_view(key_states.shape[2]):
@@ -484,6 +544,43 @@ class CodesOnly:
             f"TqCache: attn_implementation must be {ATTENTION_NAME!r} (call "
             "tq_hb.integrations.transformers.enable on the model), got a model that attends in another way"
         )
+
+
+def _k_means(k_mean: Any, config: Config, layers: int) -> list[Any]:
+    """Return a mean or None per layer."""
+    if isinstance(k_mean, str | os.PathLike):
+        k_mean = Calibration.load(k_mean)
+    if isinstance(k_mean, Calibration):
+        if k_mean.model_type != config.model_type:
+            raise InvalidArgument(
+                f"TqCache: k_mean must be of a model of type {config.model_type!r}, got one of {k_mean.model_type!r}"
+            )
+        k_mean = k_mean.k_means
+    if k_mean is None:
+        return [None] * layers
+    if isinstance(k_mean, Mapping):
+        for layer in k_mean:
+            if not (hasattr(layer, "__index__") and 0 <= layer < layers):
+                raise InvalidArgument(f"TqCache: k_mean must be for layers 0 to {layers - 1}, got one for {layer!r}")
+        return [k_mean.get(layer) for layer in range(layers)]
+    if not isinstance(k_mean, Sequence):
+        raise InvalidArgument(
+            "TqCache: k_mean must be a Calibration or its path, a sequence or mapping of arrays, or 'prefill', "
+            f"got {type(k_mean).__name__}"
+        )
+    if len(k_mean) != layers:
+        raise InvalidArgument(f"TqCache: k_mean must be for the model's {layers} layers, got {len(k_mean)}")
+    return list(k_mean)
+
+
+def _layer_mean(layer: int, mean: Any, shape: tuple[int, int]) -> Any:
+    """Accept one layer's mean; KVCache looks at the values."""
+    if mean is None:
+        return None
+    got = tuple(getattr(mean, "shape", ()))
+    if got != shape:
+        raise InvalidArgument(f"TqCache: k_mean of layer {layer} must have shape {shape}, got {got}")
+    return mean.detach().cpu().float() if isinstance(mean, torch.Tensor) else mean
 
 
 def attention(
