@@ -16,6 +16,7 @@ SIM_SOURCES := $(shell find tests/metal_sim -type f -not -path '*/__pycache__/*'
 EXTRAS_demo := demo
 EXTRAS_test := test,lint,transformers,plots,mlx
 EXTRAS_lint := lint
+EXTRAS_peers := peers
 
 # Without a Metal GPU the tests use a simulated one, in a build of its own; the sanitizers then need clang throughout.
 ifeq ($(shell uname),Darwin)
@@ -54,15 +55,17 @@ lint: $(STAMP)-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.mm' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.mm' | xargs $(BIN)/clang-format --dry-run --Werror
 	[ $(METAL) != simulator ] || $(BIN)/python tests/metal_sim/translate.py -I csrc check csrc/metal/kernels/tq_hb.metal
 
-bench: $(STAMP)-demo $(STAMP)-test $(STAMP)-package
+bench: $(STAMP)-demo $(STAMP)-test $(STAMP)-peers $(STAMP)-package
 	$(BIN)/tq-hb generate --out bench/results
 	$(BIN)/python -m bench.codec
 	$(BIN)/python -m bench.rate_distortion
 	$(BIN)/python -m bench.cpu
 	$(BIN)/python -m bench.cpu_kernels
+	$(BIN)/python -m bench.peers.llama_cpp
+	$(BIN)/python -m bench.peers_cpu
 	$(BIN)/python -m bench.tables
 
 mutants: $(STAMP)-test $(STAMP)-googletest
@@ -86,7 +89,7 @@ $(STAMP)-metal-sim: $(STAMP)-venv
 $(STAMP)-test $(STAMP)-lint: $(STAMP)-metal-sim
 
 # What an extra needs, the package included: for tests and lint with the Metal that tests use, which serves others too.
-$(STAMP)-demo $(STAMP)-test $(STAMP)-lint: $(STAMP)-%: $(STAMP)-venv pyproject.toml constraints.txt
+$(STAMP)-demo $(STAMP)-test $(STAMP)-lint $(STAMP)-peers: $(STAMP)-%: $(STAMP)-venv pyproject.toml constraints.txt
 	@echo "==> installing tq_hb and its extras '$(EXTRAS_$*)' into .venv"
 	@rm -f $(STAMP)-package-test
 	$(PIP_INSTALL) $(BUILD_$*) '.[$(EXTRAS_$*)]'

@@ -21,7 +21,7 @@ def write(name: str, module: str, results: list[dict[str, Any]]) -> Path:
     """Write ``bench/results/<name>.json`` and return its path."""
     report = {
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
-        "commit": _commit(),
+        "commit": commit(),
         "date": dt.date.today().isoformat(),
         "load_average": os.getloadavg(),
         "machine": _machine.describe(),
@@ -38,7 +38,9 @@ def read(name: str) -> dict[str, Any]:
     return report
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Return the commit that is measured, and whether what is built differs from it."""
+
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 

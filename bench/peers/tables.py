@@ -1,0 +1,191 @@
+"""What ``bench/results/peers_cpu.json`` says, as tables and as a plot."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from bench import harness
+from bench.markdown import table
+from bench.peers.ours import FORMS, name_of
+
+Result = dict[str, Any]
+
+_NAMES = [name_of(*form) for form in FORMS]
+_README_SHAPES = {"head_dim": 256, "tokens": 4096}
+
+
+def _measured(report: dict[str, Any]) -> list[Result]:
+    return [result for result in report["results"][1:] if result["ratio"]]
+
+
+def _header(name: str) -> str:
+    """Return a form's name without the library's."""
+    return name.partition(" ")[2].replace("plane", "in planes")
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread" + "s" * (count != 1)
+
+
+def _heads(result: Result) -> str:
+    return f"{result['heads']} / {result['kv_heads']} / {result['head_dim']}"
+
+
+def every_shape() -> str:
+    """Return tq_hb's times per shape, and in brackets how many times longer the fastest peer takes."""
+    report = harness.read("peers_cpu")
+    header = ("heads / KV heads / D", "tokens", "threads", "fastest peer", *map(_header, _NAMES), "8 bits, of read")
+    rows = [
+        (
+            _heads(result),
+            f"{result['tokens']:,}",
+            str(result["threads"]),
+            f"{result['fastest_peer']}, {result['rows'][result['fastest_peer']]['median_us']:,.0f}",
+            *(f"{result['rows'][name]['median_us']:,.0f} ({result['ratio'][name]:.2f})" for name in _NAMES),
+            f"{result['rows'][name_of(8, 'byte', 'default')]['share_of_read']:.2f}",
+        )
+        for result in _measured(report)
+    ]
+    return table(header, rows) + _source(report)
+
+
+def every_peer() -> str:
+    """Return how many times longer each peer takes than tq_hb: the median over the shapes, in brackets the extremes."""
+    report = harness.read("peers_cpu")
+    results = _measured(report)
+    peers = dict.fromkeys(name for result in results for name in result["rows"] if name not in _NAMES)
+    forms = [name_of(*form) for form in FORMS if form[2] == "default"]
+    rows = []
+    for peer in peers:
+        here = [result["rows"] for result in results if peer in result["rows"]]
+        errors = [row[peer]["error"] for row in here]
+        spans = [_span([row[peer]["median_us"] / row[form]["median_us"] for row in here]) for form in forms]
+        rows.append((peer, f"{max(errors):.0e}", str(len(here)), *spans))
+    own = {form: max(result["rows"][form]["error"] for result in results) for form in forms}
+    of_forms = ", ".join(f"{_header(form)}: {error:.0e}" for form, error in own.items())
+    header = ("peer", "error", "shapes", *(f"÷ {_header(form)}" for form in forms))
+    return table(header, rows) + f"\nErrors of tq_hb: {of_forms}.\n" + _source(report) + _skipped(report)
+
+
+def _span(ratios: Sequence[float]) -> str:
+    return f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
+
+
+def at_one_length() -> str:
+    """Return the ratios at D = 256 and 4,096 tokens, and where tq_hb is slower than the fastest peer."""
+    report = harness.read("peers_cpu")
+    results = _measured(report)
+    forms = [name_of(*form) for form in FORMS if form[2] == "default"]
+    header = (
+        "heads / KV heads / D",
+        "tokens",
+        "threads",
+        "fastest peer",
+        *(f"÷ {_header(form)}" for form in forms),
+    )
+    rows = [
+        (
+            _heads(result),
+            f"{result['tokens']:,}",
+            str(result["threads"]),
+            result["fastest_peer"],
+            *(f"{result['ratio'][form]:.2f}" for form in forms),
+        )
+        for result in results
+        if all(result[name] == value for name, value in _README_SHAPES.items())
+    ]
+    return table(header, rows) + "\n" + losses(results) + _source(report)
+
+
+def losses(results: Sequence[Result]) -> str:
+    """Return a list of how often each form is slower than the fastest peer, and in which groups of shapes."""
+    lines = []
+    for bits in dict.fromkeys(form[0] for form in FORMS):
+        forms = [name_of(*form) for form in FORMS if form[0] == bits and form[2] == "default"]
+        best = [(max(result["ratio"][form] for form in forms), result) for result in results]
+        lost = [result for ratio, result in best if ratio < 1]
+        line = f"- {bits} bits: slower than the fastest peer at {len(lost)} of {len(results)} shapes"
+        groups = [
+            f"{_query_heads(group)} on {_threads(threads)} {here} of {there}"
+            for group in sorted({_group(result) for result in results})
+            for threads in sorted({result["threads"] for result in results})
+            if (here := _count(lost, group, threads)) and (there := _count(results, group, threads))
+        ]
+        lines.append(line + (f": with {', '.join(groups)}" if groups else "") + ".\n")
+    return "".join(lines)
+
+
+def _query_heads(group: int) -> str:
+    return f"{group} query head{'s' * (group != 1)} per KV head"
+
+
+def _group(result: Result) -> int:
+    return int(result["heads"] // result["kv_heads"])
+
+
+def _count(results: Sequence[Result], group: int, threads: int) -> int:
+    return sum(_group(result) == group and result["threads"] == threads for result in results)
+
+
+def _source(report: dict[str, Any]) -> str:
+    machine, account = report["machine"], report["results"][0]
+    versions = ", ".join(account["libraries"].values())
+    where = f"{machine['processor']}, {machine['isa']}, {versions}"
+    return f"\n`bench/results/peers_cpu.json`, written by `{report['command']}`: {where}.\n"
+
+
+def _skipped(report: dict[str, Any]) -> str:
+    """Return a list of what was not measured, or only at some shapes, and why."""
+    reasons: dict[str, str] = dict(report["results"][0]["skipped"])
+    for result in report["results"][1:]:
+        for name, reason in result["skipped"].items():
+            shape = f"{_heads(result)}, {result['tokens']:,} tokens"
+            reasons.setdefault(f"{name} at {shape}" if name == "all" else name, reason)
+    return "".join(f"\nNot measured: {name}: {reason}.\n" for name, reason in reasons.items())
+
+
+def plot(results: Sequence[Result]) -> bytes:
+    """Draw the fastest peer's time over tq_hb's against the length, a panel per head size and number of threads."""
+    from matplotlib.figure import Figure
+
+    results = [result for result in results if result["ratio"]]
+    head_dims = sorted({result["head_dim"] for result in results})
+    threads = sorted({result["threads"] for result in results})
+    groups = sorted({_group(result) for result in results})
+    lengths = sorted({result["tokens"] for result in results})
+    figure = Figure(figsize=(2 + 3.6 * len(head_dims), 1.2 + 2.8 * len(threads)), layout="constrained")
+    panels = figure.subplots(len(threads), len(head_dims), sharex=True, sharey=True, squeeze=False)
+    for row, count in enumerate(threads):
+        for column, head_dim in enumerate(head_dims):
+            axes = panels[row, column]
+            here = [r for r in results if r["threads"] == count and r["head_dim"] == head_dim]
+            for color, group in enumerate(groups):
+                line = sorted((r for r in here if _group(r) == group), key=lambda r: int(r["tokens"]))
+                for style, form in _LINES.items():
+                    axes.plot(
+                        [r["tokens"] for r in line],
+                        [r["ratio"][form] for r in line],
+                        style,
+                        color=f"C{color}",
+                        label=f"{_header(form)} bits, {_query_heads(group)}",
+                    )
+            axes.axhline(1, color="0.4", linewidth=0.8)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log", base=2)
+            axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.set_title(f"D = {head_dim}, {_threads(count)}", fontsize="medium")
+            axes.grid(alpha=0.25)
+    figure.supylabel("fastest peer's time / tq_hb's", fontsize="medium")
+    figure.supxlabel("tokens in the cache", fontsize="medium")
+    labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=len(groups), frameon=False, fontsize="small")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    return content.getvalue()
+
+
+_LINES = {"o-": name_of(5, "plane", "default"), "s--": name_of(8, "byte", "default")}

@@ -1,0 +1,326 @@
+"""tq_hb's cpu backend against the attention of other libraries on the CPU, in one run, taking turns, caches cold.
+
+``python -m bench.peers_cpu`` writes ``bench/results/peers_cpu.json`` and ``.png`` after every shape. A run that was
+stopped goes on where it was, if the commit, the machine and the libraries are the same. ``bench/peers/`` has the
+contenders; one that can't run here is skipped, and the file says why.
+
+* A call is one token's attention over the whole cache, from Python. It reads the next of several copies of its cache,
+  which are together larger than twice the last-level cache, or one that is much larger by itself.
+* All contenders have the same number of threads, and every one starts its sample when no other's threads are running.
+* Before a kind of shape is timed, every contender's output over 1,024 tokens is compared with float64 attention over
+  the unquantised cache. What exceeds the error of the contender's number type is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import tq_hb
+from bench import harness
+from bench.peers import llama_cpp, mlx_cpu, onnxruntime_gqa, tables, timing, torch_sdpa
+from bench.peers.contender import Contender, Problem, Storage, UnavailableError
+from bench.peers.ours import Ours
+from tq_hb.cli import _machine
+from tq_hb.cli._cases import attention64, relative_l2
+from tq_hb.cli._sampling import PlainRead
+
+HEADS = 16
+KV_HEADS = (16, 8, 4, 2)
+HEAD_DIMS = (256, 128, 512)
+LENGTHS = (1024, 4096, 16384, 65536)
+THREADS = (1, 2)
+OURS = "tq_hb"
+
+_CHECKED_TOKENS = 1024
+# What a cached value takes in all contenders' forms together, nearly; and what is left to the rest of the machine.
+_BYTES_PER_VALUE = 32
+_SPARE_BYTES = 2 << 30
+
+
+class Library(Protocol):
+    """One library's contenders over one cache."""
+
+    def contenders(self, threads: int) -> list[Contender]:
+        """Return the calls, which use that many threads."""
+        ...
+
+
+Build: TypeAlias = Callable[[Problem, Storage], Library]
+
+PEERS: dict[str, tuple[Callable[[], str], Build]] = {
+    "llama.cpp": (llama_cpp.version, llama_cpp.LlamaCpp),
+    "torch": (torch_sdpa.version, torch_sdpa.TorchSdpa),
+    "onnxruntime": (onnxruntime_gqa.version, onnxruntime_gqa.OnnxRuntimeGqa),
+    "mlx": (mlx_cpu.version, mlx_cpu.MlxCpu),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The query heads and the cache of one layer."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.heads}/{self.kv_heads}/{self.head_dim}, {self.tokens:,} tokens"
+
+    @property
+    def problem(self) -> Problem:
+        """Random numbers of this shape."""
+        return Problem.random(self.heads, self.kv_heads, self.head_dim, self.tokens)
+
+
+def parse_shape(text: str) -> Shape:
+    """Return the shape written as heads/kv_heads/head_dim/tokens."""
+    try:
+        return Shape(*map(int, text.split("/")))
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"must be heads/kv_heads/head_dim/tokens, got {text!r}") from error
+
+
+def grid(size: str) -> list[Shape]:
+    """Return the shapes of a "quick", "default" or "full" run, in the order in which they are measured."""
+    lengths, head_dims, kv_heads = {
+        "quick": (LENGTHS[:2], HEAD_DIMS[:1], (8, 2)),
+        "default": (LENGTHS[:3], HEAD_DIMS, KV_HEADS),
+        "full": (LENGTHS, HEAD_DIMS, KV_HEADS),
+    }[size]
+    return [Shape(HEADS, kv, head_dim, n) for head_dim in head_dims for kv in kv_heads for n in lengths]
+
+
+def find_peers(peers: dict[str, tuple[Callable[[], str], Build]]) -> tuple[dict[str, Build], dict[str, Any]]:
+    """Return those that are usable, and an account of all: ``libraries`` with versions, ``skipped`` with reasons."""
+    usable: dict[str, Build] = {}
+    versions: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    for name, (version, build) in peers.items():
+        try:
+            versions[name] = version()
+            usable[name] = build
+        except UnavailableError as reason:
+            skipped[name] = str(reason)
+    return usable, {"libraries": versions, "skipped": skipped}
+
+
+def finished(report: dict[str, Any], commit: str, machine: dict[str, Any], account: dict[str, Any]) -> list[Any]:
+    """Return the shapes of an earlier report that this run would measure in the same way, else none."""
+    same = report["commit"] == commit and report["machine"] == machine and report["results"][:1] == [account]
+    return report["results"][1:] if same and "with changes" not in commit else []
+
+
+def key(result: dict[str, Any]) -> tuple[int, ...]:
+    """Return what tells a result from others."""
+    return tuple(result[name] for name in ("heads", "kv_heads", "head_dim", "tokens", "threads"))
+
+
+def attempt(skipped: dict[str, str], name: str, action: Callable[[], Any]) -> Any:
+    """Return the action's result, or None with its error as the reason why `name` is skipped."""
+    try:
+        return action()
+    except Exception as error:  # whatever a peer raises: the others are measured all the same
+        skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        return None
+
+
+class Entrants:
+    """All contenders over one cache; the peers that fail are in `skipped`, by name, with the reason."""
+
+    def __init__(self, problem: Problem, peers: dict[str, Build]) -> None:
+        self.skipped: dict[str, str] = {}
+        self._ours = Ours(problem)
+        storage = Storage(problem)
+        self._peers: dict[str, Library] = {}
+        for name, build in peers.items():
+            library = attempt(self.skipped, name, partial(build, problem, storage))
+            if library is not None:
+                self._peers[name] = library
+
+    def contenders(self, threads: int) -> list[Contender]:
+        """Return the calls, tq_hb's first."""
+        lists = [self._ours.contenders(threads)]
+        for name, library in self._peers.items():
+            lists.append(attempt(self.skipped, name, partial(library.contenders, threads)) or [])
+        return [contender for contenders in lists for contender in contenders]
+
+
+def check(contenders: Iterable[Contender], problem: Problem, skipped: dict[str, str]) -> dict[str, float]:
+    """Return the errors against float64 attention over the unquantised cache, by name.
+
+    Raises
+    ------
+    RuntimeError
+        If tq_hb's own is larger than quantising explains. A peer whose error is, is skipped.
+    """
+    want = attention64(problem.q, problem.k.transpose(1, 0, 2), problem.v.transpose(1, 0, 2))
+    errors: dict[str, float] = {}
+    for contender in contenders:
+        name = contender.name
+
+        def error(contender: Contender = contender) -> float:
+            with contender.awake():
+                return relative_l2(contender.output(contender.call()), want)
+
+        found = error() if name.startswith(OURS) else attempt(skipped, name, error)
+        if found is None:
+            continue
+        if not found <= contender.error_limit:
+            skipped[name] = f"wrong: off by {found:.1e}, where {contender.error_limit:.1e} is explained"
+            if name.startswith(OURS):
+                raise RuntimeError(f"{name} is {skipped[name]}")
+        errors[name] = found
+    return errors
+
+
+class Checks:
+    """The errors of every kind of shape, found on first use."""
+
+    def __init__(self, peers: dict[str, Build]) -> None:
+        self._peers = peers
+        self._found: dict[tuple[int, int, int, int], tuple[dict[str, float], dict[str, str]]] = {}
+
+    def __call__(self, shape: Shape, threads: int) -> tuple[dict[str, float], dict[str, str]]:
+        """Return errors and reasons to skip, by contender."""
+        family = (shape.heads, shape.kv_heads, shape.head_dim, threads)
+        if family not in self._found:
+            problem = Problem.random(shape.heads, shape.kv_heads, shape.head_dim, _CHECKED_TOKENS)
+            entrants = Entrants(problem, self._peers)
+            contenders = entrants.contenders(threads)
+            self._found[family] = (check(contenders, problem, entrants.skipped), entrants.skipped)
+        return self._found[family]
+
+
+def measure(
+    shape: Shape, threads: int, entrants: Entrants, checks: Checks, seconds: float, most: int
+) -> dict[str, Any]:
+    """Time the contenders over one cache."""
+    errors, wrong = checks(shape, threads)
+    contenders = {c.name: c for c in entrants.contenders(threads) if c.name not in wrong}
+    skipped = wrong | entrants.skipped
+    read = PlainRead(threads)
+    turns = iter(range(1 << 62))
+    calls: dict[str, Any] = {"read": (lambda: read(next(turns)), nullcontext)}
+    calls |= {name: (contender.call, contender.awake) for name, contender in contenders.items()}
+    timings = timing.sample(calls, seconds, most)
+    floor = timings.pop("read")
+    read_gb_s = PlainRead.nbytes / floor.median_us / 1e3
+    rows = {
+        name: {
+            "median_us": round(timed.median_us, 1),
+            "lower_decile_us": round(timed.lower_decile_us, 1),
+            "samples": timed.samples,
+            "nbytes": contenders[name].nbytes,
+            "share_of_read": round(contenders[name].nbytes / timed.median_us / 1e3 / read_gb_s, 3),
+            "error": float(f"{errors[name]:.1e}"),
+        }
+        for name, timed in timings.items()
+    }
+    return {**asdict(shape), "threads": threads, "read_gb_s": round(read_gb_s, 2), "skipped": skipped} | compare(rows)
+
+
+def compare(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the rows, the fastest peer, and how many times longer than each form of tq_hb it takes, by the medians."""
+    peers = [name for name in rows if not name.startswith(OURS)]
+    if not peers:
+        return {"rows": rows, "fastest_peer": None, "ratio": {}}
+    fastest = min(peers, key=lambda name: float(rows[name]["median_us"]))
+    fastest_us = rows[fastest]["median_us"]
+    ratio = {name: round(fastest_us / row["median_us"], 3) for name, row in rows.items() if name.startswith(OURS)}
+    return {"rows": rows, "fastest_peer": fastest, "ratio": ratio}
+
+
+def too_large(shape: Shape, available_bytes: int) -> str | None:
+    """Return why the memory does not suffice, or None."""
+    values = 2 * shape.kv_heads * shape.head_dim * shape.tokens
+    needed = values * _BYTES_PER_VALUE + _SPARE_BYTES
+    if needed <= available_bytes:
+        return None
+    return f"takes about {needed / 2**30:.0f} GiB of memory, {available_bytes / 2**30:.0f} are available"
+
+
+def _available_bytes() -> int:
+    try:
+        with Path("/proc/meminfo").open() as lines:
+            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
+    """Show how far the run is; the function that it gives takes what comes next, and how much is done."""
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda text, done: progress.update(task, description=text, completed=done)
+
+
+def _write(results: list[dict[str, Any]], account: dict[str, Any]) -> Path:
+    tq_hb.set_num_threads(max(THREADS))  # what the file says of the machine is the same whenever it is written
+    ordered = sorted(results, key=lambda r: (r["head_dim"], -r["kv_heads"], r["tokens"], r["threads"]))
+    return harness.write("peers_cpu", "bench.peers_cpu", [account, *ordered])
+
+
+def _run(
+    shapes: Sequence[Shape], account: dict[str, Any], peers: dict[str, Build], results: list[dict[str, Any]]
+) -> None:
+    """Measure what `results` lacks, and write it."""
+    done = {key(result) for result in results}
+    checks = Checks(peers)
+    with _progress(len(shapes) * len(THREADS)) as progress:
+        for i, shape in enumerate(shapes):
+            missing = [threads for threads in THREADS if (*asdict(shape).values(), threads) not in done]
+            progress(str(shape), (i + 1) * len(THREADS) - len(missing))
+            if not missing:
+                continue
+            reason = too_large(shape, _available_bytes())
+            if reason is not None:
+                results += [{**asdict(shape), "threads": n, "skipped": {"all": reason}} | compare({}) for n in missing]
+            else:
+                entrants = Entrants(shape.problem, peers)
+                for threads in missing:
+                    results.append(measure(shape, threads, entrants, checks, account["seconds"], account["samples"]))
+                del entrants
+                gc.collect()  # contenders refer to their caches in circles
+            _write(results, account)
+        progress("done", len(shapes) * len(THREADS))
+
+
+def main() -> None:
+    """Measure the grid."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_const", dest="size", const="quick", help="4 shapes")
+    size.add_argument("--full", action="store_const", dest="size", const="full", help="65,536 tokens, too")
+    size.add_argument("--shapes", type=parse_shape, nargs="+", metavar="HEADS/KV_HEADS/HEAD_DIM/TOKENS")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for the samples of a shape (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=30, help="at most, of one contender (default: %(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the file has")
+    args = parser.parse_args()
+
+    peers, account = find_peers(PEERS)
+    account |= {"seconds": args.seconds, "samples": args.samples}
+    for name, reason in account["skipped"].items():
+        print(f"{name} is skipped: {reason}")
+    tq_hb.set_num_threads(max(THREADS))
+    results: list[dict[str, Any]] = []
+    if not args.fresh and (harness.RESULTS / "peers_cpu.json").exists():
+        results = finished(harness.read("peers_cpu"), harness.commit(), _machine.describe(), account)
+    _run(args.shapes or grid(args.size or "default"), account, peers, results)
+    (harness.RESULTS / "peers_cpu.png").write_bytes(tables.plot(results))
+    print(_write(results, account))
+
+
+if __name__ == "__main__":
+    main()

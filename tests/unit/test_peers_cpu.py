@@ -1,0 +1,253 @@
+"""The comparison with others on the CPU: who takes part, how often, what is kept of an earlier run, what tables say."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bench import peers_cpu
+from bench.peers import contender, llama_cpp, tables, timing
+from bench.peers.contender import Contender, Problem, Rotation, Storage, UnavailableError
+from bench.peers_cpu import Shape
+
+from tq_hb.cli._cases import attention64
+
+SHAPE = Shape(2, 1, 64, 33)
+
+
+@pytest.fixture(autouse=True)
+def three_copies(monkeypatch):
+    """Keeps caches of a few bytes from being copied until they fill a processor cache."""
+    monkeypatch.setattr(contender, "buffers_to_stay_cold", lambda nbytes: 3)
+
+
+class Numpy:
+    """A peer that multiplies its result."""
+
+    def __init__(self, factor: float, problem: Problem) -> None:
+        self._out = factor * attention64(problem.q, *(x.transpose(1, 0, 2) for x in (problem.k, problem.v)))
+
+    def contenders(self, threads: int) -> list[Contender]:
+        return [Contender("numpy", 1000, lambda: self._out, lambda out: out, 1e-5)]
+
+
+def peer(factor: float = 1.0):
+    return lambda problem, storage: Numpy(factor, problem)
+
+
+def broken(problem: Problem, storage: Storage) -> Numpy:
+    raise ValueError("no such kernel\nand a long story")
+
+
+def test_a_peer_that_is_not_there_is_named_with_the_reason():
+    def absent() -> str:
+        raise UnavailableError("not installed")
+
+    usable, account = peers_cpu.find_peers({"here": (lambda: "here 1", peer()), "gone": (absent, peer())})
+
+    assert list(usable) == ["here"]
+    assert account == {"libraries": {"here": "here 1"}, "skipped": {"gone": "not installed"}}
+
+
+def test_llama_cpp_says_how_to_build_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(llama_cpp, "_LIBRARY", tmp_path / "absent.so")
+    llama_cpp._library.cache_clear()
+
+    with pytest.raises(UnavailableError, match=r"not built, run `python -m bench\.peers\.llama_cpp`"):
+        llama_cpp.version()
+
+
+def test_a_peer_that_fails_leaves_the_others_measured():
+    peers = {"numpy": peer(), "broken": broken}
+
+    result = peers_cpu.measure(
+        SHAPE, 1, peers_cpu.Entrants(SHAPE.problem, peers), peers_cpu.Checks(peers), seconds=0.01, most=4
+    )
+
+    assert result["skipped"] == {"broken": "ValueError: no such kernel"}
+    assert result["fastest_peer"] == "numpy"
+    assert [result[name] for name in ("heads", "kv_heads", "head_dim", "tokens", "threads")] == [2, 1, 64, 33, 1]
+    assert set(result["rows"]) == set(result["ratio"]) | {"numpy"}
+    for name, ratio in result["ratio"].items():
+        assert ratio == pytest.approx(
+            result["rows"]["numpy"]["median_us"] / result["rows"][name]["median_us"], abs=1e-3
+        )
+    assert all(row["samples"] >= 3 for row in result["rows"].values())
+
+
+def test_a_wrong_result_is_not_timed():
+    checks = peers_cpu.Checks({"numpy": peer(1.001)})
+
+    errors, wrong = checks(SHAPE, 1)
+
+    assert errors["numpy"] == pytest.approx(1e-3)
+    assert wrong == {"numpy": "wrong: off by 1.0e-03, where 1.0e-05 is explained"}
+
+
+def test_a_wrong_result_of_ours_is_an_error():
+    ours = Contender("tq_hb 8", 1, lambda: 2 * SHAPE.problem.q, lambda out: out, 1e-2)
+
+    with pytest.raises(RuntimeError, match="tq_hb 8 is wrong: off by"):
+        peers_cpu.check([ours], SHAPE.problem, {})
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    account = {"libraries": {"numpy": "numpy 2"}, "skipped": {"gone": "not installed"}, "seconds": 4.0, "samples": 30}
+    results = [
+        result(kv_heads, threads, ours_us, {"numpy": 30.0, "slow": 300.0})
+        for kv_heads, threads, ours_us in ((16, 1, 10.0), (16, 2, 40.0), (2, 1, 20.0))
+    ]
+    missing = {**results[0], "tokens": 65536, "skipped": {"all": "too large"}} | peers_cpu.compare({})
+    return {
+        "command": "python -m bench.peers_cpu",
+        "commit": "abc",
+        "machine": {"processor": "Abacus", "isa": "beads"},
+        "results": [account, *results, missing],
+    }
+
+
+def result(kv_heads: int, threads: int, ours_us: float, peers_us: dict[str, float]) -> dict[str, Any]:
+    times = dict.fromkeys(tables._NAMES, ours_us) | peers_us
+    rows = {
+        name: {"median_us": us, "lower_decile_us": us, "samples": 3, "nbytes": 1, "share_of_read": 0.5, "error": 1e-3}
+        for name, us in times.items()
+    }
+    shape = {"heads": 16, "kv_heads": kv_heads, "head_dim": 256, "tokens": 4096, "threads": threads}
+    return {**shape, "read_gb_s": 1.0, "skipped": {}} | peers_cpu.compare(rows)
+
+
+def test_a_run_goes_on_where_it_was(report):
+    account, *shapes = report["results"]
+
+    assert peers_cpu.finished(report, "abc", report["machine"], account) == shapes
+
+
+@pytest.mark.parametrize("changed", ["commit", "machine", "libraries", "seconds"])
+def test_a_run_starts_over_where_something_has_changed(report, changed):
+    now = {"commit": "abc", "machine": report["machine"], "account": report["results"][0]}
+    if changed in ("commit", "machine"):
+        now[changed] = {"commit": "abd", "machine": {"processor": "Abacus", "isa": "stones"}}[changed]
+    else:
+        now["account"] = {**now["account"], changed: None}
+
+    assert peers_cpu.finished(report, now["commit"], now["machine"], now["account"]) == []
+
+
+def test_a_run_of_changed_sources_starts_over(report):
+    report["commit"] = "abc with changes"
+
+    assert peers_cpu.finished(report, "abc with changes", report["machine"], report["results"][0]) == []
+
+
+def test_only_what_is_missing_is_measured(report, monkeypatch):
+    monkeypatch.setattr(peers_cpu, "_write", lambda results, account: None)
+    monkeypatch.setattr(peers_cpu, "_available_bytes", lambda: 0)
+    results = report["results"][1:3]
+    shapes = [Shape(16, 16, 256, 4096), Shape(16, 8, 256, 4096)]
+
+    peers_cpu._run(shapes, report["results"][0], {}, results)
+
+    assert [peers_cpu.key(r) for r in results[2:]] == [(16, 8, 256, 4096, 1), (16, 8, 256, 4096, 2)]
+    assert "0 are available" in results[2]["skipped"]["all"]
+
+
+def test_the_grid_is_the_same_each_time_and_grows_with_its_size():
+    sizes = [peers_cpu.grid(size) for size in ("quick", "default", "full")]
+
+    assert [len(shapes) for shapes in sizes] == [4, 36, 48]
+    assert set(sizes[0]) < set(sizes[1]) < set(sizes[2])
+    assert sizes == [peers_cpu.grid(size) for size in ("quick", "default", "full")]
+
+
+def test_shapes_are_read_from_the_command_line():
+    assert peers_cpu.parse_shape("16/8/256/4096") == Shape(16, 8, 256, 4096)
+    for text in ("16/8/256", "16/8/256/4k"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be heads/kv_heads/head_dim/tokens, got"):
+            peers_cpu.parse_shape(text)
+
+
+@pytest.mark.parametrize(
+    ("costs", "budget", "counts"),
+    [
+        ({"short": 0.001, "long": 0.1}, 1.0, {"short": 30, "long": 9}),
+        ({"short": 0.001, "long": 10.0}, 1.0, {"short": 30, "long": 3}),
+        ({"short": 0.001, "long": 0.002}, 1.0, {"short": 30, "long": 30}),
+        ({"short": 1.0}, 0.0, {"short": 3}),
+    ],
+)
+def test_long_calls_get_fewer_samples(costs, budget, counts):
+    assert timing.shares(costs, budget, most=30) == counts
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 29, 30])
+def test_turns_are_spread_evenly(count):
+    turns = [i for i in range(30) if timing.takes_turn(i, 30, count)]
+
+    assert len(turns) == count
+    gaps = np.diff([*turns, turns[0] + 30])
+    assert gaps.max() - gaps.min() <= 1
+
+
+def test_samples_are_taken_while_threads_are_awake():
+    log: list[str] = []
+
+    class Awake(nullcontext[None]):
+        def __enter__(self) -> None:
+            log.append("wake")
+
+        def __exit__(self, *exc: object) -> None:
+            log.append("sleep")
+
+    timings = timing.sample({"a": (lambda: log.append("call"), Awake)}, budget_s=0.1, most=4)
+
+    assert timings["a"].samples == 4
+    assert log.count("wake") == log.count("sleep") == 5  # once to find out how long a call takes
+    assert 0 < timings["a"].lower_decile_us <= timings["a"].median_us
+
+
+def test_copies_take_turns_whoever_calls():
+    rotation = Rotation([0], lambda first: [len(first)], nbytes=1000)
+
+    assert [id(rotation.next()) for _ in range(6)] == 2 * [id(rotation.copies[i]) for i in (1, 2, 0)]
+    assert len(Rotation([0], list, nbytes=1 << 30).copies) == 1
+
+
+def test_bfloat16_is_rounded_to_even():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    x = np.random.default_rng(0).standard_normal((1, 1000, 64), dtype=np.float32)
+    x[0, 0, :2] = [1 + 2**-8, 1 + 3 * 2**-8]  # halfway, below an even and an odd number
+
+    k, _ = Storage(Problem(x[0], x, x)).arrays("bfloat16").next()
+
+    assert np.array_equal(k, x.astype(ml_dtypes.bfloat16).view(np.uint16))
+
+
+def test_tables_say_how_long_the_fastest_peer_takes(report, monkeypatch):
+    monkeypatch.setattr(tables.harness, "read", lambda name: report)
+
+    every_shape, every_peer, short = tables.every_shape(), tables.every_peer(), tables.at_one_length()
+
+    assert "| 16 / 16 / 256 | 4,096 | 1 | numpy, 30 | 10 (3.00) |" in every_shape
+    assert "| 16 / 16 / 256 | 4,096 | 2 | numpy, 30 | 40 (0.75) |" in every_shape
+    assert "65,536" not in every_shape
+    assert "| slow | 1e-03 | 3 | 15.0 (7.5 to 30.0) |" in every_peer
+    assert "Not measured: gone: not installed." in every_peer
+    assert "Not measured: all at 16 / 16 / 256, 65,536 tokens: too large." in every_peer
+    assert "| 16 / 2 / 256 | 4,096 | 1 | numpy | 1.50 |" in short
+    assert "slower than the fastest peer at 1 of 3 shapes: with 1 query head per KV head on 2 threads 1 of 1." in short
+    assert "Abacus, beads, numpy 2" in short
+
+
+def test_the_plot_is_drawn(report):
+    pytest.importorskip("matplotlib")
+
+    assert tables.plot(report["results"][1:]).startswith(b"\x89PNG")
