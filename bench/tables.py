@@ -15,6 +15,7 @@ from typing import Any
 
 from bench import harness, metal_tables
 from bench.markdown import table
+from bench.peers import tables as peers_tables
 
 _DOCUMENTS = ("README.md", "docs/cpu.md", "docs/cuda.md", "docs/measurements.md", "docs/metal.md")
 _BLOCK = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -213,6 +214,9 @@ _TABLES: dict[str, Callable[[], str]] = {
     "metal_gpus": metal_tables.gpus,
     "metal_reference": metal_tables.reference,
     "metal_threadgroup": metal_tables.threadgroup,
+    "peers_cpu": peers_tables.every_shape,
+    "peers_cpu_each": peers_tables.every_peer,
+    "peers_cpu_short": peers_tables.at_one_length,
     "rate_distortion": rate_distortion,
     "replay": replay,
 }

@@ -22,8 +22,9 @@ def _measured(report: dict[str, Any]) -> list[Result]:
 
 
 def _header(name: str) -> str:
-    """Return a form's name without the library's."""
-    return name.partition(" ")[2].replace("plane", "in planes")
+    """Return a form's name in words."""
+    _, bits, *words = name.split()
+    return f"{bits} bits" + " in planes" * ("plane" in words) + ", strict" * ("strict" in words)
 
 
 def _threads(count: int) -> str:
@@ -101,21 +102,16 @@ def at_one_length() -> str:
 
 
 def losses(results: Sequence[Result]) -> str:
-    """Return a list of how often each form is slower than the fastest peer, and in which groups of shapes."""
-    lines = []
+    """Return at how many shapes the better packing of each width is slower than the fastest peer."""
+    groups = sorted({_group(result) for result in results})
+    rows = []
     for bits in dict.fromkeys(form[0] for form in FORMS):
         forms = [name_of(*form) for form in FORMS if form[0] == bits and form[2] == "default"]
-        best = [(max(result["ratio"][form] for form in forms), result) for result in results]
-        lost = [result for ratio, result in best if ratio < 1]
-        line = f"- {bits} bits: slower than the fastest peer at {len(lost)} of {len(results)} shapes"
-        groups = [
-            f"{_query_heads(group)} on {_threads(threads)} {here} of {there}"
-            for group in sorted({_group(result) for result in results})
-            for threads in sorted({result["threads"] for result in results})
-            if (here := _count(lost, group, threads)) and (there := _count(results, group, threads))
-        ]
-        lines.append(line + (f": with {', '.join(groups)}" if groups else "") + ".\n")
-    return "".join(lines)
+        lost = [result for result in results if max(result["ratio"][form] for form in forms) < 1]
+        for threads in sorted({result["threads"] for result in results}):
+            counts = (f"{_count(lost, group, threads)} of {_count(results, group, threads)}" for group in groups)
+            rows.append((f"{bits} bits, {_threads(threads)}", *counts))
+    return table(("slower than the fastest peer", *map(_query_heads, groups)), rows)
 
 
 def _query_heads(group: int) -> str:
@@ -150,28 +146,25 @@ def _skipped(report: dict[str, Any]) -> str:
 def plot(results: Sequence[Result]) -> bytes:
     """Draw the fastest peer's time over tq_hb's against the length, a panel per head size and number of threads."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     results = [result for result in results if result["ratio"]]
     head_dims = sorted({result["head_dim"] for result in results})
     threads = sorted({result["threads"] for result in results})
     groups = sorted({_group(result) for result in results})
     lengths = sorted({result["tokens"] for result in results})
-    figure = Figure(figsize=(2 + 3.6 * len(head_dims), 1.2 + 2.8 * len(threads)), layout="constrained")
+    figure = Figure(figsize=(1 + 3.3 * max(2, len(head_dims)), 1 + 2.8 * len(threads)), layout="constrained")
     panels = figure.subplots(len(threads), len(head_dims), sharex=True, sharey=True, squeeze=False)
     for row, count in enumerate(threads):
         for column, head_dim in enumerate(head_dims):
             axes = panels[row, column]
             here = [r for r in results if r["threads"] == count and r["head_dim"] == head_dim]
             for color, group in enumerate(groups):
-                line = sorted((r for r in here if _group(r) == group), key=lambda r: int(r["tokens"]))
-                for style, form in _LINES.items():
-                    axes.plot(
-                        [r["tokens"] for r in line],
-                        [r["ratio"][form] for r in line],
-                        style,
-                        color=f"C{color}",
-                        label=f"{_header(form)} bits, {_query_heads(group)}",
-                    )
+                points = sorted((r for r in here if _group(r) == group), key=lambda r: int(r["tokens"]))
+                tokens = [r["tokens"] for r in points]
+                for (marker, line), form in _LINES.items():
+                    ratios = [r["ratio"][form] for r in points]
+                    axes.plot(tokens, ratios, color=f"C{color}", marker=marker, linestyle=line, markersize=4)
             axes.axhline(1, color="0.4", linewidth=0.8)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log", base=2)
@@ -179,13 +172,19 @@ def plot(results: Sequence[Result]) -> bytes:
             axes.yaxis.set_major_formatter("{x:g}")
             axes.set_title(f"D = {head_dim}, {_threads(count)}", fontsize="medium")
             axes.grid(alpha=0.25)
-    figure.supylabel("fastest peer's time / tq_hb's", fontsize="medium")
-    figure.supxlabel("tokens in the cache", fontsize="medium")
-    labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*labels, loc="outside lower center", ncols=len(groups), frameon=False, fontsize="small")
+        panels[row, 0].set_ylabel("fastest peer's time / tq_hb's")
+    for axes in panels[-1]:
+        axes.set_xlabel("tokens in the cache")
+    keys = [Line2D([], [], color=f"C{color}", label=_query_heads(group)) for color, group in enumerate(groups)]
+    for (marker, line), form in _LINES.items():
+        keys.append(Line2D([], [], color="0.2", marker=marker, linestyle=line, label=_header(form)))
+    figure.legend(handles=keys, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     return content.getvalue()
 
 
-_LINES = {"o-": name_of(5, "plane", "default"), "s--": name_of(8, "byte", "default")}
+_LINES = {
+    ("o", "-"): name_of(5, "plane", "default"),
+    ("s", "--"): name_of(8, "byte", "default"),
+}

@@ -243,7 +243,9 @@ def test_tables_say_how_long_the_fastest_peer_takes(report, monkeypatch):
     assert "Not measured: gone: not installed." in every_peer
     assert "Not measured: all at 16 / 16 / 256, 65,536 tokens: too large." in every_peer
     assert "| 16 / 2 / 256 | 4,096 | 1 | numpy | 1.50 |" in short
-    assert "slower than the fastest peer at 1 of 3 shapes: with 1 query head per KV head on 2 threads 1 of 1." in short
+    assert "| slower than the fastest peer | 1 query head per KV head | 8 query heads per KV head |" in short
+    assert "| 5 bits, 1 thread | 0 of 1 | 0 of 1 |" in short
+    assert "| 5 bits, 2 threads | 1 of 1 | 0 of 0 |" in short
     assert "Abacus, beads, numpy 2" in short
 
 
