@@ -1,0 +1,137 @@
+"""The texts that the gate replays: three kinds that every Python with numpy has, and one with things to find in it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+import torch
+
+import tq_hb
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens to replay. `answers` are the places of the tokens that answer the needle text's questions."""
+
+    name: str
+    source: str
+    tokens: torch.Tensor
+    answers: tuple[tuple[int, ...], ...] = ()
+    depths: tuple[float, ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        """Of the tokens, as 64-bit integers."""
+        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+
+
+def own_texts(tokenizer: Any, length: int) -> list[Text]:
+    """Return the first `length` tokens of a licence, of documentation and of code."""
+    return [_cut(tokenizer, name, source, read(), length) for name, (source, read) in _KINDS.items()]
+
+
+def user_text(tokenizer: Any, path: Path, length: int) -> Text:
+    """Return the first `length` tokens of a file.
+
+    Raises
+    ------
+    tq_hb.InvalidArgument
+        If it can't be read or has fewer.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise tq_hb.InvalidArgument(f"gate: text must be a readable text file, got {path}: {error}") from error
+    return _cut(tokenizer, path.name, str(path), content, length)
+
+
+def needle_text(tokenizer: Any, length: int, depths: Sequence[float]) -> Text:
+    """Return documentation with a number hidden at each depth, and the questions for them at the end.
+
+    The questions are followed by the right answers, since the text is fixed: what counts is whether each token of an
+    answer was the likeliest one.
+    """
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    facts = [
+        (encode(f"The pass number of {place} is"), encode(f" {number}."), encode("\n")) for place, number in _FACTS
+    ]
+    facts = facts[: len(depths)]
+    needles = sum(2 * len(question) + 2 * len(answer) + 2 * len(end) for question, answer, end in facts)
+    start = list(tokenizer("").input_ids)
+    hay = encode(_documentation())[: length - needles - len(start)]
+    if len(hay) < length - needles - len(start) or not hay:
+        raise tq_hb.InvalidArgument(f"gate: tokens must be fewer, the needle text is too short for {length}")
+    cuts = [round(depth * len(hay)) for depth in depths]
+    tokens = list(start)
+    for begin, end, fact in zip([0, *cuts], [*cuts, len(hay)], [*facts, ()], strict=True):
+        tokens += hay[begin:end]
+        for piece in fact:
+            tokens += piece
+    answers = []
+    for question, answer, end_of_line in facts:
+        tokens += question
+        # The last token is the full stop.
+        answers.append(tuple(range(len(tokens), len(tokens) + len(answer) - 1)))
+        tokens += [*answer, *end_of_line]
+    return Text("needles", _KINDS["documentation"][0], torch.tensor([tokens]), tuple(answers), tuple(depths))
+
+
+_FACTS = (
+    ("Lisbon", 7351),
+    ("Oslo", 2908),
+    ("Cairo", 6147),
+    ("Quito", 8532),
+    ("Perth", 4769),
+    ("Kyoto", 9284),
+    ("Dakar", 3615),
+    ("Turin", 5190),
+    ("Sofia", 1846),
+    ("Denver", 7023),
+)
+DEPTHS = tuple((0.5 + i) / len(_FACTS) for i in range(len(_FACTS)))
+"""Where the needles are, as shares of the text before them."""
+
+
+def _licence() -> str:
+    files = metadata.files("numpy") or ()
+    texts = [file.read_text() for file in files if re.search(r"licen[cs]e", file.name, re.IGNORECASE)]
+    return max(texts, key=len)
+
+
+def _documentation() -> str:
+    return "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
+
+
+def _code() -> str:
+    spec = importlib.util.find_spec("argparse")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).read_text(encoding="utf-8")
+
+
+_KINDS: dict[str, tuple[str, Callable[[], str]]] = {
+    "licence": ("numpy's licences, with those of what its wheels contain", _licence),
+    "documentation": ("the Python language's help topics", _documentation),
+    "code": ("the source of Python's argparse", _code),
+}
+
+
+def _cut(tokenizer: Any, name: str, source: str, content: str, length: int) -> Text:
+    # Far more characters than the tokens can take, without reading megabytes.
+    tokens = torch.tensor([tokenizer(content[: 40 * length]).input_ids[:length]])
+    if tokens.shape[1] < length:
+        raise tq_hb.InvalidArgument(
+            f"gate: text must have at least {length} tokens (see --tokens), got {tokens.shape[1]} in {name}"
+        )
+    return Text(name, source, tokens)
