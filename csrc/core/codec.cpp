@@ -3,27 +3,10 @@
 #include <cmath>
 #include <cstring>
 
+#include "core/codec_constants.h"
+
 namespace tq_hb {
 namespace {
-
-constexpr std::size_t kLanes = 32;
-// Values below this count as zero, so that hardware which flushes denormals stores the same bytes.
-constexpr float kFlushBelow = 0x1p-60f;
-constexpr float kSmallestNorm = 1e-10f;
-constexpr float kBlockRms = 1.0f / 16.0f;  // 1 / sqrt(kNormBlock): turns a block's L2 norm into its RMS
-
-float inverse_sqrt_head_dim(std::size_t head_dim) noexcept {
-  switch (head_dim) {
-    case 64:
-      return 0.125f;
-    case 128:
-      return 0.0883883461f;
-    case 256:
-      return 0.0625f;
-    default:
-      return 0.0441941731f;
-  }
-}
 
 /// Four values, by the extension that g++ and clang share.
 typedef float Four __attribute__((vector_size(16)));
@@ -85,9 +68,9 @@ void hadamard(float* row, std::size_t head_dim) noexcept {
 ///
 /// A lane outside the block adds an exact zero, so the tree over the block's own lanes gives the same bits.
 float block_energy(const float* block, std::size_t block_dim, std::size_t head_dim) noexcept {
-  const std::size_t per_lane = head_dim / kLanes;
+  const std::size_t per_lane = head_dim / kEnergyLanes;
   const std::size_t lanes = block_dim / per_lane;
-  float sums[kLanes];
+  float sums[kEnergyLanes];
   for (std::size_t lane = 0; lane < lanes; ++lane) {
     float sum = 0.0f;
     for (std::size_t j = 0; j < per_lane; ++j) {
@@ -162,7 +145,8 @@ bool encode_row(const float* src, std::size_t head_dim, float scale_factor_d512,
     } else {
       for (std::size_t j = 0; j < block_dim; ++j) v[j] = v[j] * inverse * scale_factor_d512;
     }
-    for (std::size_t j = 0; j < block_dim; j += kLanes) codebook.indices_of<kLanes>(v + j, block_codes + j);
+    constexpr std::size_t kAtOnce = 32;
+    for (std::size_t j = 0; j < block_dim; j += kAtOnce) codebook.indices_of<kAtOnce>(v + j, block_codes + j);
   }
   return true;
 }

@@ -3,18 +3,26 @@
 #include <algorithm>
 
 #include "core/codec.h"
+#include "cpu/isa.h"
+#include "cpu/search_tree.h"
 
 namespace tq_hb {
 namespace {
 
 // Rows per task: small enough to share, large enough to hide the cost of taking one.
-constexpr std::size_t kRowsPerTask = 16;
+constexpr std::size_t kRowsPerTask = kEncodeRows;
+
+/// Calls run(begin, end) for parts of a range of rows.
+template <class Run>
+void for_each_run(ThreadPool& pool, std::size_t rows, const Run& run) {
+  pool.parallel_for((rows + kRowsPerTask - 1) / kRowsPerTask,
+                    [&](std::size_t task) { run(task * kRowsPerTask, std::min(rows, (task + 1) * kRowsPerTask)); });
+}
 
 template <class Row>
 void for_each_row(ThreadPool& pool, std::size_t rows, const Row& row) {
-  pool.parallel_for((rows + kRowsPerTask - 1) / kRowsPerTask, [&](std::size_t task) {
-    const std::size_t end = std::min(rows, (task + 1) * kRowsPerTask);
-    for (std::size_t i = task * kRowsPerTask; i < end; ++i) row(i);
+  for_each_run(pool, rows, [&](std::size_t begin, std::size_t end) {
+    for (std::size_t i = begin; i < end; ++i) row(i);
   });
 }
 
@@ -35,20 +43,41 @@ void quantize(const TqHadamardQuantizeArgs& args, const QuantizeTarget& target, 
   const std::size_t tokens = target.src.shape().size() == 3 ? target.src.shape()[0] : 1;
   // Of a run longer than the ring only the newest tokens survive, and two tokens must not race for a slot.
   const std::size_t skipped = tokens > args.cache_capacity ? tokens - args.cache_capacity : 0;
-  for_each_row(pool, (tokens - skipped) * heads, [&](std::size_t i) {
-    const std::size_t row = i + skipped * heads;
-    const std::size_t head = row % heads;
-    const std::size_t at = head * args.cache_capacity + slot_of(std::uint64_t{args.write_pos} + row / heads, args);
-    const float* src = target.src.data<const float>() + row * head_dim;
-    std::uint8_t* packed = target.packed.data<std::uint8_t>() + at * bytes;
-    std::uint8_t codes[kMaxHeadDim];
-    const bool cut = has_planes(packing, cbits);
-    const bool written = encode_row(src, head_dim, args.scale_factor_d512, *target.codebook, cut ? codes : packed,
-                                    target.norms.data<float>() + at * norms);
-    if (!written) {
-      bad_rows.report(row);
-    } else if (cut) {
-      pack_row(codes, head_dim, cbits, packed);
+  const bool cut = has_planes(packing, cbits);
+  EncodeRows& encode = encode_kernel();
+  EncodeTask same{};
+  same.head_dim = head_dim;
+  same.scale_factor_d512 = args.scale_factor_d512;
+  same.codebook = target.codebook;
+  same.tree = &search_tree(*target.codebook);
+  same.cbits = cbits;
+  same.signs = sign_table();
+  for_each_run(pool, (tokens - skipped) * heads, [&](std::size_t begin, std::size_t end) {
+    const std::size_t first = begin + skipped * heads;
+    std::uint8_t* packed[kRowsPerTask];
+    std::uint8_t* codes[kRowsPerTask];
+    float* row_norms[kRowsPerTask];
+    std::uint8_t uncut[kRowsPerTask][kMaxHeadDim];
+    EncodeTask task = same;
+    task.src = target.src.data<const float>() + first * head_dim;
+    task.rows = end - begin;
+    task.codes = codes;
+    task.norms = row_norms;
+    for (std::size_t i = 0; i < task.rows; ++i) {
+      const std::size_t row = first + i;
+      const std::size_t slot = slot_of(std::uint64_t{args.write_pos} + row / heads, args);
+      const std::size_t at = row % heads * args.cache_capacity + slot;
+      packed[i] = target.packed.data<std::uint8_t>() + at * bytes;
+      codes[i] = cut ? uncut[i] : packed[i];
+      row_norms[i] = target.norms.data<float>() + at * norms;
+    }
+    const std::uint32_t refused = encode(task);
+    for (std::size_t i = 0; i < task.rows; ++i) {
+      if (refused >> i & 1) {
+        bad_rows.report(first + i);
+      } else if (cut) {
+        pack_row(codes[i], head_dim, cbits, packed[i]);
+      }
     }
   });
 }

@@ -7,43 +7,61 @@
 namespace tq_hb {
 namespace {
 
-std::vector<const IsaKernel*> find_available() {
-  std::vector<const IsaKernel*> kernels{&attend_kernel_portable()};
+struct Isa {
+  const IsaKernel* attend;
+  EncodeRows* encode;
+};
+
+/// Slowest first.
+std::vector<Isa> find_available() {
+  std::vector<Isa> available{{&attend_kernel_portable(), encode_rows_portable}};
 #if defined(TQ_HB_HAVE_X86_KERNELS)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx2) kernels.push_back(&attend_kernel_avx2());
+  if (avx2) available.push_back({&attend_kernel_avx2(), encode_rows_avx2});
   const bool vbmi = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
-  if (avx512) kernels.push_back(vbmi ? &attend_kernel_avx512_vbmi() : &attend_kernel_avx512());
+  if (avx512) {
+    available.push_back({vbmi ? &attend_kernel_avx512_vbmi() : &attend_kernel_avx512(), encode_rows_avx512});
+  }
 #endif
-  return kernels;
+  return available;
 }
 
-std::atomic<const IsaKernel*>& chosen() {
-  static std::atomic<const IsaKernel*> kernel{available_kernels().back()};
-  return kernel;
+const std::vector<Isa>& available_isas() {
+  static const std::vector<Isa> available = find_available();
+  return available;
+}
+
+std::atomic<const Isa*>& chosen() {
+  static std::atomic<const Isa*> isa{&available_isas().back()};
+  return isa;
 }
 
 }  // namespace
 
-const std::vector<const IsaKernel*>& available_kernels() {
-  static const std::vector<const IsaKernel*> kernels = find_available();
+std::vector<const IsaKernel*> available_kernels() {
+  std::vector<const IsaKernel*> kernels;
+  for (const Isa& isa : available_isas()) kernels.push_back(isa.attend);
   return kernels;
 }
 
 const IsaKernel& attend_kernel() {
-  return *chosen().load(std::memory_order_relaxed);
+  return *chosen().load(std::memory_order_relaxed)->attend;
 }
 
-void set_attend_kernel(const std::string& op, const std::string& field, const std::string& isa) {
+EncodeRows& encode_kernel() {
+  return *chosen().load(std::memory_order_relaxed)->encode;
+}
+
+void set_attend_kernel(const std::string& op, const std::string& field, const std::string& name) {
   std::string names;
-  for (const IsaKernel* kernel : available_kernels()) {
-    if (isa == kernel->isa) return chosen().store(kernel, std::memory_order_relaxed);
-    names += (names.empty() ? "" : ", ") + std::string(kernel->isa);
+  for (const Isa& isa : available_isas()) {
+    if (name == isa.attend->isa) return chosen().store(&isa, std::memory_order_relaxed);
+    names += (names.empty() ? "" : ", ") + std::string(isa.attend->isa);
   }
-  throw invalid(op, field, "must be one of those this processor runs (" + names + ")", "'" + isa + "'");
+  throw invalid(op, field, "must be one of those this processor runs (" + names + ")", "'" + name + "'");
 }
 
 }  // namespace tq_hb

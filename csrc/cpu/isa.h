@@ -5,16 +5,19 @@
 #include <vector>
 
 #include "cpu/attend_kernel.h"
+#include "cpu/encode_kernel.h"
 
 namespace tq_hb {
 
 /// Those this processor runs, slowest first.
-const std::vector<const IsaKernel*>& available_kernels();
+std::vector<const IsaKernel*> available_kernels();
 
 /// The kernels that ops run with: the fastest, unless another was set.
 const IsaKernel& attend_kernel();
+/// The encoder of the same instruction set.
+EncodeRows& encode_kernel();
 
 /// Has later ops run with the named kernels. A name that is not available is an error that lists those that are.
-void set_attend_kernel(const std::string& op, const std::string& field, const std::string& isa);
+void set_attend_kernel(const std::string& op, const std::string& field, const std::string& name);
 
 }  // namespace tq_hb

@@ -1,13 +1,17 @@
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <random>
+#include <string>
 #include <vector>
 
 #include <gtest/gtest.h>
 
 #include "core/bits.h"
 #include "core/codec.h"
+#include "cpu/isa.h"
+#include "cpu/search_tree.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -16,10 +20,66 @@
 namespace tq_hb {
 namespace {
 
+/// The encoder of every instruction set that this processor runs, the portable one first.
+struct Encoder {
+  std::string isa;
+  EncodeRows* encode;
+};
+
+std::vector<Encoder> encoders() {
+  const std::string before = attend_kernel().isa;
+  std::vector<Encoder> all;
+  for (const IsaKernel* kernel : available_kernels()) {
+    set_attend_kernel("test", "isa", kernel->isa);
+    all.push_back({kernel->isa, &encode_kernel()});
+  }
+  set_attend_kernel("test", "isa", before);
+  return all;
+}
+
+/// Rows that were encoded together, and what came of them.
+struct Encoded {
+  std::vector<std::uint8_t> codes;
+  std::vector<float> norms;
+  std::uint32_t refused;
+
+  bool operator==(const Encoded& other) const {
+    return codes == other.codes && refused == other.refused &&
+           std::memcmp(norms.data(), other.norms.data(), norms.size() * sizeof(float)) == 0;
+  }
+};
+
+/// Encodes rows [rows][head_dim]; a row that is refused keeps codes of 77 and norms of 5.
+Encoded encode_with(EncodeRows& encode, const std::vector<float>& rows, std::size_t head_dim, const Codebook& codebook,
+                    float scale_factor = 1.0f) {
+  const std::size_t count = rows.size() / head_dim, norms = norms_per_row(head_dim);
+  Encoded out{std::vector<std::uint8_t>(rows.size(), 77), std::vector<float>(count * norms, 5.0f), 0};
+  std::vector<std::uint8_t*> codes;
+  std::vector<float*> row_norms;
+  for (std::size_t i = 0; i < count; ++i) {
+    codes.push_back(out.codes.data() + i * head_dim);
+    row_norms.push_back(out.norms.data() + i * norms);
+  }
+  EncodeTask task{};
+  task.src = rows.data();
+  task.rows = count;
+  task.head_dim = head_dim;
+  task.scale_factor_d512 = scale_factor;
+  task.codebook = &codebook;
+  task.tree = &search_tree(codebook);
+  task.cbits = codebook.cbits;
+  task.signs = sign_table();
+  task.codes = codes.data();
+  task.norms = row_norms.data();
+  out.refused = encode(task);
+  return out;
+}
+
 /// Encodes `rows` rows of a fixed pseudo-random stream and returns the FNV-1a hash of all codes and norms.
 ///
 /// mt19937 and the arithmetic below give the same inputs everywhere, unlike the standard distributions.
-std::uint64_t hash_of_encoded_stream(std::size_t head_dim, unsigned cbits, CodebookName name, int exponent) {
+std::uint64_t hash_of_encoded_stream(EncodeRows& encode, std::size_t head_dim, unsigned cbits, CodebookName name,
+                                     int exponent) {
   constexpr std::size_t kRows = 512;
   std::mt19937 random(static_cast<unsigned>(head_dim + cbits));
   const Codebook& codebook = find_codebook("test", name, cbits);
@@ -29,8 +89,6 @@ std::uint64_t hash_of_encoded_stream(std::size_t head_dim, unsigned cbits, Codeb
     for (std::size_t i = 0; i < size; ++i) hash = (hash ^ bytes[i]) * 1099511628211ull;
   };
   std::vector<float> row(head_dim);
-  std::vector<std::uint8_t> codes(head_dim);
-  std::vector<float> norms(norms_per_row(head_dim));
   for (std::size_t r = 0; r < kRows; ++r) {
     for (float& x : row) {
       // Twelve-bit summands keep the input exact; their sum is roughly Gaussian.
@@ -39,9 +97,10 @@ std::uint64_t hash_of_encoded_stream(std::size_t head_dim, unsigned cbits, Codeb
       x = std::ldexp(static_cast<float>(sum), exponent - 12);
     }
     if (r % 7 == 0) std::fill(row.begin() + 1, row.end(), 0.0f);
-    EXPECT_TRUE(encode_row(row.data(), head_dim, 1.0f, codebook, codes.data(), norms.data()));
-    mix(codes.data(), codes.size());
-    mix(norms.data(), norms.size() * sizeof(float));
+    const Encoded encoded = encode_with(encode, row, head_dim, codebook);
+    EXPECT_EQ(encoded.refused, 0u);
+    mix(encoded.codes.data(), encoded.codes.size());
+    mix(encoded.norms.data(), encoded.norms.size() * sizeof(float));
   }
   return hash;
 }
@@ -69,9 +128,13 @@ constexpr Pinned kPinned[] = {
 };
 
 void expect_pinned_bytes() {
-  for (const Pinned& pinned : kPinned) {
-    EXPECT_EQ(hash_of_encoded_stream(pinned.head_dim, pinned.cbits, pinned.name, pinned.exponent), pinned.hash)
-        << "head_dim " << pinned.head_dim << ", " << pinned.cbits << " bits, exponent " << pinned.exponent;
+  for (const Encoder& encoder : encoders()) {
+    for (const Pinned& pinned : kPinned) {
+      EXPECT_EQ(hash_of_encoded_stream(*encoder.encode, pinned.head_dim, pinned.cbits, pinned.name, pinned.exponent),
+                pinned.hash)
+          << encoder.isa << ", head_dim " << pinned.head_dim << ", " << pinned.cbits << " bits, exponent "
+          << pinned.exponent;
+    }
   }
 }
 
@@ -88,6 +151,123 @@ TEST(Encode, BytesDoNotDependOnFlushingDenormals) {
   _mm_setcsr(before);
 }
 #endif
+
+constexpr std::size_t kHeadDims[] = {64, 128, 256, 512};
+constexpr CodebookName kCodebookNames[] = {CodebookName::kLloydMax, CodebookName::kMlxNative};
+
+/// A run of rows whose magnitudes go from where all is flushed to where squares nearly overflow.
+std::vector<float> random_rows(std::mt19937& random, std::size_t count, std::size_t head_dim) {
+  std::vector<float> rows;
+  for (std::size_t r = 0; r < count; ++r) {
+    const int exponent = static_cast<int>(random() % 8 == 0 ? random() % 160 : 90 + random() % 20) - 100;
+    for (std::size_t j = 0; j < head_dim; ++j) {
+      const auto uniform = [&] { return static_cast<float>(random()) * 0x1p-32f - 0.5f; };
+      rows.push_back(std::ldexp(uniform() + uniform() + uniform(), exponent));
+    }
+  }
+  return rows;
+}
+
+// Ten million values and more for every instruction set.
+TEST(EveryEncoder, GivesTheBytesOfThePortableOne) {
+  const std::vector<Encoder> all = encoders();
+  std::mt19937 random(3);
+  for (const std::size_t head_dim : kHeadDims) {
+    for (std::size_t values = 0; values < 2'700'000; values += kEncodeRows * head_dim) {
+      const std::vector<float> rows = random_rows(random, kEncodeRows, head_dim);
+      const unsigned cbits = std::array{5u, 6u, 8u}[random() % 3];
+      const Codebook& codebook = find_codebook("test", kCodebookNames[random() % 2], cbits);
+      const Encoded want = encode_with(*all[0].encode, rows, head_dim, codebook, 1.25f);
+      for (const Encoder& encoder : all) {
+        ASSERT_TRUE(encode_with(*encoder.encode, rows, head_dim, codebook, 1.25f) == want)
+            << encoder.isa << ", head_dim " << head_dim << ", " << cbits << " bits";
+      }
+    }
+  }
+}
+
+TEST(EveryEncoder, TakesAnyNumberOfRows) {
+  const std::vector<Encoder> all = encoders();
+  std::mt19937 random(4);
+  for (const std::size_t head_dim : kHeadDims) {
+    for (std::size_t count = 1; count <= kEncodeRows; ++count) {
+      std::vector<float> rows = random_rows(random, count, head_dim);
+      // One row of zeros of either sign, and one that is refused.
+      const std::size_t zeros = random() % count * head_dim, bad = random() % count * head_dim;
+      for (std::size_t j = 0; j < head_dim; ++j) rows[zeros + j] = j % 2 == 0 ? 0.0f : -0.0f;
+      rows[bad + random() % head_dim] = std::array{NAN, INFINITY, -INFINITY, 1e38f}[random() % 4];
+      for (const unsigned cbits : {5u, 6u, 8u}) {
+        const Codebook& codebook = find_codebook("test", CodebookName::kLloydMax, cbits);
+        const Encoded want = encode_with(*all[0].encode, rows, head_dim, codebook);
+        EXPECT_EQ(want.refused, 1u << bad / head_dim);
+        for (const Encoder& encoder : all) {
+          EXPECT_TRUE(encode_with(*encoder.encode, rows, head_dim, codebook) == want)
+              << encoder.isa << ", head_dim " << head_dim << ", " << cbits << " bits, " << count << " rows";
+        }
+      }
+    }
+  }
+}
+
+// A rotated unit vector has one magnitude everywhere, which the scale factor moves across every boundary in the
+// smallest steps there are.
+TEST(EveryEncoder, SharesTheRuleForTies) {
+  constexpr std::size_t kHeadDim = 512;
+  std::vector<float> row(kHeadDim);
+  row[7] = 3.0f;
+  std::vector<float> rotated = row;
+  rotate_row(rotated.data(), kHeadDim);
+  const std::vector<Encoder> all = encoders();
+  for (const CodebookName name : kCodebookNames) {
+    for (const unsigned cbits : {5u, 6u, 8u}) {
+      const Codebook& codebook = find_codebook("test", name, cbits);
+      const unsigned half = codebook.num_levels() / 2;
+      unsigned ties = 0;
+      for (unsigned i = half; i < codebook.num_levels() - 1; ++i) {
+        float factor = codebook.boundaries[i];
+        for (int step = 0; step < 4; ++step) factor = std::nextafter(factor, 0.0f);
+        for (int step = 0; step < 9; ++step, factor = std::nextafter(factor, 100.0f)) {
+          const Encoded want = encode_with(*all[0].encode, row, kHeadDim, codebook, factor);
+          for (const Encoder& encoder : all) {
+            ASSERT_TRUE(encode_with(*encoder.encode, row, kHeadDim, codebook, factor) == want) << encoder.isa;
+          }
+          const float value = std::fabs(rotated[0]) * (1.0f / want.norms[0]) * factor;
+          if (value != codebook.boundaries[i]) continue;
+          ++ties;
+          for (std::size_t j = 0; j < kHeadDim; ++j) {
+            // The lower index: nearer to zero above it, farther below.
+            ASSERT_EQ(want.codes[j], rotated[j] > 0.0f ? i : codebook.num_levels() - 2 - i);
+          }
+        }
+      }
+      EXPECT_GE(ties, half - 1) << cbits;
+    }
+  }
+}
+
+TEST(EveryEncoder, TakesFactorsThatOverflowAndUnderflow) {
+  const std::vector<Encoder> all = encoders();
+  std::mt19937 random(5);
+  const std::vector<float> rows = random_rows(random, kEncodeRows, 512);
+  const Codebook& codebook = find_codebook("test", CodebookName::kLloydMax, 8);
+  for (const float factor : {1e-45f, 1e-38f, 1e-30f, 1e30f, 3e38f}) {
+    const Encoded want = encode_with(*all[0].encode, rows, 512, codebook, factor);
+    for (const Encoder& encoder : all) {
+      EXPECT_TRUE(encode_with(*encoder.encode, rows, 512, codebook, factor) == want) << encoder.isa << ' ' << factor;
+    }
+  }
+}
+
+// The search trees hold one half of the boundaries.
+TEST(Boundaries, AreSymmetric) {
+  for (const CodebookName name : kCodebookNames) {
+    for (const unsigned cbits : {5u, 6u, 8u}) {
+      const Codebook& codebook = find_codebook("test", name, cbits);
+      const unsigned count = codebook.num_levels() - 1;
+      for (unsigned i = 0; i < count; ++i) EXPECT_EQ(codebook.boundaries[i], -codebook.boundaries[count - 1 - i]);
+    }
+  }
+}
 
 double norm_of(const std::vector<float>& row) {
   double sum = 0.0;
