@@ -1,0 +1,315 @@
+"""What other formats, a mean key and other signs do to a real model's predictions, by the replay of ``tq-hb gate``.
+
+Two small models, three texts. tq_hb's own widths run on codes; the other formats' keys and values are encoded and
+decoded as they come, and attended to in float32. Writes ``bench/results/quality.json`` and ``.png``.
+
+It takes an hour of one core. A part of it that has been measured is kept in ``build/quality`` and not measured again.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its waiting threads would take the cores
+
+import argparse
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+import tq_hb
+from bench import harness
+from bench.formats import RIVALS, Floats, Format
+from bench.rope import RotatingMean
+from tq_hb.cli._gate_caches import Decoded, FloatCache, Layer, Setting, Widths
+from tq_hb.cli._gate_replay import Reference, replay, replay_reference
+from tq_hb.cli._gate_scores import score
+from tq_hb.cli._gate_texts import own_texts
+from tq_hb.cli._models import LoadedModel, load
+from tq_hb.integrations.key_means import CALIBRATION_PIECE
+from tq_hb.integrations.transformers import calibrate
+
+MODELS = ("smollm2-135m", "gemma-3-270m")
+TEXTS = ("licence", "documentation", "code")
+TOKENS = 768  # of a text: half as much again as Gemma's window
+SCORED_EVERY = 2  # one prediction in so many is compared
+SHORT_CONTEXT = 2048  # positions that the short calibration is for
+
+OWN = ((8, 8), (8, 6), (6, 6), (5, 5))
+COMPARED = ("FP8 E4M3", "q8_0", "q5_1", "affine 8, group 64", "affine 6, group 64")
+
+SIGN_SEEDS = range(4)  # 0 is tq_hb's own table
+FAR = {"smollm2-135m": 7_000, "gemma-3-270m": 16_000}  # a first position deep in the model's context
+SPANS = (1, 64, 256)  # positions that share a mean, where it turns with them
+
+PARTS = ("formats", "positions", "signs")
+_KEPT = harness.ROOT / "build" / "quality"
+
+
+# -- texts, models, means ----------------------------------------------------------------------------------
+
+
+def texts(name: str) -> dict[str, torch.Tensor]:
+    """Return the tokens of the gate's three texts for a model: a licence, documentation, code."""
+    return {text.name: text.tokens for text in own_texts(loaded(name).tokenizer, TOKENS)}
+
+
+def calibration_text() -> str:
+    """Return a text of a fourth kind, prose, that means are measured on."""
+    data = Path(tq_hb.__file__).parent / "cli" / "data"
+    return "\n\n".join((data / name).read_text() for name in ("replay.txt", "prompt.txt"))
+
+
+@dataclass(frozen=True)
+class Means:
+    """A model's mean keys, for the first positions only and for its whole context, and before RoPE."""
+
+    short: tuple[Any, ...]
+    whole: tuple[Any, ...]
+    residuals: dict[str, tuple[float | None, ...]]
+    rotating: tuple[RotatingMean, ...]
+
+
+@cache
+def loaded(name: str) -> LoadedModel:
+    """Return a model, loaded once."""
+    return load(name, lambda step: print(f"{name}: {step}", flush=True))
+
+
+@cache
+def means(name: str) -> Means:
+    """Return a model's mean keys, measured once."""
+    model, tokenizer = loaded(name).model, loaded(name).tokenizer
+    tokens = tokenizer(calibration_text(), return_tensors="pt").input_ids
+    short, short_residuals = calibrate(model, tokens, context=SHORT_CONTEXT)
+    whole, whole_residuals = calibrate(model, tokens)
+    residuals = {"short": short_residuals, "whole": whole_residuals}
+    return Means(short.k_means, whole.k_means, residuals, RotatingMean.measure(model, tokens, CALIBRATION_PIECE))
+
+
+# -- settings ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """tq_hb's codec, its results attended to in float32: for what the caches don't do."""
+
+    name: str
+    bits: int
+    signs: Floats | None = None
+    k_means: tuple[Any, ...] | None = None  # per layer: an array, None, or a function of positions
+    first_position: int = 0
+    on_codes: ClassVar[bool] = False
+
+    def describe(self) -> dict[str, Any]:
+        """Return what it is."""
+        return {"name": self.name}
+
+    def make_cache(self, layer: Layer, _first_keys: torch.Tensor, chunk: int) -> SimulatedCache:
+        """Return an empty cache."""
+        return SimulatedCache(self, layer, chunk)
+
+
+class SimulatedCache(FloatCache):
+    """A layer of a `Simulated` setting."""
+
+    def __init__(self, setting: Simulated, layer: Layer, chunk: int) -> None:
+        super().__init__(layer, chunk)
+        mean = None if setting.k_means is None else setting.k_means[layer.index]
+        self._bits, self._mean = setting.bits, mean
+        # Other signs s in place of tq_hb's own t: R_s x = R_t (s t x).
+        own = tq_hb.signs(layer.head_dim)
+        self._flips = np.ones_like(own) if setting.signs is None else own * setting.signs[: layer.head_dim]
+        self._next = setting.first_position
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Encode, decode and add tokens."""
+        positions = np.arange(self._next, self._next + len(k))
+        self._next += len(k)
+        mean: Any = 0 if self._mean is None else self._mean(positions) if callable(self._mean) else self._mean
+        k, v = (
+            torch.from_numpy(self._lossy(x.numpy() - m) + m) for x, m in ((k, np.float32(mean)), (v, np.float32(0)))
+        )
+        super().append(k, v)
+
+    def _lossy(self, x: Floats) -> Floats:
+        codes, norms = tq_hb.quantize(x * self._flips, self._bits)
+        decoded: Floats = tq_hb.dequantize(codes, norms, self._bits, head_dim=x.shape[-1]) * self._flips
+        return decoded
+
+
+def round_trip(form: Format) -> Callable[[Floats], Floats]:
+    """Return what encoding and decoding makes of vectors."""
+    return lambda x: form.decode(*form.encode(x))
+
+
+def rotated(codec: Callable[[Floats], Floats]) -> Callable[[Floats], Floats]:
+    """Return the same between a rotation and its inverse."""
+    return lambda x: np.asarray(tq_hb.unrotate(codec(tq_hb.rotate(x))))
+
+
+def bits_per_value(form: Format, head_dim: int) -> float:
+    """Return what a value takes, scales included."""
+    stored = form.encode(np.ones((64, head_dim), np.float32))
+    return 8 * sum(part.nbytes for part in stored if part.size > 1) / (64 * head_dim)
+
+
+def formats_part(name: str) -> Iterator[tuple[dict[str, Any], Setting]]:
+    """tq_hb's widths without and with means, and the other formats, plain and rotated."""
+    for k_bits, v_bits in OWN:
+        yield {"family": "tq_hb", "variant": "plain"}, Widths(k_bits, v_bits)
+        yield {"family": "tq_hb", "variant": "short mean"}, Widths(k_bits, v_bits, k_mean=means(name).short)
+    for bits in (8, 6):
+        yield {"family": "tq_hb", "variant": "whole mean"}, Widths(bits, bits, k_mean=means(name).whole)
+        yield {"family": "tq_hb", "variant": "prefill mean"}, Widths(bits, bits, k_mean="prefill")
+    head_dim = loaded(name).model.config.head_dim
+    for form in (form for form in RIVALS if form.name in COMPARED):
+        size = bits_per_value(form, head_dim)
+        yield {"family": "other", "variant": "plain"}, Decoded(form.name, size, round_trip(form))
+        yield {"family": "other", "variant": "rotated"}, Decoded(form.name, size, rotated(round_trip(form)))
+
+
+def positions_part(name: str, first: int) -> Iterator[tuple[dict[str, Any], Setting]]:
+    """Means for the first positions, for the whole context, and turning with the position, here or far away."""
+    yield {"variant": "plain"}, Widths(6, 6)
+    yield {"variant": "short mean"}, Widths(6, 6, k_mean=means(name).short)
+    yield {"variant": "whole mean"}, Widths(6, 6, k_mean=means(name).whole)
+    for span in SPANS:
+        turning = tuple(mean.over(span) for mean in means(name).rotating)
+        yield {"variant": f"turning mean, {span}"}, Simulated("6/6", 6, k_means=turning, first_position=first)
+
+
+def signs_part(name: str) -> Iterator[tuple[dict[str, Any], Setting]]:
+    """Other signs, without and with means."""
+    for seed in SIGN_SEEDS:
+        signs = None if seed == 0 else np.random.default_rng(seed).choice(np.array([-1, 1], np.float32), 512)
+        for variant, k_means in (("plain", None), ("short mean", means(name).short)):
+            yield {"variant": variant, "seed": seed}, Simulated("6/6", 6, signs, k_means)
+
+
+# -- measuring ---------------------------------------------------------------------------------------------
+
+
+def measure(
+    name: str, text: str, settings: Iterator[tuple[dict[str, Any], Setting]], first: int = 0
+) -> list[dict[str, Any]]:
+    """Replay a text under every setting."""
+    model, tokens = loaded(name).model, texts(name)[text]
+    reference = replay_reference(model, tokens, _quiet, first_position=first)
+    return [
+        tags | {"setting": setting.name, "first_position": first} | _result(model, tokens, setting, reference, first)
+        for tags, setting in settings
+    ]
+
+
+def _result(model: Any, tokens: torch.Tensor, setting: Setting, reference: Reference, first: int) -> dict[str, Any]:
+    run = replay(model, tokens, setting, reference, _quiet, first_position=first)
+    scored = slice(None, -1, SCORED_EVERY)
+    (scores,) = score(model, reference.hidden[scored], [run.hidden[scored]], tokens[0, 1:][scored])
+    perplexity, reference_perplexity = (float(np.exp(nll.mean())) for nll in (scores.nll, scores.reference_nll))
+    print(f"  {setting.name}: KL {scores.kl.mean():.2e}", flush=True)
+    return {
+        "bytes_per_token": run.bytes_per_token,
+        "on_codes": setting.on_codes,
+        "kernels": run.kernels,
+        "mean_kl": float(scores.kl.mean()),
+        "mean_kl_standard_error": float(scores.kl.std() / np.sqrt(len(scores.kl))),
+        "p99_kl": float(np.quantile(scores.kl, 0.99)),
+        "top1_agreement": float(scores.same_top1.mean()),
+        "perplexity": perplexity,
+        "reference_perplexity": reference_perplexity,
+        "predictions": len(scores.kl),
+        "layer_loss": [float(1 - cosine) for cosine in run.attention.cosine.mean(axis=1)],
+    }
+
+
+def _quiet(_count: int) -> None:
+    pass
+
+
+def units() -> Iterator[tuple[str, str, str, Callable[[], list[dict[str, Any]]]]]:
+    """Yield every part, model and text, and what measures it."""
+    for name in MODELS:
+        for text in TEXTS:
+            yield "formats", name, text, lambda n=name, t=text: measure(n, t, formats_part(n))  # type: ignore[misc]
+    for name in MODELS:
+        for first in (0, FAR[name]):
+            yield (
+                "positions",
+                name,
+                f"code from {first}",
+                lambda n=name, f=first: measure(n, "code", positions_part(n, f), f),  # type: ignore[misc]
+            )
+    for name in MODELS:
+        yield "signs", name, "code", lambda n=name: measure(n, "code", signs_part(n))  # type: ignore[misc]
+
+
+def main() -> None:
+    """Measure what is missing and write everything."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS, help="default: all")
+    parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS, help="default: both")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    tq_hb.set_num_threads(1)
+    _KEPT.mkdir(parents=True, exist_ok=True)
+    results = []
+    for part, name, kind, run in units():
+        kept = _KEPT / f"{part}-{name}-{kind.replace(' ', '-')}.json"
+        if not kept.exists():
+            if part not in args.parts or name not in args.models:
+                continue
+            print(f"{part}, {name}, {kind}", flush=True)
+            scratch = kept.with_suffix(".new")
+            scratch.write_text(json.dumps(run()))
+            scratch.rename(kept)
+        results += [{"part": part, "model": name, "text": kind} | row for row in json.loads(kept.read_text())]
+    (harness.RESULTS / "quality.png").write_bytes(plot(results))
+    print(harness.write("quality", "bench.quality", results))
+
+
+def plot(results: list[dict[str, Any]]) -> bytes:
+    """Draw KL against bits per value, a panel per model, the mean over the texts."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(MODELS), sharey=True), MODELS, strict=True):
+        rows = [row for row in results if row["part"] == "formats" and row["model"] == name]
+        float_bytes = _float_bytes(name)
+        lines: dict[str, dict[float, list[float]]] = {}
+        for row in rows:
+            label = f"tq_hb, {row['variant']}" if row["family"] == "tq_hb" else f"{row['setting']}, {row['variant']}"
+            bits = 32 * row["bytes_per_token"] / float_bytes
+            lines.setdefault(label, {}).setdefault(bits, []).append(row["mean_kl"])
+        for label, points in lines.items():
+            own = label.startswith("tq_hb")
+            axes.plot(
+                list(points),
+                [np.mean(values) for values in points.values()],
+                linestyle="-" if own else "none",
+                marker="o" if own else "^" if label.endswith("rotated") else "v",
+                label=label,
+            )
+        axes.set(title=name, xlabel="bits per value of K and V", yscale="log")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    figure.axes[0].set_ylabel("mean KL from the float32 cache, nats")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150)
+    return content.getvalue()
+
+
+def _float_bytes(name: str) -> int:
+    layers, kv_heads, head_dim = {"smollm2-135m": (30, 3, 64), "gemma-3-270m": (18, 1, 256)}[name]
+    return layers * kv_heads * head_dim * 2 * 4
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""The tables of docs/quality.md and docs/mean-keys.md that are made of ``bench.quality`` and ``bench.hard_keys``."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from bench import harness
+from bench.markdown import table
+
+_MODELS = {"smollm2-135m": "SmolLM2 135M", "gemma-3-270m": "Gemma 3 270M"}
+_FLOAT_BYTES = {"smollm2-135m": 30 * 3 * 64 * 2 * 4, "gemma-3-270m": 18 * 256 * 2 * 4}  # of a token, in float32
+_MEANS = {
+    "plain": "no mean",
+    "prefill mean": "of the first 256 tokens",
+    "short mean": "calibrated for 2,048 positions",
+    "whole mean": "calibrated for the model's context",
+    "turning mean, 1": "before RoPE, turned to each position",
+    "turning mean, 64": "the same, one per 64 positions",
+    "turning mean, 256": "the same, one per 256 positions",
+}
+
+
+def formats() -> str:
+    """Return KL and agreement of tq_hb's widths and of other formats, per model, the mean over the texts."""
+    rows = []
+    for name, model in _MODELS.items():
+        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in _results("formats", name):
+            groups.setdefault((row["setting"], row["variant"]), []).append(row)
+        for (setting, variant), group in sorted(groups.items(), key=lambda item: -item[1][0]["bytes_per_token"]):
+            own = group[0]["family"] == "tq_hb"
+            what = f"tq_hb {setting}" + ("" if variant == "plain" else f", mean {_MEANS[variant]}")
+            rows.append(
+                (
+                    f"{model}: {what if own else setting + (', rotated' if variant == 'rotated' else '')}",
+                    f"{32 * group[0]['bytes_per_token'] / _FLOAT_BYTES[name]:.3g}",
+                    *(f"{1e3 * row['mean_kl']:.3g}" for row in group),
+                    f"{1e3 * _mean(row['mean_kl'] for row in group):.3g}",
+                    f"{1e3 * _mean(row['p99_kl'] for row in group):.3g}",
+                    f"{_mean(row['top1_agreement'] for row in group):.1%}",
+                    f"{_mean(row['perplexity'] / row['reference_perplexity'] - 1 for row in group):+.2%}",
+                )
+            )
+    texts = dict.fromkeys(row["text"] for row in _results("formats"))
+    header = ("K and V", "bits", *(f"KL, {text}" for text in texts), "KL", "p99 KL", "top-1", "perplexity")
+    return table(header, rows) + _source("quality")
+
+
+def gain() -> str:
+    """Return the KL with each kind of mean, per width, model and text."""
+    cells: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in _results("formats"):
+        if row["family"] == "tq_hb":
+            cells.setdefault((row["model"], row["setting"], row["text"]), {})[row["variant"]] = row["mean_kl"]
+    variants = ("plain", "prefill mean", "short mean", "whole mean")
+    rows = [
+        (
+            f"{_MODELS[name]}, {setting}, {text}",
+            f"{1e3 * kl['plain']:.3g}",
+            *(
+                f"{1e3 * kl[variant]:.3g} ({kl[variant] / kl['plain'] - 1:+.0%})" if variant in kl else ""
+                for variant in variants[1:]
+            ),
+        )
+        for (name, setting, text), kl in cells.items()
+    ]
+    return table(("model, K/V bits, text", *(_MEANS[variant] for variant in variants)), rows) + _source("quality")
+
+
+def layers() -> str:
+    """Return what the means do to each layer's own attention, at 6/6, over the texts."""
+    rows = []
+    for name, model in _MODELS.items():
+        losses: dict[str, list[list[float]]] = {}
+        for row in _results("formats", name):
+            if row["family"] == "tq_hb" and row["setting"] == "6/6":
+                losses.setdefault(row["variant"], []).append(row["layer_loss"])
+        if not losses:
+            continue
+        by_variant = {
+            variant: [_mean(column) for column in zip(*texts, strict=True)] for variant, texts in losses.items()
+        }
+        for layer, plain in enumerate(by_variant["plain"]):
+            ratios = [by_variant[variant][layer] / plain for variant in ("prefill mean", "short mean", "whole mean")]
+            kind = ", full" if name == "gemma-3-270m" and layer % 6 == 5 else ""
+            rows.append((f"{model}, layer {layer}{kind}", f"{plain:.1e}", *(f"{ratio:.2f}" for ratio in ratios)))
+    header = ("1 - cosine with exact attention", "no mean", "first 256: of that", "2,048", "model's context")
+    return table(header, rows) + _source("quality")
+
+
+def positions() -> str:
+    """Return the KL with means of every kind at the first positions and far into the context."""
+    rows = []
+    for name, model in _MODELS.items():
+        cells: dict[int, dict[str, float]] = {}
+        for row in _results("positions", name):
+            cells.setdefault(row["first_position"], {})[row["variant"]] = row["mean_kl"]
+        for first, kl in cells.items():
+            values = (
+                f"{1e3 * kl[variant]:.3g}" + ("" if variant == "plain" else f" ({kl[variant] / kl['plain'] - 1:+.0%})")
+                for variant in _MEANS
+                if variant in kl
+            )
+            rows.append((f"{model}, from position {first:,}", *values))
+    shown = [variant for variant in _MEANS if any(row["variant"] == variant for row in _results("positions"))]
+    return table(("6/6 bits, text: code", *(_MEANS[variant] for variant in shown)), rows) + _source("quality")
+
+
+def signs() -> str:
+    """Return the KL under several sign vectors, without and with a mean."""
+    rows = []
+    for name, model in _MODELS.items():
+        cells: dict[str, list[float]] = {}
+        for row in _results("signs", name):
+            cells.setdefault(row["variant"], []).append(row["mean_kl"])
+        for variant, values in cells.items():
+            spread = statistics.stdev(values) / _mean(values)
+            figures = (f"{1e3 * value:.3g}" for value in values)
+            rows.append((f"{model}, {_MEANS[variant]}", *figures, f"{1e3 * _mean(values):.3g}", f"{spread:.0%}"))
+    seeds = dict.fromkeys(row["seed"] for row in _results("signs"))
+    header = ("6/6 bits, text: code", *("tq_hb's signs" if s == 0 else f"seed {s}" for s in seeds), "mean", "spread")
+    return table(header, rows) + _source("quality")
+
+
+def hard_synthetic() -> str:
+    """Return where widths hold on synthetic keys."""
+    return _hard(lambda case: not case.startswith("layer"))
+
+
+def hard_real() -> str:
+    """Return where widths hold on the keys of Gemma's full layers."""
+    return _hard(lambda case: case.startswith("layer"))
+
+
+def _hard(wanted: Callable[[str], bool]) -> str:
+    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in harness.read("hard_keys")["results"]:
+        if wanted(row["case"]):
+            cells.setdefault((row["case"], row["k_mean"]), []).append(row)
+    rows = []
+    for (case, k_mean), group in cells.items():
+        keys = group[0]["statistics"]
+        rows.append(
+            (
+                f"{case}{'' if k_mean == 'none' else f', {k_mean} mean'}",
+                f"{keys['row_norm']:.0f}",
+                f"{keys['kurtosis']:.0f}",
+                f"{keys['mean_energy']:.0%}",
+                *(f"{row['cosine']['mean']:.5f}{'' if row['holds'] else ' ✗'}" for row in group),
+            )
+        )
+    bits = [f"cosine, {row['bits']}/{row['bits']}" for row in group]
+    return table(("keys", "row norm", "kurtosis", "energy of the mean", *bits), rows) + _source("hard_keys")
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "quality_formats": formats,
+    "mean_keys_gain": gain,
+    "mean_keys_layers": layers,
+    "mean_keys_positions": positions,
+    "mean_keys_signs": signs,
+    "hard_keys_synthetic": hard_synthetic,
+    "hard_keys_real": hard_real,
+}
+
+
+def _results(part: str, model: str | None = None) -> list[dict[str, Any]]:
+    rows = harness.read("quality")["results"]
+    return [row for row in rows if row["part"] == part and model in (None, row["model"])]
+
+
+def _mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
+
+
+def _source(name: str) -> str:
+    report = harness.read(name)
+    return f"\n`bench/results/{name}.json`, written by `{report['command'].split(' --')[0]}`.\n"
