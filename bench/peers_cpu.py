@@ -25,7 +25,7 @@ from typing import Any, Protocol, TypeAlias
 
 import tq_hb
 from bench import harness
-from bench.peers import llama_cpp, mlx_cpu, onnxruntime_gqa, tables, timing, torch_sdpa
+from bench.peers import llama_cpp, mlx_cpu, onnxruntime_gqa, openvino_sdpa, tables, timing, torch_sdpa
 from bench.peers.contender import Contender, Problem, Storage, UnavailableError
 from bench.peers.ours import Ours
 from tq_hb.cli import _machine
@@ -60,6 +60,8 @@ PEERS: dict[str, tuple[Callable[[], str], Build]] = {
     "torch": (torch_sdpa.version, torch_sdpa.TorchSdpa),
     "onnxruntime": (onnxruntime_gqa.version, onnxruntime_gqa.OnnxRuntimeGqa),
     "mlx": (mlx_cpu.version, mlx_cpu.MlxCpu),
+    "openvino": (openvino_sdpa.version, openvino_sdpa.OpenVinoSdpa),
+    "openvino TURBO": (openvino_sdpa.turbo_version, openvino_sdpa.OpenVinoSdpa),
 }
 
 
@@ -91,12 +93,19 @@ def parse_shape(text: str) -> Shape:
 
 def grid(size: str) -> list[Shape]:
     """Return the shapes of a "quick", "default" or "full" run, in the order in which they are measured."""
-    lengths, head_dims, kv_heads = {
-        "quick": (LENGTHS[:2], HEAD_DIMS[:1], (8, 2)),
-        "default": (LENGTHS[:3], HEAD_DIMS, KV_HEADS),
-        "full": (LENGTHS, HEAD_DIMS, KV_HEADS),
+    kv_heads = (8, 2) if size == "quick" else KV_HEADS
+    longest = {
+        "quick": {256: 4096},
+        "default": {256: 16384, 128: 4096, 512: 4096},
+        "full": dict.fromkeys(HEAD_DIMS, 65536),
     }[size]
-    return [Shape(HEADS, kv, head_dim, n) for head_dim in head_dims for kv in kv_heads for n in lengths]
+    return [
+        Shape(HEADS, kv, head_dim, tokens)
+        for head_dim, most in longest.items()
+        for kv in kv_heads
+        for tokens in LENGTHS
+        if tokens <= most
+    ]
 
 
 def find_peers(peers: dict[str, tuple[Callable[[], str], Build]]) -> tuple[dict[str, Build], dict[str, Any]]:
@@ -301,8 +310,14 @@ def main() -> None:
     """Measure the grid."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_const", dest="size", const="quick", help="4 shapes")
-    size.add_argument("--full", action="store_const", dest="size", const="full", help="65,536 tokens, too")
+    size.add_argument("--quick", action="store_const", dest="size", const="quick", help="4 shapes: a minute")
+    size.add_argument(
+        "--full",
+        action="store_const",
+        dest="size",
+        const="full",
+        help="up to 65,536 tokens: an hour or more",
+    )
     size.add_argument("--shapes", type=parse_shape, nargs="+", metavar="HEADS/KV_HEADS/HEAD_DIM/TOKENS")
     parser.add_argument("--seconds", type=float, default=4.0, help="for the samples of a shape (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=30, help="at most, of one contender (default: %(default)s)")

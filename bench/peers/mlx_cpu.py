@@ -6,6 +6,8 @@ setting for its number of threads.
 
 from __future__ import annotations
 
+from functools import partial
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -27,10 +29,10 @@ def version() -> str:
         If it is not installed.
     """
     try:
-        import mlx.core as mx
+        import mlx.core  # noqa: F401
     except ImportError as error:
         raise UnavailableError(f"not installed: {error}") from error
-    return f"mlx {mx.__version__}"
+    return f"mlx {metadata.version('mlx')}"
 
 
 class MlxCpu:
@@ -68,15 +70,15 @@ class MlxCpu:
         import mlx.core as mx
 
         problem = self._problem
-        how = {"group_size": _GROUP, "bits": bits}
         rows = mx.array(problem.q).reshape(1, problem.kv_heads, -1, problem.head_dim) * problem.scale
-        sides = (mx.quantize(mx.array(x)[None], **how) for x in (problem.k, problem.v))
+        sides = (mx.quantize(mx.array(x)[None], group_size=_GROUP, bits=bits) for x in (problem.k, problem.v))
         rotation = _rotation(tuple(part for side in sides for part in side))
+        product: Any = partial(mx.quantized_matmul, group_size=_GROUP, bits=bits)
 
         def call() -> Any:
             parts = rotation.next()
-            scores = mx.quantized_matmul(rows, *parts[:3], transpose=True, **how)
-            out = mx.quantized_matmul(mx.softmax(scores, axis=-1), *parts[3:], transpose=False, **how)
+            scores = product(rows, *parts[:3], transpose=True)
+            out = product(mx.softmax(scores, axis=-1), *parts[3:], transpose=False)
             mx.eval(out)
             return out
 
