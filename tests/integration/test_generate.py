@@ -13,6 +13,7 @@ pytest.importorskip("matplotlib")
 
 from tq_hb.cli import generate, main  # noqa: E402
 from tq_hb.cli._models import make_tiny  # noqa: E402
+from tq_hb.cli._output import write_whole  # noqa: E402
 from tq_hb.cli._replay import SETTINGS, compare, replay, steps_in_all  # noqa: E402
 
 PREFILL, LENGTH = 70, 110
@@ -140,9 +141,9 @@ def test_a_missing_package_is_named_with_what_to_do(package, monkeypatch, capsys
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "report.json"
-    generate._write(path, b"old")
+    write_whole(path, b"old")
     monkeypatch.setattr(type(path), "write_bytes", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        generate._write(path, b"new")
+        write_whole(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]

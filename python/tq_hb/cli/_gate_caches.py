@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 import tq_hb
+from tq_hb.integrations.key_means import prefill_mean
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Codec: TypeAlias = Callable[[Floats], Floats]
@@ -83,24 +84,25 @@ class Setting(Protocol):
 class Widths:
     """tq_hb's caches: bits per value of K and V, the same in all layers but for `exceptions`, which get 8/8.
 
-    `k_mean` is None, "prefill" (the mean of the first tokens appended) or a (kv_heads, head_dim) array or None per
-    layer.
+    `k_mean` is None, "prefill" (the mean of the first tokens appended, where that fits them) or a (kv_heads, head_dim)
+    array or None per layer, which the name calls `centring`.
     """
 
     k_bits: int
     v_bits: int
     exceptions: tuple[int, ...] = ()
     k_mean: Literal["prefill"] | tuple[Floats | None, ...] | None = None
+    centring: str = ""
     codebook: str = "lloyd_max"
     on_codes: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
-        """As ``6/6``, or ``6/6, layers 3 5 at 8/8``."""
-        widths = f"{self.k_bits}/{self.v_bits}"
+        """As ``6/6``, or ``6/6 centred, layers 3 5 at 8/8``."""
+        name = f"{self.k_bits}/{self.v_bits} {self.centring}".rstrip()
         if not self.exceptions:
-            return widths
-        return f"{widths}, layers {' '.join(map(str, self.exceptions))} at {WIDEST}/{WIDEST}"
+            return name
+        return f"{name}, layers {' '.join(map(str, self.exceptions))} at {WIDEST}/{WIDEST}"
 
     def describe(self) -> dict[str, Any]:
         """Return the fields; means as a digest."""
@@ -125,7 +127,7 @@ class Widths:
         if isinstance(k_mean, tuple):
             k_mean = k_mean[layer.index]
         elif k_mean == "prefill":
-            k_mean = first_keys.double().mean(dim=0).float().numpy()
+            k_mean = prefill_mean(first_keys)
         return tq_hb.KVCache(
             layer.kv_heads,
             layer.head_dim,

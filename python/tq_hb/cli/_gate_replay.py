@@ -73,7 +73,7 @@ def replay_reference(
 ) -> Reference:
     """Replay with keys and values as they are; the parameters are those of `replay`."""
     probes = [Outputs(layer, chunk) for layer in layers_of(model)]
-    hidden = _run(model, tokens, probes, on_tokens, chunk, first_position)
+    hidden = run_layers(model, tokens, probes, on_tokens, chunk, first_position)
     return Reference(hidden, [torch.cat(probe.outputs) for probe in probes])
 
 
@@ -113,7 +113,7 @@ def replay(
         Probe(layer, partial(setting.make_cache, layer, chunk=chunk), chunk, outputs)
         for layer, outputs in zip(layers_of(model), reference.outputs, strict=True)
     ]
-    hidden = _run(model, tokens, probes, on_tokens, chunk, first_position)
+    hidden = run_layers(model, tokens, probes, on_tokens, chunk, first_position)
     return Pass(hidden, measured(probes), sum(p.kv.bytes_per_token for p in probes), kernels(setting, probes))
 
 
@@ -252,7 +252,7 @@ class _ReplayLayer(CacheLayerMixin):  # type: ignore[misc]
         return -1 if self.probe.sliding_window is None else self.probe.sliding_window
 
 
-def _run(
+def run_layers(
     model: Any,
     tokens: torch.Tensor,
     probes: Sequence[Outputs],

@@ -1,9 +1,12 @@
-"""What the commands share in how they print."""
+"""What the commands share in how they print, and in how they write files."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 SIMULATED = "simulated: runs the Metal sources on this CPU; says nothing about speed"
@@ -22,5 +25,27 @@ def table(title: str, *columns: str, numeric_from: int = 1) -> Any:
 
     result = Table(title=title, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        result.add_column(column, justify="right" if i >= numeric_from else "left", no_wrap=i > 0)
+        result.add_column(column, justify="right" if i >= numeric_from else "left", no_wrap=True)
     return result
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        file = Path(scratch) / path.name
+        file.write_bytes(content)
+        file.replace(path)
+
+
+def commit() -> str | None:
+    """Return the checkout's commit if the command runs in one of this project."""
+    root = Path.cwd()
+    if not (root / "python" / "tq_hb" / "__init__.py").exists():
+        return None
+    try:
+        return subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -7,8 +7,6 @@ import dataclasses
 import io
 import json
 import os
-import subprocess
-import tempfile
 import time
 from importlib import resources
 from pathlib import Path
@@ -85,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
     from tq_hb.cli._machine import describe
     from tq_hb.cli._models import require_packages
-    from tq_hb.cli._output import print_json
+    from tq_hb.cli._output import commit, print_json, write_whole
 
     require_packages({"torch": "torch", "transformers": "transformers", "matplotlib": "matplotlib"})
     # Before torch is loaded: its waiting threads would spin, and take the cores from everything else, tq_hb included.
@@ -100,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     generated = _generate(loaded, prompt, workload, args, console)
     results = _replay(loaded, text_tokens, workload, console)
     report = {
-        "machine": {**describe(), "omp_wait_policy": os.environ["OMP_WAIT_POLICY"], "commit": _commit()},
+        "machine": {**describe(), "omp_wait_policy": os.environ["OMP_WAIT_POLICY"], "commit": commit()},
         "model": loaded.name,
         "window": loaded.model.config.sliding_window,
         "generated": generated,
@@ -114,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     _print_results(report, console)
     files = {"generate.json": (json.dumps(report, indent=2) + "\n").encode(), "generate.png": _plot(report)}
     for name, content in files.items():
-        _write(args.out / name, content)
+        write_whole(args.out / name, content)
     console.print(f"Written: {', '.join(str(args.out / name) for name in files)}", soft_wrap=True)
     if args.json:
         print_json(report)
@@ -276,25 +274,3 @@ def _plot(report: dict[str, Any]) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150)
     return content.getvalue()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        file = Path(scratch) / path.name
-        file.write_bytes(content)
-        file.replace(path)
-
-
-def _commit() -> str | None:
-    """Return the checkout's commit if the command runs in one of this project."""
-    root = Path.cwd()
-    if not (root / "python" / "tq_hb" / "__init__.py").exists():
-        return None
-    try:
-        return subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -1,0 +1,63 @@
+"""Keeps what the gate has measured, so that an interrupted or enlarged run goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import tq_hb
+from tq_hb import _core
+from tq_hb.cli._output import write_whole
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+class Store:
+    """Named arrays in a directory, under a JSON-able key that says all that they depend on.
+
+    The code that makes them is part of every key, so that another version measures anew.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def load(self, key: Mapping[str, Any]) -> Arrays | None:
+        """Return what was saved under the key; None if there is nothing, or if it can't be read."""
+        try:
+            with np.load(self._path(key), allow_pickle=False) as file:
+                return dict(file)
+        except (OSError, ValueError, EOFError):
+            return None
+
+    def save(self, key: Mapping[str, Any], arrays: Arrays) -> None:
+        """Keep arrays, whole or not at all."""
+        content = io.BytesIO()
+        np.savez(content, allow_pickle=False, **arrays)
+        write_whole(self._path(key), content.getvalue())
+
+    def drop(self, key: Mapping[str, Any]) -> None:
+        """Forget what is saved under the key, if anything is."""
+        self._path(key).unlink(missing_ok=True)
+
+    def _path(self, key: Mapping[str, Any]) -> Path:
+        text = json.dumps({**key, "code": code_digest()}, sort_keys=True)
+        return self._directory / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
+
+
+@cache
+def code_digest() -> str:
+    """Return a digest of what the results depend on of this package: the core, and the gate's own modules."""
+    digest = hashlib.sha256(tq_hb.__version__.encode())
+    here = Path(__file__).parent
+    measuring = ("_gate_caches", "_gate_replay", "_gate_scores", "_gate_texts", "_gate_capture")
+    for path in (Path(_core.__file__), here.parent / "cache.py", *(here / f"{name}.py" for name in measuring)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
