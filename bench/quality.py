@@ -29,8 +29,8 @@ from bench import harness
 from bench.formats import RIVALS, Floats, Format
 from bench.rope import RotatingMean
 from tq_hb.cli._gate_caches import Decoded, FloatCache, Layer, Setting, Widths
-from tq_hb.cli._gate_replay import Reference, replay, replay_reference
-from tq_hb.cli._gate_scores import score
+from tq_hb.cli._gate_replay import replay, replay_reference
+from tq_hb.cli._gate_scores import Scores, score
 from tq_hb.cli._gate_texts import own_texts
 from tq_hb.cli._models import LoadedModel, load
 from tq_hb.integrations.key_means import CALIBRATION_PIECE
@@ -39,7 +39,7 @@ from tq_hb.integrations.transformers import calibrate
 MODELS = ("smollm2-135m", "gemma-3-270m")
 TEXTS = ("licence", "documentation", "code")
 TOKENS = 768  # of a text: half as much again as Gemma's window
-SCORED_EVERY = 2  # one prediction in so many is compared
+SCORED_EVERY = 3  # one prediction in so many is compared
 SHORT_CONTEXT = 2048  # positions that the short calibration is for
 
 OWN = ((8, 8), (8, 6), (6, 6), (5, 5))
@@ -165,10 +165,11 @@ def formats_part(name: str) -> Iterator[tuple[dict[str, Any], Setting]]:
     """tq_hb's widths without and with means, and the other formats, plain and rotated."""
     for k_bits, v_bits in OWN:
         yield {"family": "tq_hb", "variant": "plain"}, Widths(k_bits, v_bits)
-        yield {"family": "tq_hb", "variant": "short mean"}, Widths(k_bits, v_bits, k_mean=means(name).short)
+    for bits in (8, 6, 5):
+        yield {"family": "tq_hb", "variant": "short mean"}, Widths(bits, bits, k_mean=means(name).short)
     for bits in (8, 6):
         yield {"family": "tq_hb", "variant": "whole mean"}, Widths(bits, bits, k_mean=means(name).whole)
-        yield {"family": "tq_hb", "variant": "prefill mean"}, Widths(bits, bits, k_mean="prefill")
+    yield {"family": "tq_hb", "variant": "prefill mean"}, Widths(6, 6, k_mean="prefill")
     head_dim = loaded(name).model.config.head_dim
     for form in (form for form in RIVALS if form.name in COMPARED):
         size = bits_per_value(form, head_dim)
@@ -178,9 +179,10 @@ def formats_part(name: str) -> Iterator[tuple[dict[str, Any], Setting]]:
 
 def positions_part(name: str, first: int) -> Iterator[tuple[dict[str, Any], Setting]]:
     """Means for the first positions, for the whole context, and turning with the position, here or far away."""
-    yield {"variant": "plain"}, Widths(6, 6)
-    yield {"variant": "short mean"}, Widths(6, 6, k_mean=means(name).short)
-    yield {"variant": "whole mean"}, Widths(6, 6, k_mean=means(name).whole)
+    if first:  # at 0 they are among the formats
+        yield {"variant": "plain"}, Widths(6, 6)
+        yield {"variant": "short mean"}, Widths(6, 6, k_mean=means(name).short)
+        yield {"variant": "whole mean"}, Widths(6, 6, k_mean=means(name).whole)
     for span in SPANS:
         turning = tuple(mean.over(span) for mean in means(name).rotating)
         yield {"variant": f"turning mean, {span}"}, Simulated("6/6", 6, k_means=turning, first_position=first)
@@ -203,22 +205,30 @@ def measure(
     """Replay a text under every setting."""
     model, tokens = loaded(name).model, texts(name)[text]
     reference = replay_reference(model, tokens, _quiet, first_position=first)
-    return [
-        tags | {"setting": setting.name, "first_position": first} | _result(model, tokens, setting, reference, first)
-        for tags, setting in settings
-    ]
-
-
-def _result(model: Any, tokens: torch.Tensor, setting: Setting, reference: Reference, first: int) -> dict[str, Any]:
-    run = replay(model, tokens, setting, reference, _quiet, first_position=first)
     scored = slice(None, -1, SCORED_EVERY)
-    (scores,) = score(model, reference.hidden[scored], [run.hidden[scored]], tokens[0, 1:][scored])
+    rows, hidden = [], []
+    for tags, setting in settings:
+        run = replay(model, tokens, setting, reference, _quiet, first_position=first)
+        hidden.append(run.hidden[scored])
+        rows.append(
+            {
+                **tags,
+                "setting": setting.name,
+                "first_position": first,
+                "bytes_per_token": run.bytes_per_token,
+                "on_codes": setting.on_codes,
+                "kernels": run.kernels,
+                "layer_loss": [float(1 - cosine) for cosine in run.attention.cosine.mean(axis=1)],
+            }
+        )
+        print(f"  {tags} {setting.name}", flush=True)
+    all_scores = score(model, reference.hidden[scored], hidden, tokens[0, 1:][scored])
+    return [row | _summary(scores) for row, scores in zip(rows, all_scores, strict=True)]
+
+
+def _summary(scores: Scores) -> dict[str, Any]:
     perplexity, reference_perplexity = (float(np.exp(nll.mean())) for nll in (scores.nll, scores.reference_nll))
-    print(f"  {setting.name}: KL {scores.kl.mean():.2e}", flush=True)
     return {
-        "bytes_per_token": run.bytes_per_token,
-        "on_codes": setting.on_codes,
-        "kernels": run.kernels,
         "mean_kl": float(scores.kl.mean()),
         "mean_kl_standard_error": float(scores.kl.std() / np.sqrt(len(scores.kl))),
         "p99_kl": float(np.quantile(scores.kl, 0.99)),
@@ -226,7 +236,6 @@ def _result(model: Any, tokens: torch.Tensor, setting: Setting, reference: Refer
         "perplexity": perplexity,
         "reference_perplexity": reference_perplexity,
         "predictions": len(scores.kl),
-        "layer_loss": [float(1 - cosine) for cosine in run.attention.cosine.mean(axis=1)],
     }
 
 
