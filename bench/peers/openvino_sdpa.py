@@ -6,12 +6,14 @@ A call hands over the newest token's key and value, and the cache grows by it: a
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from bench.peers.contender import Contender, Problem, Rotation, Storage, UnavailableError
+
+TURBO_REASON = "such a cache can't be set, only be built by attending, which takes time as the square of its length"
 
 # The cache's number type, bytes per value without scales, and the error that it explains.
 _CACHES = {"f16": (2, 1e-2), "u8": (1, 3e-2)}
@@ -30,19 +32,6 @@ def version() -> str:
     except ImportError as error:
         raise UnavailableError(f"not installed: {error}") from error
     return f"openvino {openvino.__version__.partition('-')[0]}"
-
-
-def turbo_version() -> NoReturn:
-    """Say why the TURBO caches are not measured.
-
-    Raises
-    ------
-    UnavailableError
-        Always.
-    """
-    raise UnavailableError(
-        "such a cache can't be set, only be built by attending token by token, which takes time as the length's square"
-    )
 
 
 class OpenVinoSdpa:

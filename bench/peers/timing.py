@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,20 @@ class Timing:
     samples: int
 
 
-class _Timer:
-    def __init__(self, call: Callable[[], Any], awake: Callable[[], AbstractContextManager[object]]) -> None:
+class Timer:
+    """Times one contender's calls, after a few that show about how long one takes.
+
+    Parameters
+    ----------
+    call : callable
+        What to time.
+    awake : callable, optional
+        Returns what surrounds the calls of a sample.
+    """
+
+    def __init__(
+        self, call: Callable[[], Any], awake: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> None:
         self._call, self._awake = call, awake
         self._samples_s: list[float] = []
         wait_for_idle_threads()
@@ -44,6 +56,7 @@ class _Timer:
         return self.call_s * (self._calls + (self.call_s < _LONG_CALL_S)) + 2 * _IDLE_WINDOW_S
 
     def take_sample(self) -> None:
+        """Time as many calls as the clock needs, when no other thread of this process runs."""
         wait_for_idle_threads()
         with self._awake():
             if self.call_s < _LONG_CALL_S:
@@ -51,6 +64,7 @@ class _Timer:
             self._samples_s.append(self._run(self._calls) / self._calls)
 
     def timing(self) -> Timing:
+        """Return what the samples say."""
         deciles = statistics.quantiles(self._samples_s, n=10, method="inclusive")
         return Timing(deciles[4] * 1e6, deciles[0] * 1e6, len(self._samples_s))
 
@@ -99,19 +113,8 @@ def takes_turn(round_number: int, rounds: int, count: int) -> bool:
     return (round_number + 1) * count // rounds > round_number * count // rounds
 
 
-def sample(
-    calls: Mapping[str, tuple[Callable[[], Any], Callable[[], AbstractContextManager[object]]]],
-    budget_s: float,
-    most: int,
-) -> dict[str, Timing]:
-    """Time the calls, taking turns, within about `budget_s` seconds and with at most `most` samples each.
-
-    Parameters
-    ----------
-    calls : mapping of str to pair of callables
-        By name: what to time, and what surrounds the calls of a sample.
-    """
-    timers = {name: _Timer(call, awake) for name, (call, awake) in calls.items()}
+def sample(timers: Mapping[str, Timer], budget_s: float, most: int) -> dict[str, Timing]:
+    """Take samples in turns, within about `budget_s` seconds and at most `most` of each."""
     counts = shares({name: timer.sample_s for name, timer in timers.items()}, budget_s, most)
     rounds = max(counts.values())
     for round_number in range(rounds):

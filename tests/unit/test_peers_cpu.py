@@ -18,6 +18,7 @@ from bench.peers import contender, llama_cpp, tables, timing
 from bench.peers.contender import Contender, Problem, Rotation, Storage, UnavailableError
 from bench.peers_cpu import Shape
 
+import tq_hb
 from tq_hb.cli._cases import attention64
 
 SHAPE = Shape(2, 1, 64, 33)
@@ -25,8 +26,14 @@ SHAPE = Shape(2, 1, 64, 33)
 
 @pytest.fixture(autouse=True)
 def three_copies(monkeypatch):
-    """Keeps caches of a few bytes from being copied until they fill a processor cache."""
+    """Keeps caches of a few bytes from being copied until they fill a processor cache, and settings from leaking."""
     monkeypatch.setattr(contender, "buffers_to_stay_cold", lambda nbytes: 3)
+    threads = tq_hb.num_threads()
+    torch_threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
+    yield
+    tq_hb.set_num_threads(threads)
+    if torch_threads is not None:
+        sys.modules["torch"].set_num_threads(torch_threads)
 
 
 class Numpy:
@@ -54,7 +61,7 @@ def test_a_peer_that_is_not_there_is_named_with_the_reason():
     usable, account = peers_cpu.find_peers({"here": (lambda: "here 1", peer()), "gone": (absent, peer())})
 
     assert list(usable) == ["here"]
-    assert account == {"libraries": {"here": "here 1"}, "skipped": {"gone": "not installed"}}
+    assert account == {"libraries": {"here": "here 1"}, "skipped": {**peers_cpu.NOT_MEASURED, "gone": "not installed"}}
 
 
 def test_llama_cpp_says_how_to_build_it(monkeypatch, tmp_path):
@@ -63,6 +70,22 @@ def test_llama_cpp_says_how_to_build_it(monkeypatch, tmp_path):
 
     with pytest.raises(UnavailableError, match=r"not built, run `python -m bench\.peers\.llama_cpp`"):
         llama_cpp.version()
+
+
+@pytest.mark.parametrize("name", peers_cpu.PEERS)
+def test_what_a_peer_computes_is_attention(name):
+    version, build = peers_cpu.PEERS[name]
+    try:
+        version()
+    except UnavailableError as reason:
+        pytest.skip(str(reason))
+    problem, skipped = Shape(8, 2, 128, 600).problem, {}
+
+    errors = peers_cpu.check(build(problem, Storage(problem)).contenders(2), problem, skipped)
+
+    assert not skipped
+    assert len(errors) >= 2
+    assert all(error > 0 for error in errors.values())
 
 
 def test_a_peer_that_fails_leaves_the_others_measured():
@@ -207,7 +230,7 @@ def test_samples_are_taken_while_threads_are_awake():
         def __exit__(self, *exc: object) -> None:
             log.append("sleep")
 
-    timings = timing.sample({"a": (lambda: log.append("call"), Awake)}, budget_s=0.1, most=4)
+    timings = timing.sample({"a": timing.Timer(lambda: log.append("call"), Awake)}, budget_s=0.1, most=4)
 
     assert timings["a"].samples == 4
     assert log.count("wake") == log.count("sleep") == 5  # once to find out how long a call takes
