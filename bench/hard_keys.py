@@ -106,7 +106,7 @@ class RecordingCache(FloatCache):
 
 def real() -> list[Case]:
     """Return what Gemma's full layers attend with on the text that is code."""
-    loaded, means = quality.loaded(REAL_MODEL), quality.means(REAL_MODEL)
+    loaded, means = quality.loaded(REAL_MODEL), quality.k_means(REAL_MODEL)
     tokens = own_texts(loaded.tokenizer, TOKENS)[-1].tokens
     recorder = Recorder()
     replay(loaded.model, tokens, recorder, replay_reference(loaded.model, tokens, lambda _: None), lambda _: None)
@@ -115,7 +115,7 @@ def real() -> list[Case]:
         if cache.sliding_window is None:
             k, v = (x.numpy() for x in cache.dequantize())
             q = torch.cat(cache.queries).numpy()
-            cases.append(Case(f"layer {layer}", q, k, v, cache.scale, {"calibrated": means.whole[layer]}))
+            cases.append(Case(f"layer {layer}", q, k, v, cache.scale, {"calibrated": means[layer]}))
     return cases
 
 

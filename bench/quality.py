@@ -33,6 +33,7 @@ from tq_hb.cli._gate_replay import replay, replay_reference
 from tq_hb.cli._gate_scores import Scores, score
 from tq_hb.cli._gate_texts import own_texts
 from tq_hb.cli._models import LoadedModel, load
+from tq_hb.integrations.calibration import Calibration
 from tq_hb.integrations.key_means import CALIBRATION_PIECE
 from tq_hb.integrations.transformers import calibrate
 
@@ -67,16 +68,6 @@ def calibration_text() -> str:
     return "\n\n".join((data / name).read_text() for name in ("replay.txt", "prompt.txt"))
 
 
-@dataclass(frozen=True)
-class Means:
-    """A model's mean keys, for the first positions only and for its whole context, and before RoPE."""
-
-    short: tuple[Any, ...]
-    whole: tuple[Any, ...]
-    residuals: dict[str, tuple[float | None, ...]]
-    rotating: tuple[RotatingMean, ...]
-
-
 @cache
 def loaded(name: str) -> LoadedModel:
     """Return a model, loaded once."""
@@ -84,14 +75,23 @@ def loaded(name: str) -> LoadedModel:
 
 
 @cache
-def means(name: str) -> Means:
-    """Return a model's mean keys, measured once."""
-    model, tokenizer = loaded(name).model, loaded(name).tokenizer
-    tokens = tokenizer(calibration_text(), return_tensors="pt").input_ids
-    short, short_residuals = calibrate(model, tokens, context=SHORT_CONTEXT)
-    whole, whole_residuals = calibrate(model, tokens)
-    residuals = {"short": short_residuals, "whole": whole_residuals}
-    return Means(short.k_means, whole.k_means, residuals, RotatingMean.measure(model, tokens, CALIBRATION_PIECE))
+def k_means(name: str, context: int | None = None) -> tuple[Any, ...]:
+    """Return a model's mean keys for so many positions, None for its whole context; measured once and kept."""
+    kept = _KEPT / f"k-mean-{name}-{context or 'whole'}.safetensors"
+    if kept.exists():
+        return Calibration.load(kept).k_means
+    tokens = loaded(name).tokenizer(calibration_text(), return_tensors="pt").input_ids
+    calibration, _ = calibrate(loaded(name).model, tokens, context=context, name=name)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    calibration.save(kept)
+    return calibration.k_means
+
+
+@cache
+def turning_means(name: str) -> tuple[RotatingMean, ...]:
+    """Return a model's mean keys before RoPE."""
+    tokens = loaded(name).tokenizer(calibration_text(), return_tensors="pt").input_ids
+    return RotatingMean.measure(loaded(name).model, tokens, CALIBRATION_PIECE)
 
 
 # -- settings ----------------------------------------------------------------------------------------------
@@ -166,9 +166,9 @@ def formats_part(name: str) -> Iterator[tuple[dict[str, Any], Setting]]:
     for k_bits, v_bits in OWN:
         yield {"family": "tq_hb", "variant": "plain"}, Widths(k_bits, v_bits)
     for bits in (8, 6, 5):
-        yield {"family": "tq_hb", "variant": "short mean"}, Widths(bits, bits, k_mean=means(name).short)
+        yield {"family": "tq_hb", "variant": "short mean"}, Widths(bits, bits, k_mean=k_means(name, SHORT_CONTEXT))
     for bits in (8, 6):
-        yield {"family": "tq_hb", "variant": "whole mean"}, Widths(bits, bits, k_mean=means(name).whole)
+        yield {"family": "tq_hb", "variant": "whole mean"}, Widths(bits, bits, k_mean=k_means(name))
     yield {"family": "tq_hb", "variant": "prefill mean"}, Widths(6, 6, k_mean="prefill")
     head_dim = loaded(name).model.config.head_dim
     for form in (form for form in RIVALS if form.name in COMPARED):
@@ -181,10 +181,10 @@ def positions_part(name: str, first: int) -> Iterator[tuple[dict[str, Any], Sett
     """Means for the first positions, for the whole context, and turning with the position, here or far away."""
     if first:  # at 0 they are among the formats
         yield {"variant": "plain"}, Widths(6, 6)
-        yield {"variant": "short mean"}, Widths(6, 6, k_mean=means(name).short)
-        yield {"variant": "whole mean"}, Widths(6, 6, k_mean=means(name).whole)
+        yield {"variant": "short mean"}, Widths(6, 6, k_mean=k_means(name, SHORT_CONTEXT))
+        yield {"variant": "whole mean"}, Widths(6, 6, k_mean=k_means(name))
     for span in SPANS:
-        turning = tuple(mean.over(span) for mean in means(name).rotating)
+        turning = tuple(mean.over(span) for mean in turning_means(name))
         yield {"variant": f"turning mean, {span}"}, Simulated("6/6", 6, k_means=turning, first_position=first)
 
 
@@ -192,8 +192,8 @@ def signs_part(name: str) -> Iterator[tuple[dict[str, Any], Setting]]:
     """Other signs, without and with means."""
     for seed in SIGN_SEEDS:
         signs = None if seed == 0 else np.random.default_rng(seed).choice(np.array([-1, 1], np.float32), 512)
-        for variant, k_means in (("plain", None), ("short mean", means(name).short)):
-            yield {"variant": variant, "seed": seed}, Simulated("6/6", 6, signs, k_means)
+        yield {"variant": "plain", "seed": seed}, Simulated("6/6", 6, signs)
+        yield {"variant": "short mean", "seed": seed}, Simulated("6/6", 6, signs, k_means(name, SHORT_CONTEXT))
 
 
 # -- measuring ---------------------------------------------------------------------------------------------
