@@ -23,6 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
 import tq_hb
 from bench import harness
 from bench.peers import llama_cpp, mlx_cpu, onnxruntime_gqa, openvino_sdpa, tables, timing, torch_sdpa
@@ -43,6 +46,10 @@ _CHECKED_TOKENS = 1024
 # About what a cached value takes in all contenders' forms together, and what else is needed, for libraries and copies.
 _BYTES_PER_VALUE = 32
 _SPARE_BYTES = 7 << 29
+
+
+class WrongResultError(Exception):
+    """What was computed is not attention, as exactly as the cache's number type allows."""
 
 
 class Library(Protocol):
@@ -134,10 +141,12 @@ def key(result: dict[str, Any]) -> tuple[int, ...]:
 
 
 def attempt(skipped: dict[str, str], name: str, action: Callable[[], Any]) -> Any:
-    """Return the action's result, or None with its error as the reason why `name` is skipped."""
+    """Return the action's result, or None with its error as the reason why `name`, if it is a peer, is skipped."""
     try:
         return action()
     except Exception as error:  # whatever a peer raises: the others are measured all the same
+        if name.startswith(OURS):
+            raise
         skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         return None
 
@@ -164,31 +173,24 @@ class Entrants:
 
 
 def check(contenders: Iterable[Contender], problem: Problem, skipped: dict[str, str]) -> dict[str, float]:
-    """Return the errors against float64 attention over the unquantised cache, by name.
+    """Return the errors against float64 attention over the unquantised cache, by name; wrong peers are skipped.
 
     Raises
     ------
-    RuntimeError
-        If tq_hb's own is larger than quantising explains. A peer whose error is, is skipped.
+    WrongResultError
+        If tq_hb's own error is larger than quantising explains.
     """
     want = attention64(problem.q, problem.k.transpose(1, 0, 2), problem.v.transpose(1, 0, 2))
-    errors: dict[str, float] = {}
-    for contender in contenders:
-        name = contender.name
+    found = {c.name: attempt(skipped, c.name, partial(_error, c, want)) for c in contenders}
+    return {name: error for name, error in found.items() if error is not None}
 
-        def error(contender: Contender = contender) -> float:
-            with contender.awake():
-                return relative_l2(contender.output(contender.call()), want)
 
-        found = error() if name.startswith(OURS) else attempt(skipped, name, error)
-        if found is None:
-            continue
-        if not found <= contender.error_limit:
-            skipped[name] = f"wrong: off by {found:.1e}, where {contender.error_limit:.1e} is explained"
-            if name.startswith(OURS):
-                raise RuntimeError(f"{name} is {skipped[name]}")
-        errors[name] = found
-    return errors
+def _error(contender: Contender, want: npt.NDArray[np.float64]) -> float:
+    with contender.awake():
+        error = relative_l2(contender.output(contender.call()), want)
+    if not error <= contender.error_limit:
+        raise WrongResultError(f"off by {error:.1e}, where {contender.error_limit:.1e} is explained")
+    return error
 
 
 class Checks:
@@ -199,7 +201,7 @@ class Checks:
         self._found: dict[tuple[int, int, int, int], tuple[dict[str, float], dict[str, str]]] = {}
 
     def __call__(self, shape: Shape, threads: int) -> tuple[dict[str, float], dict[str, str]]:
-        """Return errors and reasons to skip, by contender."""
+        """Return the errors of those that are right, and reasons to skip others."""
         family = (shape.heads, shape.kv_heads, shape.head_dim, threads)
         if family not in self._found:
             problem = Problem.random(shape.heads, shape.kv_heads, shape.head_dim, _CHECKED_TOKENS)
@@ -214,7 +216,7 @@ def measure(
 ) -> dict[str, Any]:
     """Time the contenders over one cache."""
     errors, wrong = checks(shape, threads)
-    contenders = {c.name: c for c in entrants.contenders(threads) if c.name not in wrong}
+    contenders = {c.name: c for c in entrants.contenders(threads) if c.name in errors}
     skipped = wrong | entrants.skipped
     read = PlainRead(threads)
     turns = iter(range(1 << 62))

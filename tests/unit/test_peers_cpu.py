@@ -111,14 +111,29 @@ def test_a_wrong_result_is_not_timed():
 
     errors, wrong = checks(SHAPE, 1)
 
-    assert errors["numpy"] == pytest.approx(1e-3)
-    assert wrong == {"numpy": "wrong: off by 1.0e-03, where 1.0e-05 is explained"}
+    assert "numpy" not in errors
+    assert "tq_hb 8" in errors
+    assert wrong == {"numpy": "WrongResultError: off by 1.0e-03, where 1.0e-05 is explained"}
+
+
+def test_what_could_not_be_checked_is_not_timed():
+    def short_only(problem: Problem, storage: Storage) -> Numpy:
+        return broken(problem, storage) if problem.tokens > SHAPE.tokens else Numpy(1.0, problem)
+
+    peers = {"numpy": short_only}
+    result = peers_cpu.measure(
+        SHAPE, 1, peers_cpu.Entrants(SHAPE.problem, peers), peers_cpu.Checks(peers), seconds=0.01, most=3
+    )
+
+    assert result["skipped"] == {"numpy": "ValueError: no such kernel"}
+    assert result["fastest_peer"] is None
+    assert result["ratio"] == {}
 
 
 def test_a_wrong_result_of_ours_is_an_error():
     ours = Contender("tq_hb 8", 1, lambda: 2 * SHAPE.problem.q, lambda out: out, 1e-2)
 
-    with pytest.raises(RuntimeError, match="tq_hb 8 is wrong: off by"):
+    with pytest.raises(peers_cpu.WrongResultError, match=r"off by .*, where 1\.0e-02 is explained"):
         peers_cpu.check([ours], SHAPE.problem, {})
 
 
