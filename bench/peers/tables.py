@@ -129,7 +129,7 @@ def _count(results: Sequence[Result], group: int, threads: int) -> int:
 def _source(report: dict[str, Any]) -> str:
     machine, account = report["machine"], report["results"][0]
     versions = ", ".join(account["libraries"].values())
-    where = f"{machine['processor']}, {machine['isa']}, {versions}"
+    where = f"{machine['processor']}, {machine['isa']}, load average {report['load_average'][0]:.1f}, {versions}"
     return f"\n`bench/results/peers_cpu.json`, written by `{report['command']}`: {where}.\n"
 
 

@@ -149,6 +149,7 @@ def report() -> dict[str, Any]:
         "command": "python -m bench.peers_cpu",
         "commit": "abc",
         "machine": {"processor": "Abacus", "isa": "beads"},
+        "load_average": [1.25, 1, 1],
         "results": [account, *results, missing],
     }
 
@@ -284,7 +285,7 @@ def test_tables_say_how_long_the_fastest_peer_takes(report, monkeypatch):
     assert "| slower than the fastest peer | 1 query head per KV head | 8 query heads per KV head |" in short
     assert "| 5 bits, 1 thread | 0 of 1 | 0 of 1 |" in short
     assert "| 5 bits, 2 threads | 1 of 1 | 0 of 0 |" in short
-    assert "Abacus, beads, numpy 2" in short
+    assert "Abacus, beads, load average 1.2, numpy 2" in short
 
 
 def test_the_plot_is_drawn(report):
