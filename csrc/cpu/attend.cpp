@@ -179,14 +179,14 @@ QueryBlock::QueryBlock(const AttendOp& op, const IsaKernel& kernel, float row_sc
 
 void QueryBlock::quantize_rows(double key_unit) {
   const std::size_t rows = scale_.size();
-  q_values_.resize(rows * head_dim_);
-  q_units_.resize(rows * kMaxDotParts);
-  q_halves_.resize(rows * kMaxDotParts);
+  q_values_.resize((rows + kQueryRows - 1) * head_dim_);
+  q_units_.resize(rows * kMaxNormBlocks);
+  q_halves_.resize(rows * kMaxNormBlocks);
   for (std::size_t row = 0; row < rows; ++row) {
-    double* units = q_units_.data() + row * kMaxDotParts;
+    double* units = q_units_.data() + row * kMaxNormBlocks;
     kernel_.quantize_query(q_.data() + row * head_dim_, head_dim_, q_values_.data() + row * head_dim_, units,
-                           q_halves_.data() + row * kMaxDotParts);
-    for (std::size_t part = 0; part < kMaxDotParts; ++part) units[part] *= key_unit * scale_[row];
+                           q_halves_.data() + row * kMaxNormBlocks);
+    for (std::size_t b = 0; b < kMaxNormBlocks; ++b) units[b] *= key_unit * scale_[row];
   }
 }
 
@@ -215,8 +215,8 @@ void QueryBlock::attend_unit(std::size_t unit, const Side& k, const Side& v) {
   task.out = out_ + unit * rows_ * head_dim_;
   if (!in_int16_) return kernel_.attend(task);
   const std::size_t row = kv_head * rows_;
-  task.q_int16 = {q_values_.data() + row * head_dim_, q_units_.data() + row * kMaxDotParts,
-                  q_halves_.data() + row * kMaxDotParts};
+  task.q_int16 = {q_values_.data() + row * head_dim_, q_units_.data() + row * kMaxNormBlocks,
+                  q_halves_.data() + row * kMaxNormBlocks};
   kernel_.attend_int16(task);
 }
 

@@ -10,8 +10,8 @@ namespace tq_hb {
 
 /// Keys per softmax update, at most.
 constexpr std::size_t kAttendTile = 32;
-/// Parts of a row whose dot products are summed in integers of their own, at most.
-constexpr std::size_t kMaxDotParts = 4;
+/// Queries in fixed point that may be read at a time: memory for them ends on a whole group of a KV head's rows.
+constexpr std::size_t kQueryRows = 8;
 /// Sums of two blocks of coordinates, each with its own norm, at most.
 constexpr std::size_t kMaxNormBlocks = 2;
 
@@ -41,8 +41,8 @@ struct HeadRows {
 /// Queries in fixed point, in the order in which an instruction set looks levels up.
 struct Int16Query {
   const std::int16_t* values;  ///< [rows][head_dim]
-  const double* units;         ///< [rows][kMaxDotParts]: what turns a part's sum into its share of dot(q, values)
-  const std::int32_t* halves;  ///< [rows][kMaxDotParts]: added to a part's sum for the half in every level
+  const double* units;         ///< [rows][kMaxNormBlocks]: what turns a block's sum into its share of dot(q, values)
+  const std::int32_t* halves;  ///< [rows][kMaxNormBlocks]: added to a block's sum for the half in every level
 };
 
 /// What a row needs while a tile is attended to.
@@ -83,8 +83,8 @@ struct IsaKernel {
   void (*attend)(const AttendTask& task) noexcept;
   /// In sums of 16-bit products; null where that is not faster.
   void (*attend_int16)(const AttendTask& task) noexcept;
-  /// Puts one row of q into fixed point: `values` [head_dim], `units` and `halves` [kMaxDotParts]. The units are those
-  /// of q alone.
+  /// Puts one row of q into fixed point: `values` [head_dim], `units` and `halves` [kMaxNormBlocks]. The units are
+  /// those of q alone.
   void (*quantize_query)(const float* q, std::size_t head_dim, std::int16_t* values, double* units,
                          std::int32_t* halves) noexcept;
 };

@@ -55,13 +55,15 @@ void update_softmax(const AttendTask& task, std::size_t r, const Tile& tile) noe
     return;
   }
   const double bias = task.bias[r];
-  for (std::size_t t = 0; t < kTile; t += 4) store(row.scores + t, load_as<Double4>(row.scores + t) + bias);
+  if (bias != 0.0) {
+    for (std::size_t t = 0; t < kTile; t += 4) store(row.scores + t, load_as<Double4>(row.scores + t) + bias);
+  }
   if (task.softcap > 0.0) {
     for (std::size_t t = seen.begin; t < seen.end; ++t) {
       row.scores[t] = task.softcap * tanh(row.scores[t] / task.softcap);
     }
   }
-  fill_outside<kTile>(row.scores, seen, -static_cast<double>(INFINITY));
+  if (seen.begin > 0 || seen.end < kTile) fill_outside<kTile>(row.scores, seen, -static_cast<double>(INFINITY));
 
   Double4 maxima = Double4{} + task.max[r];
   for (std::size_t t = 0; t < kTile; t += 4) {
@@ -79,7 +81,7 @@ void update_softmax(const AttendTask& task, std::size_t r, const Tile& tile) noe
     store(row.weights + t, weights);
     sums += weights;
   }
-  row.correction = expf(static_cast<float>(task.max[r] - max));
+  if (max > task.max[r]) row.correction = expf(static_cast<float>(task.max[r] - max));
   task.sum[r] = task.sum[r] * static_cast<double>(row.correction) + static_cast<double>(sum_of_lanes(sums));
   task.max[r] = max;
 }

@@ -13,7 +13,7 @@ namespace {
 typedef __m256i Sums;
 constexpr std::size_t kChunk = 32;
 constexpr unsigned kSumShift = 3;
-constexpr std::size_t kScoreRows = 2, kAddRows = 2;
+constexpr std::size_t kValueRows = 2;
 
 struct Levels {
   Sums first, second;
@@ -26,6 +26,14 @@ inline void interleave(Sums a, Sums b, Sums& low, Sums& high) noexcept {
 
 inline Sums add_products(Sums sums, Sums a, Sums b) noexcept {
   return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
+}
+
+inline Sums add_halves(Sums a, Sums b) noexcept {
+  return _mm256_add_epi32(_mm256_srai_epi32(a, 1), _mm256_srai_epi32(b, 1));
+}
+
+inline void pin(Sums& sums) noexcept {
+  asm("" : "+x"(sums));
 }
 
 inline Int4 add_across(const Sums* sums) noexcept {

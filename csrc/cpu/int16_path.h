@@ -6,13 +6,15 @@
 //   Sums                        a vector of 32-bit sums
 //   kChunk                      codes that are looked up at a time: 2 * kSumLanes of each of two vectors of levels
 //   kSumShift                   by how many bits sums are cut so that those of all lanes can be added: log2(lanes)
-//   kScoreRows, kAddRows        rows that share the loads of levels
+//   kValueRows                  rows whose sums over a chunk of values stay in registers
 //   Lookup<bits, plane, dim>    Lookup(levels), .at(row, chunk) -> Levels{Sums first, second}: of every 16 codes, first
 //                               has the first 8 and second the others, 128 bits after 128 bits
 //   interleave(a, b, low, high) the pairs (a_i, b_i) of 16-bit values, of every 8 the first 4 in low
 //   add_products(sums, a, b)    sums + a_2i * b_2i + a_2i+1 * b_2i+1, for 32-bit lane i
-//   add_across(sums[4])         the sums over all lanes, as Int4
+//   add_halves(a, b)            a / 2 + b / 2, lane by lane
+//   add_across(sums[4])         the sums over all lanes, cut by kSumShift, as Int4
 //   broadcast_pair(p)           the 16-bit values at p and p + 1 in every 32-bit lane
+//   pin(sums)                   keeps the compiler from adding in another order, which would take more registers
 #pragma once
 
 #include "cpu/flash.h"
@@ -25,7 +27,9 @@ constexpr std::size_t kSumLanes = sizeof(Sums) / sizeof(std::int32_t);
 constexpr std::size_t kDotPart = 16 * kSumLanes;
 
 template <std::size_t kHeadDim>
-constexpr std::size_t kDotDim = kHeadDim < kDotPart ? kHeadDim : kDotPart;
+constexpr std::size_t kPartDim = kBlockDim<kHeadDim> < kDotPart ? kBlockDim<kHeadDim> : kDotPart;
+template <std::size_t kHeadDim>
+constexpr std::size_t kParts = kBlockDim<kHeadDim> / kPartDim<kHeadDim>;
 
 /// Where the lookup leaves coordinate i of every 16: its place among vectors of levels.
 inline std::size_t place_of(std::size_t j) noexcept {
@@ -36,89 +40,292 @@ inline std::size_t place_of(std::size_t j) noexcept {
 
 void quantize_query(const float* q, std::size_t head_dim, std::int16_t* values, double* units,
                     std::int32_t* halves) noexcept {
-  const std::size_t dim = head_dim < kDotPart ? head_dim : kDotPart;
-  for (std::size_t first = 0; first < head_dim; first += dim) {
-    float placed[kDotPart];
-    for (std::size_t j = 0; j < dim; ++j) placed[place_of(j)] = q[first + j];
-    float lanes[kSumLanes] = {};
-    float largest = 0.0f;
-    for (std::size_t j = 0; j < dim; ++j) {
-      const float magnitude = fabsf(placed[j]);
-      lanes[j / 2 % kSumLanes] += magnitude;
-      largest = magnitude > largest ? magnitude : largest;
+  const std::size_t block_dim = head_dim < kNormBlock ? head_dim : kNormBlock;
+  for (std::size_t first = 0; first < head_dim; first += block_dim) {
+    float placed[kNormBlock];
+    for (std::size_t j = 0; j < block_dim; ++j) placed[place_of(j)] = q[first + j];
+    float unit = 1e-30f;
+    for (std::size_t part = 0; part < block_dim; part += kDotPart) {
+      const std::size_t end = part + kDotPart < block_dim ? part + kDotPart : block_dim;
+      float lanes[kSumLanes] = {};
+      for (std::size_t j = part; j < end; ++j) {
+        const float magnitude = fabsf(placed[j]);
+        lanes[j / 2 % kSumLanes] += magnitude;
+        unit = magnitude / 32766.0f > unit ? magnitude / 32766.0f : unit;
+      }
+      for (const float lane : lanes) unit = lane / Int16Levels::kBudget > unit ? lane / Int16Levels::kBudget : unit;
     }
-    float unit = largest / 32766.0f;
-    for (const float lane : lanes) unit = lane / Int16Levels::kBudget > unit ? lane / Int16Levels::kBudget : unit;
-    unit = unit > 1e-30f ? unit : 1e-30f;
     std::int32_t sum = 0;
-    for (std::size_t j = 0; j < dim; ++j) {
+    for (std::size_t j = 0; j < block_dim; ++j) {
       const std::int32_t value = static_cast<std::int32_t>(rintf(placed[j] / unit));
       values[first + j] = static_cast<std::int16_t>(value);
       sum += value;
     }
-    units[first / dim] = static_cast<double>(unit) * (1 << kSumShift);
-    halves[first / dim] = sum / (2 << kSumShift);
+    const std::int32_t cut = (block_dim > kDotPart ? 2 : 1) << kSumShift;
+    units[first / block_dim] = static_cast<double>(unit) * cut;
+    halves[first / block_dim] = sum / (2 * cut);
   }
 }
 
-/// The levels of some rows' codes, looked up and kept as 16-bit values.
-template <std::size_t kHeadDim>
-struct Decoder {
-  void (*keys)(const HeadRows& side, const std::size_t* slots, std::int16_t* levels) noexcept;
-  void (*values)(const HeadRows& side, const std::size_t* slots, std::size_t pairs, std::size_t chunk,
-                 Sums* levels) noexcept;
+/// A row whose codes are looked up when they are used.
+template <class RowLookup>
+struct CodedRow {
+  Levels at(std::size_t chunk) const noexcept { return lookup.at(codes, chunk); }
+  const RowLookup& lookup;
+  const std::uint8_t* codes;
+};
+
+/// A row that has been looked up.
+struct DecodedRow {
+  Levels at(std::size_t chunk) const noexcept {
+    return {load_as<Sums>(levels + chunk * kChunk), load_as<Sums>(levels + chunk * kChunk + kChunk / 2)};
+  }
+  const std::int16_t* levels;
 };
 
 constexpr std::size_t kKeyGroup = 8;
+/// The same pointer, of which the compiler does not know that: it would load what is there once for many keys, into
+/// more registers than there are.
+template <class T>
+inline const T* not_hoisted(const T* pointer) noexcept {
+  asm("" : "+r"(pointer));
+  return pointer;
+}
 
-template <unsigned kBits, bool kPlane, std::size_t kHeadDim>
-void decode_keys(const HeadRows& side, const std::size_t* slots, std::int16_t* levels) noexcept {
-  const Lookup<kBits, kPlane, kHeadDim> lookup(side.int16->values);
-  for (std::size_t t = 0; t < kKeyGroup; ++t) {
-    const std::uint8_t* row = side.codes + slots[t] * side.row_bytes;
-#pragma GCC unroll 16
-    for (std::size_t chunk = 0; chunk < kHeadDim / kChunk; ++chunk) {
-      const Levels looked_up = lookup.at(row, chunk);
-      store(levels + t * kHeadDim + chunk * kChunk, looked_up.first);
-      store(levels + t * kHeadDim + chunk * kChunk + kChunk / 2, looked_up.second);
+/// The dot products of a group of rows and one of keys, still apart in lanes.
+template <std::size_t kHeadDim>
+struct DotSums {
+  Sums sums[kNormBlocks<kHeadDim>][kQueryRows][kKeyGroup];
+};
+
+/// Multiplies key `t` of a group by kRows queries.
+template <std::size_t kHeadDim, std::size_t kRows, class Key>
+inline void multiply_key(const Key& key, const std::int16_t* q, std::size_t t, DotSums<kHeadDim>& dots) noexcept {
+  constexpr std::size_t kPart = kPartDim<kHeadDim>;
+#pragma GCC unroll 2
+  for (std::size_t b = 0; b < kNormBlocks<kHeadDim>; ++b) {
+#pragma GCC unroll 2
+    for (std::size_t part = 0; part < kParts<kHeadDim>; ++part) {
+      Sums sums[kRows] = {};
+#pragma GCC unroll 8
+      for (std::size_t i = 0; i < kPart; i += kChunk) {
+        const std::size_t at = b * kBlockDim<kHeadDim> + part * kPart + i;
+        const Levels levels = key.at(at / kChunk);
+#pragma GCC unroll 8
+        for (std::size_t k = 0; k < kRows; ++k) {
+          sums[k] = add_products(sums[k], levels.first, load_as<Sums>(q + k * kHeadDim + at));
+          sums[k] = add_products(sums[k], levels.second, load_as<Sums>(q + k * kHeadDim + at + kChunk / 2));
+          pin(sums[k]);
+        }
+      }
+#pragma GCC unroll 8
+      for (std::size_t k = 0; k < kRows; ++k) {
+        Sums& whole = dots.sums[b][k][t];
+        whole = part == 0 ? sums[k] : add_halves(whole, sums[k]);
+      }
     }
   }
 }
 
-/// One chunk of pairs of rows: of every 16 columns, vector i has those from 4 * i on, as pairs.
-template <unsigned kBits, bool kPlane, std::size_t kHeadDim>
-void decode_values(const HeadRows& side, const std::size_t* slots, std::size_t pairs, std::size_t chunk,
-                   Sums* levels) noexcept {
-  const Lookup<kBits, kPlane, kHeadDim> lookup(side.int16->values);
-  for (std::size_t p = 0; p < pairs; ++p, levels += 4) {
-    const Levels even = lookup.at(side.codes + slots[2 * p] * side.row_bytes, chunk);
-    const Levels odd = lookup.at(side.codes + slots[2 * p + 1] * side.row_bytes, chunk);
-    interleave(even.first, odd.first, levels[0], levels[1]);
-    interleave(even.second, odd.second, levels[2], levels[3]);
+/// Scores of `rows` rows from `r` on and kKeyGroup keys of a tile from `first` on, out of their dot products.
+template <std::size_t kHeadDim>
+inline void finish_scores(const AttendTask& task, const Tile& tile, std::size_t first, std::size_t r, std::size_t rows,
+                          const DotSums<kHeadDim>& dots) noexcept {
+  constexpr std::size_t kBlocks = kNormBlocks<kHeadDim>;
+  for (std::size_t b = 0; b < kBlocks; ++b) {
+    float norms[kKeyGroup];
+    for (std::size_t t = 0; t < kKeyGroup; ++t) norms[t] = task.k.norms[tile.slots[first + t] * kBlocks + b];
+    for (std::size_t k = 0; k < rows; ++k) {
+      const std::size_t at = (r + k) * kMaxNormBlocks + b;
+      for (std::size_t t = 0; t < kKeyGroup; t += 4) {
+        const Int4 sums = add_across(dots.sums[b][k] + t) + task.q_int16.halves[at];
+        const Double4 norm = __builtin_convertvector(load_as<Float4>(norms + t), Double4);
+        const Double4 share = __builtin_convertvector(sums, Double4) * task.q_int16.units[at] * norm;
+        double* scores = task.scratch[r + k].scores + first + t;
+        store(scores, b == 0 ? share : load_as<Double4>(scores) + share);
+      }
+    }
   }
 }
+
+/// The rows of a tile's keys or values.
+using Rows = const std::uint8_t* [kAttendTile];
+
+/// Pairs of rows, of one chunk of columns: of every 16 columns, vector i has those from 4 * i on, as pairs.
+struct PairLevels {
+  Sums vectors[4];
+};
+
+template <class RowLookup>
+struct CodedPairs {
+  PairLevels at(std::size_t p, std::size_t i) const noexcept {
+    const Levels even = lookup.at(rows[2 * p], chunk + i);
+    const Levels odd = lookup.at(rows[2 * p + 1], chunk + i);
+    PairLevels pair;
+    interleave(even.first, odd.first, pair.vectors[0], pair.vectors[1]);
+    interleave(even.second, odd.second, pair.vectors[2], pair.vectors[3]);
+    return pair;
+  }
+  const RowLookup& lookup;
+  const Rows& rows;
+  std::size_t chunk;
+};
+
+struct DecodedPairs {
+  const PairLevels& at(std::size_t p, std::size_t) const noexcept { return levels[p]; }
+  const PairLevels* levels;
+};
+
+/// Adds weights * values of kChunks chunks of columns to the outputs of kRows rows from `r` on.
+template <std::size_t kHeadDim, std::size_t kRows, std::size_t kChunks, class Pairs>
+inline void add_rows(const AttendTask& task, std::size_t chunk, std::size_t r, std::size_t pairs,
+                     const Pairs& values) noexcept {
+  const std::size_t block = chunk * kChunk / kBlockDim<kHeadDim>;
+  const RowScratch* rows = task.scratch + r;
+  const std::int16_t* weights[kRows];
+  Sums sums[kRows][kChunks][4];
+#pragma GCC unroll 8
+  for (std::size_t k = 0; k < kRows; ++k) {
+    weights[k] = rows[k].fixed_weights[block];
+#pragma GCC unroll 2
+    for (std::size_t c = 0; c < kChunks; ++c) {
+#pragma GCC unroll 4
+      for (std::size_t i = 0; i < 4; ++i) sums[k][c][i] = fill(rows[k].halves[block]);
+    }
+  }
+  for (std::size_t first = 0; first < pairs; first += 2) {
+#pragma GCC unroll 2
+    for (std::size_t p = first; p < first + 2; ++p) {
+      Sums pair_weights[kRows];
+#pragma GCC unroll 8
+      for (std::size_t k = 0; k < kRows; ++k) pair_weights[k] = broadcast_pair(weights[k] + 2 * p);
+#pragma GCC unroll 2
+      for (std::size_t c = 0; c < kChunks; ++c) {
+        const PairLevels& pair = values.at(p, c);
+#pragma GCC unroll 4
+        for (std::size_t i = 0; i < 4; ++i) {
+#pragma GCC unroll 8
+          for (std::size_t k = 0; k < kRows; ++k) {
+            sums[k][c][i] = add_products(sums[k][c][i], pair.vectors[i], pair_weights[k]);
+            pin(sums[k][c][i]);
+          }
+        }
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (std::size_t k = 0; k < kRows; ++k) {
+    float* out = task.out + (r + k) * kHeadDim + chunk * kChunk;
+#pragma GCC unroll 2
+    for (std::size_t c = 0; c < kChunks; ++c) {
+#pragma GCC unroll 4
+      for (std::size_t i = 0; i < 4; ++i, out += kSumLanes) {
+        const Vec added = __builtin_convertvector(load_as<IntVec>(&sums[k][c][i]), Vec);
+        store(out, load(out) * rows[k].correction + added * rows[k].fixed_units[block]);
+      }
+    }
+  }
+}
+
+/// Chunks of columns that are added at a time.
+template <std::size_t kHeadDim>
+constexpr std::size_t kColumnChunks = kHeadDim / kChunk < 2 ? 1 : 2;
+
+/// What is done with the rows of one format.
+template <unsigned kBits, bool kPlane, std::size_t kHeadDim>
+struct Format {
+  using RowLookup = Lookup<kBits, kPlane, kHeadDim>;
+
+  /// Asks for a row ahead of its use. Into the second cache level: rows a power of two apart share places in the first.
+  static void prefetch(const std::uint8_t* row) noexcept {
+#pragma GCC unroll 8
+    for (std::size_t i = 0; i < (kPlane ? kHeadDim * kBits / 8 : kHeadDim); i += 64) __builtin_prefetch(row + i, 0, 2);
+  }
+
+  /// Scores of all rows and the kKeyGroup keys of a tile from `first` on.
+  static void score(const AttendTask& task, const Tile& tile, const Rows& keys, std::size_t first) noexcept {
+    const RowLookup lookup(task.k.int16->values);
+    // Memory for the queries ends on a whole group: see kQueryRows.
+    if (task.rows == 1) return score_fused<1>(task, tile, keys, first, lookup);
+    if (task.rows == 2) return score_fused<2>(task, tile, keys, first, lookup);
+    if (task.rows <= 4) return score_fused<4>(task, tile, keys, first, lookup);
+    if (task.rows <= 8) return score_fused<8>(task, tile, keys, first, lookup);
+    score_decoded(task, tile, keys, first, lookup);
+  }
+
+  /// Adds weights * values to all rows' outputs, to kColumnChunks chunks of columns from `first` on.
+  static void add(const AttendTask& task, const Rows& values, std::size_t pairs, std::size_t first) noexcept {
+    const RowLookup lookup(task.v.int16->values);
+    if (task.rows == 1) {
+      const CodedPairs<RowLookup> coded{lookup, values, first};
+      return add_rows<kHeadDim, 1, kColumnChunks<kHeadDim>>(task, first, 0, pairs, coded);
+    }
+    for (std::size_t chunk = first; chunk < first + kColumnChunks<kHeadDim>; ++chunk) {
+      const CodedPairs<RowLookup> coded{lookup, values, chunk};
+      if (task.rows == 2) {
+        add_rows<kHeadDim, 2, 1>(task, chunk, 0, pairs, coded);
+        continue;
+      }
+      PairLevels levels[kAttendTile / 2];
+      for (std::size_t p = 0; p < pairs; ++p) levels[p] = coded.at(p, 0);
+      for_each_group<kValueRows>(task.rows, [&](auto rows, std::size_t r) {
+        add_rows<kHeadDim, decltype(rows)::value, 1>(task, chunk, r, pairs, DecodedPairs{levels});
+      });
+    }
+  }
+
+ private:
+  template <std::size_t kRows>
+  static void score_fused(const AttendTask& task, const Tile& tile, const Rows& keys, std::size_t first,
+                          const RowLookup& lookup) noexcept {
+    DotSums<kHeadDim> dots;
+    for (std::size_t t = 0; t < kKeyGroup; ++t) {
+      const CodedRow<RowLookup> key{lookup, keys[first + t]};
+      multiply_key<kHeadDim, kRows>(key, not_hoisted(task.q_int16.values), t, dots);
+    }
+    finish_scores(task, tile, first, 0, task.rows, dots);
+  }
+
+  static void score_decoded(const AttendTask& task, const Tile& tile, const Rows& keys, std::size_t first,
+                            const RowLookup& lookup) noexcept {
+    alignas(64) std::int16_t levels[kKeyGroup][kHeadDim];
+    for (std::size_t t = 0; t < kKeyGroup; ++t) {
+#pragma GCC unroll 16
+      for (std::size_t chunk = 0; chunk < kHeadDim / kChunk; ++chunk) {
+        const Levels looked_up = lookup.at(keys[first + t], chunk);
+        store(levels[t] + chunk * kChunk, looked_up.first);
+        store(levels[t] + chunk * kChunk + kChunk / 2, looked_up.second);
+      }
+    }
+    DotSums<kHeadDim> dots;
+    for (std::size_t r = 0; r < task.rows; r += kQueryRows) {
+      const std::int16_t* q = task.q_int16.values + r * kHeadDim;
+      for (std::size_t t = 0; t < kKeyGroup; ++t) {
+        multiply_key<kHeadDim, kQueryRows>(DecodedRow{levels[t]}, not_hoisted(q), t, dots);
+      }
+      finish_scores(task, tile, first, r, task.rows - r < kQueryRows ? task.rows - r : kQueryRows, dots);
+    }
+  }
+};
 
 template <std::size_t kHeadDim>
-Decoder<kHeadDim> decoder_of(const HeadRows& side) noexcept {
-  switch (side.high_bits == 0 ? side.cbits : 10 * side.cbits) {
-    case 5:
-      return {decode_keys<5, false, kHeadDim>, decode_values<5, false, kHeadDim>};
-    case 6:
-      return {decode_keys<6, false, kHeadDim>, decode_values<6, false, kHeadDim>};
-    case 50:
-      return {decode_keys<5, true, kHeadDim>, decode_values<5, true, kHeadDim>};
-    case 60:
-      return {decode_keys<6, true, kHeadDim>, decode_values<6, true, kHeadDim>};
-    default:
-      return {decode_keys<8, false, kHeadDim>, decode_values<8, false, kHeadDim>};
+struct FormatCalls {
+  template <unsigned kBits, bool kPlane>
+  static constexpr FormatCalls of() noexcept {
+    using Rows = Format<kBits, kPlane, kHeadDim>;
+    return {Rows::prefetch, Rows::score, Rows::add};
   }
-}
+  static FormatCalls of(const HeadRows& side) noexcept {
+    const bool plane = side.high_bits != 0;
+    if (side.cbits == 5) return plane ? of<5, true>() : of<5, false>();
+    if (side.cbits == 6) return plane ? of<6, true>() : of<6, false>();
+    return of<8, false>();
+  }
 
-/// Asks for a row ahead of its use. Into the second cache level: rows a power of two apart share places in the first.
-inline void prefetch_row(const HeadRows& side, std::size_t slot) noexcept {
-  const std::uint8_t* row = side.codes + slot * side.row_bytes;
-  for (std::size_t i = 0; i < side.row_bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
-}
+  void (*prefetch)(const std::uint8_t* row) noexcept;
+  void (*score)(const AttendTask& task, const Tile& tile, const Rows& keys, std::size_t first) noexcept;
+  void (*add)(const AttendTask& task, const Rows& values, std::size_t pairs, std::size_t first) noexcept;
+};
 
 template <std::size_t kHeadDim>
 class Int16Path {
@@ -126,42 +333,26 @@ class Int16Path {
   static constexpr std::size_t kTile = kAttendTile;
 
   explicit Int16Path(const AttendTask& task) noexcept
-      : task_(task), k_(decoder_of<kHeadDim>(task.k)), v_(decoder_of<kHeadDim>(task.v)) {}
+      : task_(task), k_(FormatCalls<kHeadDim>::of(task.k)), v_(FormatCalls<kHeadDim>::of(task.v)) {}
 
   void score(const Tile& tile) noexcept {
-    alignas(64) std::int16_t levels[kKeyGroup * kHeadDim];
+    Rows keys;
+    for (std::size_t t = 0; t < kTile; ++t) {
+      keys[t] = row(task_.k, tile.slots[t]);
+      values_[t] = row(task_.v, tile.slots[t]);
+    }
     for (std::size_t first = 0; first < tile.count; first += kKeyGroup) {
-      for (std::size_t t = first; t < first + kKeyGroup; ++t) prefetch_row(task_.v, tile.slots[t]);
-      k_.keys(task_.k, tile.slots + first, levels);
-      double norms[kBlocks][kKeyGroup];
-      for (std::size_t t = 0; t < kKeyGroup; ++t) {
-        for (std::size_t b = 0; b < kBlocks; ++b) {
-          norms[b][t] = static_cast<double>(task_.k.norms[tile.slots[first + t] * kBlocks + b]);
-        }
-      }
-      for (std::size_t part = 0; part < kHeadDim / kDim; ++part) {
-        for_each_group<kScoreRows>(task_.rows, [&](auto rows, std::size_t r) {
-          constexpr std::size_t kKeys = decltype(rows)::value == 1 ? kKeyGroup : 4;
-          for (std::size_t t = 0; t < kKeyGroup; t += kKeys) {
-            score_rows<decltype(rows)::value, kKeys>(part, r, first + t, levels + t * kHeadDim,
-                                                     norms[part * kDim / kBlockDim<kHeadDim>] + t);
-          }
-        });
-      }
+      for (std::size_t t = first; t < first + kKeyGroup; ++t) v_.prefetch(values_[t]);
+      k_.score(task_, tile, keys, first);
     }
   }
 
   void accumulate(const Tile& tile) noexcept {
-    // An odd tile's last key is its own pair, with a weight of 0.
-    const std::size_t pairs = (tile.count + 1) / 2;
+    // Two pairs at a time: keys beyond the last have a weight of 0.
+    const std::size_t pairs = (tile.count + 3) / 4 * 2;
     fix_weights(tile);
-    alignas(64) Sums levels[kTile / 2 * 4];
-    for (std::size_t chunk = 0; chunk < kHeadDim / kChunk; ++chunk) {
-      v_.values(task_.v, tile.slots, pairs, chunk, levels);
-      const std::size_t block = chunk * kChunk / kBlockDim<kHeadDim>;
-      for_each_group<kAddRows>(task_.rows, [&](auto rows, std::size_t r) {
-        add_rows<decltype(rows)::value>(block, chunk, r, pairs, levels);
-      });
+    for (std::size_t chunk = 0; chunk < kHeadDim / kChunk; chunk += kColumnChunks<kHeadDim>) {
+      v_.add(task_, values_, pairs, chunk);
       prefetch_keys(tile, chunk);
     }
   }
@@ -181,39 +372,12 @@ class Int16Path {
 
  private:
   static constexpr std::size_t kBlocks = kNormBlocks<kHeadDim>;
-  static constexpr std::size_t kDim = kDotDim<kHeadDim>;
   struct ChunkOfFloats {
     float values[kChunk];
   };
 
-  template <std::size_t kRows, std::size_t kKeys>
-  void score_rows(std::size_t part, std::size_t r, std::size_t first, const std::int16_t* keys,
-                  const double* norms) noexcept {
-    Sums sums[kRows][kKeys] = {};
-    const std::int16_t* q = task_.q_int16.values + r * kHeadDim + part * kDim;
-    keys += part * kDim;
-    for (std::size_t i = 0; i < kDim; i += 2 * kSumLanes) {
-      Sums query[kRows];
-      for (std::size_t k = 0; k < kRows; ++k) query[k] = load_as<Sums>(q + k * kHeadDim + i);
-#pragma GCC unroll 8
-      for (std::size_t t = 0; t < kKeys; ++t) {
-        const Sums key = load_as<Sums>(keys + t * kHeadDim + i);
-#pragma GCC unroll 8
-        for (std::size_t k = 0; k < kRows; ++k) sums[k][t] = add_products(sums[k][t], key, query[k]);
-      }
-    }
-#pragma GCC unroll 8
-    for (std::size_t k = 0; k < kRows; ++k) {
-      const std::size_t at = (r + k) * kMaxDotParts + part;
-#pragma GCC unroll 8
-      for (std::size_t t = 0; t < kKeys; t += 4) {
-        const Int4 dots = add_across(sums[k] + t) + task_.q_int16.halves[at];
-        double* scores = task_.scratch[r + k].scores + first + t;
-        const Double4 share =
-            __builtin_convertvector(dots, Double4) * task_.q_int16.units[at] * load_as<Double4>(norms + t);
-        store(scores, part == 0 ? share : load_as<Double4>(scores) + share);
-      }
-    }
+  static const std::uint8_t* row(const HeadRows& side, std::size_t slot) noexcept {
+    return side.codes + slot * side.row_bytes;
   }
 
   /// Puts weight * norm of every row into fixed point, block by block.
@@ -227,7 +391,9 @@ class Int16Path {
         for (std::size_t t = 0; t < kTile; t += kLanes) store(weights + t, load(row.weights + t) * load(norms + t));
         // 0 times a norm that is not finite is no 0.
         const Span seen = seen_of(task_.seen[r], tile);
-        fill_outside<kTile>(weights, seen.begin < seen.end ? seen : Span{kTile, kTile}, 0.0f);
+        if (seen.begin > 0 || seen.end < kTile) {
+          fill_outside<kTile>(weights, seen.begin < seen.end ? seen : Span{kTile, kTile}, 0.0f);
+        }
         fix_row(weights, b, row);
       }
     }
@@ -236,10 +402,9 @@ class Int16Path {
   void fix_row(const float* weights, std::size_t b, RowScratch& row) noexcept {
     Vec sums{}, largest{};
     for (std::size_t t = 0; t < kTile; t += kLanes) {
-      const Vec weight = load(weights + t);
-      const Vec magnitude = weight < 0.0f ? -weight : weight;
-      sums += magnitude;
-      largest = magnitude > largest ? magnitude : largest;
+      const Vec weight = magnitude(load(weights + t));
+      sums += weight;
+      largest = max(largest, weight);
     }
     const float total = sum_of_lanes(sums);
     if (!(total < INFINITY)) {  // must show in the output, and has no fixed point
@@ -248,9 +413,9 @@ class Int16Path {
       row.fixed_units[b] = NAN;
       return;
     }
-    float unit = 1e-37f;
-    for (std::size_t i = 0; i < kLanes; ++i) unit = largest[i] / 32766.0f > unit ? largest[i] / 32766.0f : unit;
+    float unit = max_of_lanes(largest) / 32766.0f;
     unit = total / Int16Levels::kBudget > unit ? total / Int16Levels::kBudget : unit;
+    unit = unit > 1e-37f ? unit : 1e-37f;
     const float inverse = 1.0f / unit;
     IntVec sum{};
     for (std::size_t t = 0; t < kTile; t += kLanes) {
@@ -264,42 +429,19 @@ class Int16Path {
     row.fixed_units[b] = unit * static_cast<float>(task_.v.int16->unit);
   }
 
-  /// Adds weights * values of one chunk of columns to kRows rows from `r` on.
-  template <std::size_t kRows>
-  void add_rows(std::size_t block, std::size_t chunk, std::size_t r, std::size_t pairs, const Sums* levels) noexcept {
-    Sums sums[kRows][4];
-    for (std::size_t k = 0; k < kRows; ++k) {
-      for (std::size_t i = 0; i < 4; ++i) sums[k][i] = fill(task_.scratch[r + k].halves[block]);
-    }
-    for (std::size_t p = 0; p < pairs; ++p, levels += 4) {
-#pragma GCC unroll 8
-      for (std::size_t k = 0; k < kRows; ++k) {
-        const Sums weights = broadcast_pair(task_.scratch[r + k].fixed_weights[block] + 2 * p);
-#pragma GCC unroll 4
-        for (std::size_t i = 0; i < 4; ++i) sums[k][i] = add_products(sums[k][i], levels[i], weights);
-      }
-    }
-    for (std::size_t k = 0; k < kRows; ++k) {
-      const RowScratch& row = task_.scratch[r + k];
-      float* out = task_.out + (r + k) * kHeadDim + chunk * kChunk;
-      for (std::size_t i = 0; i < 4; ++i, out += kSumLanes) {
-        const Vec added = __builtin_convertvector(load_as<IntVec>(&sums[k][i]), Vec);
-        store(out, load(out) * row.correction + added * row.fixed_units[block]);
-      }
-    }
-  }
-
-  /// Asks for a share of the next tile's keys.
+  /// Asks for the next tile's keys: the share that goes with the columns from a chunk on.
   void prefetch_keys(const Tile& tile, std::size_t chunk) noexcept {
-    constexpr std::size_t kShare = (kTile * kChunk + kHeadDim - 1) / kHeadDim;
-    for (std::size_t t = chunk * kShare; t < (chunk + 1) * kShare && t < kTile; ++t) {
+    constexpr std::size_t kShare = kTile * kColumnChunks<kHeadDim> * kChunk / kHeadDim;
+    const std::size_t first = chunk / kColumnChunks<kHeadDim> * kShare;
+    for (std::size_t t = first; t < first + kShare; ++t) {
       const std::size_t slot = tile.slots[t] + kTile;
-      prefetch_row(task_.k, slot < task_.capacity ? slot : slot - task_.capacity);
+      k_.prefetch(row(task_.k, slot < task_.capacity ? slot : slot - task_.capacity));
     }
   }
 
   const AttendTask& task_;
-  Decoder<kHeadDim> k_, v_;
+  FormatCalls<kHeadDim> k_, v_;
+  Rows values_;
 };
 
 void attend_int16(const AttendTask& task) noexcept {

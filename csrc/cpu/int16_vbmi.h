@@ -13,7 +13,7 @@ namespace {
 typedef __m512i Sums;
 constexpr std::size_t kChunk = 64;
 constexpr unsigned kSumShift = 4;
-constexpr std::size_t kScoreRows = 4, kAddRows = 4;
+constexpr std::size_t kValueRows = 4;
 
 struct Levels {
   Sums first, second;
@@ -26,6 +26,14 @@ inline void interleave(Sums a, Sums b, Sums& low, Sums& high) noexcept {
 
 inline Sums add_products(Sums sums, Sums a, Sums b) noexcept {
   return _mm512_dpwssd_epi32(sums, a, b);
+}
+
+inline Sums add_halves(Sums a, Sums b) noexcept {
+  return _mm512_add_epi32(_mm512_srai_epi32(a, 1), _mm512_srai_epi32(b, 1));
+}
+
+inline void pin(Sums& sums) noexcept {
+  asm("" : "+v"(sums));
 }
 
 inline Int4 add_across(const Sums* sums) noexcept {

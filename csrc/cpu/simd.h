@@ -51,6 +51,24 @@ inline float sum_of_lanes(Vec vec) noexcept {
   return lanes[0];
 }
 
+inline Vec max(Vec a, Vec b) noexcept {
+  return a > b ? a : b;
+}
+
+inline float max_of_lanes(Vec vec) noexcept {
+  float lanes[kLanes];
+  store(lanes, vec);
+  for (std::size_t half = kLanes / 2; half > 0; half /= 2) {
+    for (std::size_t j = 0; j < half; ++j) lanes[j] = lanes[j] > lanes[j + half] ? lanes[j] : lanes[j + half];
+  }
+  return lanes[0];
+}
+
+inline Vec magnitude(Vec x) noexcept {
+  const IntVec bits = load_as<IntVec>(&x) & 0x7fffffff;
+  return load_as<Vec>(&bits);
+}
+
 /// The integers nearest to values of magnitude below 2^22.
 inline IntVec nearest(Vec x) noexcept {
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
