@@ -163,8 +163,14 @@ QueryBlock::QueryBlock(const AttendOp& op, const IsaKernel& kernel, float row_sc
     const std::size_t query = first + row % rows_ / group_;
     const std::size_t at = query * args.num_heads + row / rows_ * group_ + row % group_;
     if (op.score_bias) bias_[row] = static_cast<double>(op.score_bias->data<const float>()[at]);
-    const double undo = prepare_query(op.q.data<const float>() + at * head_dim_, head_dim_, args.fuse_fwht_pre == 1,
-                                      q_.data() + row * head_dim_);
+    float* placed = q_.data() + row * head_dim_;
+    const double undo =
+        prepare_query(op.q.data<const float>() + at * head_dim_, head_dim_, args.fuse_fwht_pre == 1, placed);
+    if (!in_int16_ && kernel.place_query != nullptr) {
+      float natural[kMaxHeadDim];
+      std::copy_n(placed, head_dim_, natural);
+      kernel.place_query(natural, head_dim_, placed);
+    }
     scale_[row] = std::isfinite(bias_[row]) ? undo * static_cast<double>(args.scale) * static_cast<double>(row_scale)
                                             : std::numeric_limits<double>::quiet_NaN();
   }

@@ -1,12 +1,13 @@
-#include "cpu/float32_path.h"
+#include "cpu/float32_avx2.h"
 #include "cpu/int16_avx2.h"
-// Its primitives come first.
+// Their primitives come first.
+#include "cpu/float32_lookup.h"
 #include "cpu/int16_path.h"
 
 namespace tq_hb {
 
 const IsaKernel& attend_kernel_avx2() noexcept {
-  static const IsaKernel kernel{"avx2", attend_float32, attend_int16, quantize_query};
+  static const IsaKernel kernel{"avx2", attend_float32, place_query, attend_int16, quantize_query};
   return kernel;
 }
 

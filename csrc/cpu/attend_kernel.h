@@ -59,7 +59,7 @@ struct RowScratch {
 ///
 /// A row is one head of one query. All rows share the decoding of a key, also those that do not see it.
 struct AttendTask {
-  const float* q;          ///< [rows][head_dim], rotated; each row scaled by a power of two
+  const float* q;          ///< [rows][head_dim], rotated; each row scaled by a power of two; see place_query
   Int16Query q_int16;      ///< the same, read by attend_int16 alone
   const double* q_scale;   ///< [rows]: what turns dot(q, levels) * norm into the scaled score
   const double* bias;      ///< [rows]: added to the scaled score
@@ -81,6 +81,8 @@ struct IsaKernel {
   const char* isa;
   /// In float32: strict.
   void (*attend)(const AttendTask& task) noexcept;
+  /// Puts one row of q into the order in which `attend` takes it; null where that is the order of coordinates.
+  void (*place_query)(const float* q, std::size_t head_dim, float* placed) noexcept;
   /// In sums of 16-bit products; null where that is not faster.
   void (*attend_int16)(const AttendTask& task) noexcept;
   /// Puts one row of q into fixed point: `values` [head_dim], `units` and `halves` [kMaxNormBlocks]. The units are

@@ -3,7 +3,7 @@
 namespace tq_hb {
 
 const IsaKernel& attend_kernel_portable() noexcept {
-  static const IsaKernel kernel{"portable", attend_float32, nullptr, nullptr};
+  static const IsaKernel kernel{"portable", attend_in_float32<ScalarDecoder>, nullptr, nullptr, nullptr};
   return kernel;
 }
 

@@ -86,6 +86,21 @@ void update_softmax(const AttendTask& task, std::size_t r, const Tile& tile) noe
   task.max[r] = max;
 }
 
+/// Puts outputs in the order of coordinates: of every 16 of a chunk, vector i has those from 4 * i on, 128 bits after
+/// 128 bits.
+template <std::size_t kChunk>
+void order_columns(float* out, std::size_t count) noexcept {
+  struct Chunk {
+    float values[kChunk];
+  };
+  for (std::size_t i = 0; i < count; i += kChunk) {
+    const Chunk sums = load_as<Chunk>(out + i);
+    for (std::size_t j = 0; j < kChunk; j += 4) {
+      store(out + i + j, load_as<Float4>(sums.values + j % 16 / 4 * (kChunk / 4) + j / 16 * 4));
+    }
+  }
+}
+
 template <class Path>
 void attend_range(const AttendTask& task) noexcept {
   for (std::size_t r = 0; r < task.rows; ++r) {

@@ -1,4 +1,7 @@
 // Attention in float32: the strict path, and the only one where 16-bit products are no faster.
+//
+// A decoder says how codes become levels: decode(side, tile, rows) puts those of a tile's rows into `rows`, in an order
+// of its own within a row, in which task.q is too, and order(out, count) puts outputs in the order of coordinates.
 #pragma once
 
 #include "cpu/flash.h"
@@ -51,19 +54,23 @@ void decode_planes(const HeadRows& side, const Tile& tile, float* rows) noexcept
   }
 }
 
+/// One level at a time, in the order of coordinates.
 template <std::size_t kHeadDim>
-void decode_tile(const HeadRows& side, const Tile& tile, float* rows) noexcept {
-  switch (side.high_bits) {
-    case 1:
-      return decode_planes<kHeadDim, 1>(side, tile, rows);
-    case 2:
-      return decode_planes<kHeadDim, 2>(side, tile, rows);
-    default:
-      for (std::size_t t = 0; t < tile.count; ++t) {
-        look_up<kHeadDim>(side.codes + tile.slots[t] * side.row_bytes, side.levels, rows + t * kHeadDim);
-      }
+struct ScalarDecoder {
+  static void decode(const HeadRows& side, const Tile& tile, float* rows) noexcept {
+    switch (side.high_bits) {
+      case 1:
+        return decode_planes<kHeadDim, 1>(side, tile, rows);
+      case 2:
+        return decode_planes<kHeadDim, 2>(side, tile, rows);
+      default:
+        for (std::size_t t = 0; t < tile.count; ++t) {
+          look_up<kHeadDim>(side.codes + tile.slots[t] * side.row_bytes, side.levels, rows + t * kHeadDim);
+        }
+    }
   }
-}
+  static void order(float*, std::size_t) noexcept {}
+};
 
 /// Adds norm * dot(query, key) over one norm block to the scores of kRows rows and kKeys keys.
 ///
@@ -74,20 +81,25 @@ inline void score_block(const float* q, const float* keys, const float* const* n
   Vec sums[kRows][kKeys] = {};
   for (std::size_t i = 0; i < kBlockDim<kHeadDim>; i += kLanes) {
     Vec key[kKeys];
+#pragma GCC unroll 8
     for (std::size_t k = 0; k < kKeys; ++k) key[k] = load(keys + k * kHeadDim + i);
+#pragma GCC unroll 8
     for (std::size_t r = 0; r < kRows; ++r) {
       const Vec query = load(q + r * kHeadDim + i);
+#pragma GCC unroll 8
       for (std::size_t k = 0; k < kKeys; ++k) sums[r][k] += query * key[k];
     }
   }
+#pragma GCC unroll 8
   for (std::size_t r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
     for (std::size_t k = 0; k < kKeys; ++k) {
       scores[r][first + k] += static_cast<double>(sum_of_lanes(sums[r][k])) * static_cast<double>(*norms[k]);
     }
   }
 }
 
-template <std::size_t kHeadDim>
+template <std::size_t kHeadDim, class Decoder>
 class Float32Path {
  public:
   static constexpr std::size_t kTile = 16;
@@ -95,16 +107,16 @@ class Float32Path {
   explicit Float32Path(const AttendTask& task) noexcept : task_(task) {}
 
   void score(const Tile& tile) noexcept {
-    decode_tile<kHeadDim>(task_.k, tile, rows_);
+    Decoder::decode(task_.k, tile, rows_);
     for_each_group<2>(task_.rows, [&](auto rows, std::size_t r) { score_rows<decltype(rows)::value>(tile, r); });
   }
 
   void accumulate(const Tile& tile) noexcept {
-    decode_tile<kHeadDim>(task_.v, tile, rows_);
+    Decoder::decode(task_.v, tile, rows_);
     for_each_group<2>(task_.rows, [&](auto rows, std::size_t r) { accumulate_rows<decltype(rows)::value>(tile, r); });
   }
 
-  void finish() noexcept {}
+  void finish() noexcept { Decoder::order(task_.out, task_.rows * kHeadDim); }
 
  private:
   static constexpr std::size_t kBlocks = kNormBlocks<kHeadDim>;
@@ -154,18 +166,25 @@ class Float32Path {
       }
       for (std::size_t j = b * kDim; j < (b + 1) * kDim; j += kColumns * kLanes) {
         Vec sums[kRows][kColumns];
+#pragma GCC unroll 8
         for (std::size_t i = 0; i < kRows; ++i) {
           const float correction = task_.scratch[r + i].correction;
-          for (std::size_t c = 0; c < kColumns; ++c)
+#pragma GCC unroll 4
+          for (std::size_t c = 0; c < kColumns; ++c) {
             sums[i][c] = load(out + i * kHeadDim + j + c * kLanes) * correction;
+          }
         }
         for (std::size_t t = 0; t < tile.count; ++t) {
+#pragma GCC unroll 4
           for (std::size_t c = 0; c < kColumns; ++c) {
             const Vec value = load(rows_ + t * kHeadDim + j + c * kLanes);
+#pragma GCC unroll 8
             for (std::size_t i = 0; i < kRows; ++i) sums[i][c] += factors[i][t] * value;
           }
         }
+#pragma GCC unroll 8
         for (std::size_t i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
           for (std::size_t c = 0; c < kColumns; ++c) store(out + i * kHeadDim + j + c * kLanes, sums[i][c]);
         }
       }
@@ -176,9 +195,10 @@ class Float32Path {
   alignas(64) float rows_[kTile * kHeadDim];  // K's or V's, as levels
 };
 
-void attend_float32(const AttendTask& task) noexcept {
+template <template <std::size_t> class Decoder>
+void attend_in_float32(const AttendTask& task) noexcept {
 #define TQ_ATTEND(size) \
-  if (task.head_dim == size) return attend_range<Float32Path<size>>(task);
+  if (task.head_dim == size) return attend_range<Float32Path<size, Decoder<size>>>(task);
   TQ_HB_FOR_EACH_HEAD_DIM(TQ_ATTEND)
 #undef TQ_ATTEND
 }

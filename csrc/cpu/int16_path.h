@@ -357,25 +357,10 @@ class Int16Path {
     }
   }
 
-  /// Puts the columns of the outputs in order.
-  void finish() noexcept {
-    for (std::size_t i = 0; i < task_.rows * kHeadDim; i += kChunk) {
-      float* columns = task_.out + i;
-      float sums[kChunk];
-      store(sums, load_as<ChunkOfFloats>(columns));
-      for (std::size_t j = 0; j < kChunk; j += 4) {
-        const std::size_t vector = j % 16 / 4;
-        store(columns + j, load_as<Float4>(sums + vector * kSumLanes + j / 16 * 4));
-      }
-    }
-  }
+  void finish() noexcept { order_columns<kChunk>(task_.out, task_.rows * kHeadDim); }
 
  private:
   static constexpr std::size_t kBlocks = kNormBlocks<kHeadDim>;
-  struct ChunkOfFloats {
-    float values[kChunk];
-  };
-
   static const std::uint8_t* row(const HeadRows& side, std::size_t slot) noexcept {
     return side.codes + slot * side.row_bytes;
   }

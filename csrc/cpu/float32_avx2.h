@@ -1,0 +1,73 @@
+// The primitives of float32_lookup.h in AVX2.
+#pragma once
+
+#include "cpu/int16_avx2.h"
+
+namespace tq_hb {
+namespace {
+
+struct FloatLevels {
+  Vec vectors[4];
+};
+
+/// Joins the bytes of 32 floats, the lowest first.
+inline FloatLevels join_floats(const __m256i (&bytes)[4]) noexcept {
+  FloatLevels levels;
+  const auto put = [&](std::size_t i, __m256i low, __m256i high) {
+    levels.vectors[i] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low, high));
+    levels.vectors[i + 1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low, high));
+  };
+  put(0, _mm256_unpacklo_epi8(bytes[0], bytes[1]), _mm256_unpacklo_epi8(bytes[2], bytes[3]));
+  put(2, _mm256_unpackhi_epi8(bytes[0], bytes[1]), _mm256_unpackhi_epi8(bytes[2], bytes[3]));
+  return levels;
+}
+
+/// A codebook is symmetric: its lower half serves, negative levels, and the sign is put right by the code's.
+template <unsigned kBits, bool kPlane, std::size_t kHeadDim>
+class FloatLookup {
+ public:
+  explicit FloatLookup(const float* levels) noexcept {
+    for (std::size_t i = 0; i < kTables * 16; ++i) {
+      std::uint8_t bytes[4];
+      __builtin_memcpy(bytes, levels + i, sizeof(bytes));
+      for (std::size_t plane = 0; plane < 4; ++plane) {
+        tables_[plane][i / 16][i % 16] = tables_[plane][i / 16][16 + i % 16] = bytes[plane];
+      }
+    }
+  }
+
+  FloatLevels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
+    const Codes codes = CodeReader<kBits, kPlane, kHeadDim>::at(row, chunk);
+    const __m256i index = folded_index(codes);
+    const __m256i folded = _mm256_xor_si256(kBits == 8 ? codes.low : codes.bit4, codes.sign);
+    __m256i bytes[4];
+#pragma GCC unroll 4
+    for (std::size_t plane = 0; plane < 4; ++plane) bytes[plane] = byte_of(plane, index, folded);
+    bytes[3] = _mm256_xor_si256(bytes[3], _mm256_and_si256(codes.sign, _mm256_set1_epi8(static_cast<char>(0x80))));
+    return join_floats(bytes);
+  }
+
+ private:
+  static constexpr std::size_t kTables = std::size_t{1} << (kBits - 5);
+
+  __m256i entry(std::size_t plane, std::size_t table, __m256i index) const noexcept {
+    return _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<const __m256i*>(tables_[plane][table])), index);
+  }
+
+  __m256i byte_of(std::size_t plane, __m256i index, __m256i folded) const noexcept {
+    if constexpr (kTables == 1) return entry(plane, 0, index);
+    if constexpr (kTables == 2) return _mm256_blendv_epi8(entry(plane, 0, index), entry(plane, 1, index), folded);
+    if constexpr (kTables == 8) {
+      const auto pair = [&](std::size_t i) {
+        return _mm256_blendv_epi8(entry(plane, i, index), entry(plane, i + 1, index), up<3>(folded));
+      };
+      const auto four = [&](std::size_t i) { return _mm256_blendv_epi8(pair(i), pair(i + 2), up<2>(folded)); };
+      return _mm256_blendv_epi8(four(0), four(4), up<1>(folded));
+    }
+  }
+
+  alignas(32) std::uint8_t tables_[4][kTables][32];
+};
+
+}  // namespace
+}  // namespace tq_hb

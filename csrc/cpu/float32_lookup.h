@@ -1,0 +1,56 @@
+// Float32 levels by lookups of bytes: what an instruction set with tables of bytes gives to float32_path.h.
+//
+// A file that includes this one defines before, beside kChunk (see int16_path.h):
+//
+//   FloatLookup<bits, plane, dim>   FloatLookup(levels), .at(row, chunk) -> FloatLevels{Vec vectors[4]}: of every 16
+//                                   codes, vector i has those from 4 * i on, 128 bits after 128 bits
+#pragma once
+
+#include "cpu/float32_path.h"
+
+namespace tq_hb {
+namespace {
+
+/// Where the lookup leaves coordinate j.
+inline std::size_t place_of_level(std::size_t j) noexcept {
+  const std::size_t within = j % kChunk;
+  return j - within + within % 16 / 4 * kLanes + within / 16 * 4 + within % 4;
+}
+
+void place_query(const float* q, std::size_t head_dim, float* placed) noexcept {
+  for (std::size_t j = 0; j < head_dim; ++j) placed[place_of_level(j)] = q[j];
+}
+
+template <std::size_t kHeadDim>
+struct ByteTableDecoder {
+  template <unsigned kBits, bool kPlane>
+  static void decode_as(const HeadRows& side, const Tile& tile, float* rows) noexcept {
+    const FloatLookup<kBits, kPlane, kHeadDim> lookup(side.levels);
+    for (std::size_t t = 0; t < tile.count; ++t) {
+      const std::uint8_t* row = side.codes + tile.slots[t] * side.row_bytes;
+      float* out = rows + t * kHeadDim;
+#pragma GCC unroll 16
+      for (std::size_t chunk = 0; chunk < kHeadDim / kChunk; ++chunk) {
+        const FloatLevels levels = lookup.at(row, chunk);
+#pragma GCC unroll 4
+        for (std::size_t i = 0; i < 4; ++i) store(out + chunk * kChunk + i * kLanes, levels.vectors[i]);
+      }
+    }
+  }
+
+  static void decode(const HeadRows& side, const Tile& tile, float* rows) noexcept {
+    const bool plane = side.high_bits != 0;
+    if (side.cbits == 5) return plane ? decode_as<5, true>(side, tile, rows) : decode_as<5, false>(side, tile, rows);
+    if (side.cbits == 6) return plane ? decode_as<6, true>(side, tile, rows) : decode_as<6, false>(side, tile, rows);
+    return decode_as<8, false>(side, tile, rows);
+  }
+
+  static void order(float* out, std::size_t count) noexcept { order_columns<kChunk>(out, count); }
+};
+
+void attend_float32(const AttendTask& task) noexcept {
+  attend_in_float32<ByteTableDecoder>(task);
+}
+
+}  // namespace
+}  // namespace tq_hb
