@@ -40,6 +40,8 @@ using EncodeRows = std::uint32_t(const EncodeTask& task) noexcept;
 EncodeRows encode_rows_portable;
 #if defined(TQ_HB_HAVE_X86_KERNELS)
 EncodeRows encode_rows_avx2, encode_rows_avx512;
+#elif defined(TQ_HB_HAVE_NEON_KERNELS)
+EncodeRows encode_rows_neon;
 #endif
 
 }  // namespace tq_hb

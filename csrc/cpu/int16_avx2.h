@@ -28,8 +28,17 @@ inline Sums add_products(Sums sums, Sums a, Sums b) noexcept {
   return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
 }
 
-inline Sums add_halves(Sums a, Sums b) noexcept {
-  return _mm256_add_epi32(_mm256_srai_epi32(a, 1), _mm256_srai_epi32(b, 1));
+inline std::size_t lane_of(std::size_t j) noexcept {
+  return j / 2 % 8;
+}
+
+inline Sums add(Sums a, Sums b) noexcept {
+  return _mm256_add_epi32(a, b);
+}
+
+template <unsigned kBits>
+inline Sums cut(Sums sums) noexcept {
+  return kBits == 0 ? sums : _mm256_srai_epi32(sums, kBits);
 }
 
 inline void pin(Sums& sums) noexcept {
@@ -37,8 +46,8 @@ inline void pin(Sums& sums) noexcept {
 }
 
 inline Int4 add_across(const Sums* sums) noexcept {
-  const auto cut = [&](std::size_t i) { return _mm256_srai_epi32(sums[i], kSumShift); };
-  const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(cut(0), cut(1)), _mm256_hadd_epi32(cut(2), cut(3)));
+  const auto share = [&](std::size_t i) { return cut<kSumShift>(sums[i]); };
+  const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(share(0), share(1)), _mm256_hadd_epi32(share(2), share(3)));
   const __m128i total = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
   return load_as<Int4>(&total);
 }

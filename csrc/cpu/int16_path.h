@@ -11,7 +11,8 @@
 //                               has the first 8 and second the others, 128 bits after 128 bits
 //   interleave(a, b, low, high) the pairs (a_i, b_i) of 16-bit values, of every 8 the first 4 in low
 //   add_products(sums, a, b)    sums + a_2i * b_2i + a_2i+1 * b_2i+1, for 32-bit lane i
-//   add_halves(a, b)            a / 2 + b / 2, lane by lane
+//   lane_of(j)                  the lane that add_products adds the products of 16-bit value j to
+//   add(a, b), cut<bits>(a)     a + b, a / 2^bits, lane by lane
 //   add_across(sums[4])         the sums over all lanes, cut by kSumShift, as Int4
 //   broadcast_pair(p)           the 16-bit values at p and p + 1 in every 32-bit lane
 //   pin(sums)                   keeps the compiler from adding in another order, which would take more registers
@@ -30,6 +31,11 @@ template <std::size_t kHeadDim>
 constexpr std::size_t kPartDim = kBlockDim<kHeadDim> < kDotPart ? kBlockDim<kHeadDim> : kDotPart;
 template <std::size_t kHeadDim>
 constexpr std::size_t kParts = kBlockDim<kHeadDim> / kPartDim<kHeadDim>;
+/// By how many bits sums of a part are cut so that those of all parts can be added.
+template <std::size_t kHeadDim>
+constexpr unsigned kPartShift = kParts<kHeadDim> == 4   ? 2
+                                : kParts<kHeadDim> == 2 ? 1
+                                                        : 0;
 
 /// Where the lookup leaves coordinate i of every 16: its place among vectors of levels.
 inline std::size_t place_of(std::size_t j) noexcept {
@@ -40,27 +46,41 @@ inline std::size_t place_of(std::size_t j) noexcept {
 
 void quantize_query(const float* q, std::size_t head_dim, std::int16_t* values, double* units,
                     std::int32_t* halves) noexcept {
+  constexpr std::size_t kPairs = 2 * kSumLanes;  // coordinates whose products go to the lanes of one vector
   const std::size_t block_dim = head_dim < kNormBlock ? head_dim : kNormBlock;
   for (std::size_t first = 0; first < head_dim; first += block_dim) {
     float placed[kNormBlock];
-    for (std::size_t j = 0; j < block_dim; ++j) placed[place_of(j)] = q[first + j];
+    for (std::size_t j = 0; j < block_dim; j += 8)
+      __builtin_memcpy(placed + place_of(j), q + first + j, 8 * sizeof(*q));
     float unit = 1e-30f;
     for (std::size_t part = 0; part < block_dim; part += kDotPart) {
       const std::size_t end = part + kDotPart < block_dim ? part + kDotPart : block_dim;
-      float lanes[kSumLanes] = {};
-      for (std::size_t j = part; j < end; ++j) {
-        const float magnitude = fabsf(placed[j]);
-        lanes[j / 2 % kSumLanes] += magnitude;
-        unit = magnitude / 32766.0f > unit ? magnitude / 32766.0f : unit;
+      float sums[kPairs] = {}, largest[kPairs] = {};
+      for (std::size_t j = part; j < end; j += kPairs) {
+        for (std::size_t i = 0; i < kPairs; ++i) {
+          const float magnitude = fabsf(placed[j + i]);
+          sums[i] += magnitude;
+          largest[i] = magnitude > largest[i] ? magnitude : largest[i];
+        }
       }
-      for (const float lane : lanes) unit = lane / Int16Levels::kBudget > unit ? lane / Int16Levels::kBudget : unit;
+      float sum = 0.0f, single = 0.0f;
+      for (std::size_t i = 0; i < kPairs; i += 2) {
+        sum = sums[i] + sums[i + 1] > sum ? sums[i] + sums[i + 1] : sum;
+        single = largest[i] > single ? largest[i] : single;
+        single = largest[i + 1] > single ? largest[i + 1] : single;
+      }
+      unit = single / 32766.0f > unit ? single / 32766.0f : unit;
+      unit = sum / Int16Levels::kBudget > unit ? sum / Int16Levels::kBudget : unit;
+    }
+    const float inverse = 1.0f / unit;
+    IntVec total{};
+    for (std::size_t j = 0; j < block_dim; j += kLanes) {
+      const IntVec value = nearest(load(placed + j) * inverse);
+      store(values + first + j, __builtin_convertvector(value, ShortVec));
+      total += value;
     }
     std::int32_t sum = 0;
-    for (std::size_t j = 0; j < block_dim; ++j) {
-      const std::int32_t value = static_cast<std::int32_t>(rintf(placed[j] / unit));
-      values[first + j] = static_cast<std::int16_t>(value);
-      sum += value;
-    }
+    for (std::size_t i = 0; i < kLanes; ++i) sum += total[i];
     const std::int32_t cut = (block_dim > kDotPart ? 2 : 1) << kSumShift;
     units[first / block_dim] = static_cast<double>(unit) * cut;
     halves[first / block_dim] = sum / (2 * cut);
@@ -121,7 +141,8 @@ inline void multiply_key(const Key& key, const std::int16_t* q, std::size_t t, D
 #pragma GCC unroll 8
       for (std::size_t k = 0; k < kRows; ++k) {
         Sums& whole = dots.sums[b][k][t];
-        whole = part == 0 ? sums[k] : add_halves(whole, sums[k]);
+        const Sums share = cut<kPartShift<kHeadDim>>(sums[k]);
+        whole = part == 0 ? share : add(whole, share);
       }
     }
   }

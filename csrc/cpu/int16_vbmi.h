@@ -28,8 +28,17 @@ inline Sums add_products(Sums sums, Sums a, Sums b) noexcept {
   return _mm512_dpwssd_epi32(sums, a, b);
 }
 
-inline Sums add_halves(Sums a, Sums b) noexcept {
-  return _mm512_add_epi32(_mm512_srai_epi32(a, 1), _mm512_srai_epi32(b, 1));
+inline std::size_t lane_of(std::size_t j) noexcept {
+  return j / 2 % 16;
+}
+
+inline Sums add(Sums a, Sums b) noexcept {
+  return _mm512_add_epi32(a, b);
+}
+
+template <unsigned kBits>
+inline Sums cut(Sums sums) noexcept {
+  return kBits == 0 ? sums : _mm512_srai_epi32(sums, kBits);
 }
 
 inline void pin(Sums& sums) noexcept {
@@ -38,7 +47,7 @@ inline void pin(Sums& sums) noexcept {
 
 inline Int4 add_across(const Sums* sums) noexcept {
   const auto pair = [&](std::size_t i) {
-    const __m512i a = _mm512_srai_epi32(sums[i], kSumShift), b = _mm512_srai_epi32(sums[i + 1], kSumShift);
+    const __m512i a = cut<kSumShift>(sums[i]), b = cut<kSumShift>(sums[i + 1]);
     return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
   };
   const __m512i ab = pair(0), cd = pair(2);

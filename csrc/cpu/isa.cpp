@@ -25,6 +25,8 @@ std::vector<Isa> find_available() {
   if (avx512) {
     available.push_back({vbmi ? &attend_kernel_avx512_vbmi() : &attend_kernel_avx512(), encode_rows_avx512});
   }
+#elif defined(TQ_HB_HAVE_NEON_KERNELS)
+  available.push_back({&attend_kernel_neon(), encode_rows_neon});
 #endif
   return available;
 }
