@@ -154,9 +154,17 @@ bool encode_row(const float* src, std::size_t head_dim, float scale_factor_d512,
 bool is_encodable_row(const float* src, std::size_t head_dim) noexcept {
   // A row this small cannot overflow anywhere below; NaN and infinity fail the comparison.
   constexpr float kSafeEnergy = 1e30f;
-  float energy = 0.0f;
-  for (std::size_t j = 0; j < head_dim; ++j) energy += src[j] * src[j];
-  if (energy < kSafeEnergy) return true;
+  constexpr std::size_t kSums = 4;
+  Four sums[kSums] = {};
+  for (std::size_t j = 0; j < head_dim; j += 4 * kSums) {
+    for (std::size_t i = 0; i < kSums; ++i) {
+      Four x;
+      std::memcpy(&x, src + j + 4 * i, sizeof(x));
+      sums[i] += x * x;
+    }
+  }
+  const Four sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  if (sum[0] + sum[1] + sum[2] + sum[3] < kSafeEnergy) return true;
   float y[kMaxHeadDim];
   float norms[kMaxHeadDim / kNormBlock];
   return rotate_and_measure(src, head_dim, y, norms);
