@@ -25,7 +25,7 @@ CALLABLES = sorted(
 # What users call outside tq_hb itself, and what the libraries are that it needs.
 EXAMPLE_MODULES = {
     "tq_hb.policy": (),
-    **{f"tq_hb.cli{name}": ("rich",) for name in ("", ".bench", ".generate", ".info")},
+    **{f"tq_hb.cli{name}": ("rich",) for name in ("", ".bench", ".calibrate", ".gate", ".generate", ".info")},
     "tq_hb.integrations.transformers": ("torch", "transformers"),
 }
 FINDER = doctest.DocTestFinder(exclude_empty=True)

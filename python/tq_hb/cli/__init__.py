@@ -1,4 +1,4 @@
-"""The command line: ``tq-hb info | bench | generate | gate``.
+"""The command line: ``tq-hb info | bench | generate | gate | calibrate``.
 
 A command is a module with ``add_parser(subparsers)`` and ``run(args) -> int``. Modules import rich, torch and the like
 inside `run`, so that ``--help`` and ``info`` stay fast and work without the optional libraries.
@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 
 import tq_hb
-from tq_hb.cli import bench, gate, generate, info
+from tq_hb.cli import bench, calibrate, gate, generate, info
 
 __all__ = ["main"]
 
-_COMMANDS = (info, bench, generate, gate)
+_COMMANDS = (info, bench, generate, gate, calibrate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

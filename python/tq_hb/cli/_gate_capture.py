@@ -129,7 +129,7 @@ def _captured_layer(index: int, rule: Mapping[str, Any], tensors: Mapping[str, t
 
 
 def _refused(path: Path, why: str) -> tq_hb.InvalidArgument:
-    return tq_hb.InvalidArgument(f"gate: model must be a file of captured queries, keys and values, got {path} ({why})")
+    return tq_hb.InvalidArgument(f"model must be a file of captured queries, keys and values, got {path} ({why})")
 
 
 class _Recorder(Outputs):

@@ -98,7 +98,7 @@ def rich_table(report: Report) -> Any:
     shown = [name for name in _SHOWN if name in report["settings"][0]["worst"]]
     gates = [gate["name"] for gate in report["gates"]]
     rows = table(
-        f"{report['model']}: the worst of {len(report['settings'][0]['texts'])} texts",
+        f"{report['model']}: {_scope(report)}",
         "K/V bits",
         "bytes\nper token",
         *(_COLUMNS[name] for name in shown),
@@ -125,7 +125,7 @@ def markdown(report: Report, plots: dict[str, str]) -> str:
         *(f"| {gate['name']} | {limits(gate)} |" for gate in report["gates"]),
         "",
         "(✓) and (✗): lets it through or not, though an interval reaches over a limit, on either side.\n",
-        "## Every setting on the text where each figure is worst\n",
+        f"## Every setting: {_scope(report)}\n",
         _table(report, "worst", [*(["needles"] if report["reference_needles"] else []), *gates]),
     ]
     for kind, file in plots.items():
@@ -140,6 +140,11 @@ def markdown(report: Report, plots: dict[str, str]) -> str:
     return "\n".join(parts)
 
 
+def _scope(report: Report) -> str:
+    texts = list(report["settings"][0]["texts"])
+    return f"each figure on that of {len(texts)} texts where it is worst" if len(texts) > 1 else texts[0]
+
+
 def _about(report: Report) -> str:
     texts = ", ".join(
         f"{text['name']} ({text['source']}, {text['tokens']:,} tokens)" for text in report.get("texts", ())
@@ -148,9 +153,10 @@ def _about(report: Report) -> str:
     bootstrap = report["bootstrap"]
     return (
         f"{what}KL is in nats. In brackets: {bootstrap['confidence']:.0%} intervals by bootstrap, "
-        f"{bootstrap['resamples']:,} resamples of blocks of {bootstrap['block_tokens']} tokens. *Cosine*: attention outputs against exact attention on the "
-        "same queries, keys and values, all layers together; *run cosine*: against the float32 replay, what the layers "
-        "before have done included. *Variation*: half the sum of the absolute differences of the attention weights."
+        f"{bootstrap['resamples']:,} resamples of blocks of {bootstrap['block_tokens']} tokens. *Cosine*: attention "
+        "outputs against exact attention on the same queries, keys and values, all layers together; *run cosine*: "
+        "against the float32 replay, what the layers before have done included. *Variation*: half the sum of the "
+        "absolute differences of the attention weights."
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tq_hb.cli._gate_caches import Layer, Widths
+from tq_hb.cli._gate_caches import WIDEST, Layer, Widths
 from tq_hb.cli._gate_capture import Capture, measure_capture
 from tq_hb.cli._gate_replay import CHUNK, SAMPLED_EVERY, Attention, Pass, layers_of, replay, replay_reference
 from tq_hb.cli._gate_scores import Scores, score
@@ -68,6 +68,11 @@ class Outcome:
         """Return each figure on the text where it is worst."""
         every = list(self.texts.values())
         return {name: worst(every, name) for name in every[0]}
+
+    def error(self) -> float:
+        """Return the mean KL, or without predictions one minus the mean cosine, on the worst text."""
+        figures = self.worst()
+        return figures["kl_mean"].value if "kl_mean" in figures else 1 - figures["cosine_mean"].value
 
     def verdict(self, gate: Gate) -> str:
         """Return "pass" if that is the verdict on every text, "fail" if it is that on any, else "open"."""
@@ -198,20 +203,21 @@ def with_exceptions(job: Job, outcomes: Sequence[Outcome]) -> Iterator[Widths]:
     if best is None:
         return
     below = [o for o in outcomes if o.bytes_per_token < best.bytes_per_token and not o.setting.exceptions]
-    below.sort(key=lambda o: (-o.bytes_per_token, o.worst()["variation_mean"].value))
+    below.sort(key=lambda o: (-o.bytes_per_token, o.error()))
     allowed = len(job.layers) // _MOST_EXCEPTIONS
     for outcome in below[:_TRIED_WITH_EXCEPTIONS]:
         error = np.mean([[1 - layer["cosine_mean"] for layer in rows] for rows in outcome.layers.values()], axis=0)
-        # Places in the list of layers with keys of their own, which may leave out some of the model's.
-        worst_layers = sorted(job.layers[i].index for i in np.argsort(-error, kind="stable")[:allowed])
-        if worst_layers:
-            yield replace(outcome.setting, exceptions=tuple(worst_layers))
+        exceptions = [job.layers[i] for i in np.argsort(-error, kind="stable")[:allowed]]
+        more_bits = 2 * WIDEST - outcome.setting.k_bits - outcome.setting.v_bits
+        more_bytes = sum(layer.kv_heads * layer.head_dim * more_bits / 8 for layer in exceptions)
+        if exceptions and outcome.bytes_per_token + more_bytes < best.bytes_per_token:
+            yield replace(outcome.setting, exceptions=tuple(sorted(layer.index for layer in exceptions)))
 
 
 def smallest(outcomes: Sequence[Outcome], gate: Gate) -> Outcome | None:
-    """Return the outcome of fewest bytes that a gate lets through; of equal ones, that of the least KL or error."""
+    """Return the outcome of fewest bytes that a gate lets through; of equal ones, that of the least error."""
     passing = [outcome for outcome in outcomes if outcome.is_let_through(gate)]
-    return min(passing, key=lambda o: (o.bytes_per_token, o.worst()["variation_mean"].value), default=None)
+    return min(passing, key=lambda o: (o.bytes_per_token, o.error()), default=None)
 
 
 def model_digest(model: Any) -> str:

@@ -74,18 +74,20 @@ def score(
 def _score_rows(head: Any, softcap: float | None, states: list[torch.Tensor], targets: torch.Tensor) -> list[Scores]:
     """Score one block of rows, a slice of the vocabulary at a time; the first of `states` is the reference."""
     reference, *others = (_Logits(head, softcap, hidden, targets) for hidden in states)
-    divergences = [_Divergence(len(targets)) for _ in others]
+    weights = _Weights(len(targets))
+    divergences = [_Divergence(weights) for _ in others]
     for start in range(0, len(head.weight), _TOKENS):
         tokens = slice(start, min(start + _TOKENS, len(head.weight)))
         wanted = reference.of(tokens)
+        weights.take(wanted)
         for logits, divergence in zip(others, divergences, strict=True):
             divergence.add(wanted, logits.of(tokens))
     return [
         Scores(
             kl=divergence.kl().numpy(),
             same_top1=(logits.top == reference.top).numpy(),
-            nll=(divergence.log_sum() + divergence.log_normaliser() - logits.target).numpy(),
-            reference_nll=(divergence.log_sum() - reference.target).numpy(),
+            nll=(weights.log_sum() + divergence.log_normaliser() - logits.target).numpy(),
+            reference_nll=(weights.log_sum() - reference.target).numpy(),
             right=(logits.top == targets).numpy(),
             reference_right=(reference.top == targets).numpy(),
         )
@@ -120,6 +122,30 @@ class _Logits:
         return logits
 
 
+class _Weights:
+    """The reference's probabilities, a slice of the vocabulary at a time, short of a factor that is known at the end.
+
+    They are relative to the likeliest token so far; what was summed up before has to be multiplied by `rescale`.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._highest = torch.full((rows,), -torch.inf)
+        self._buffer = torch.empty(rows, _TOKENS)
+        self.total = torch.zeros(rows, dtype=torch.float64)
+
+    def take(self, wanted: torch.Tensor) -> None:
+        highest = torch.maximum(self._highest, wanted.amax(dim=1))
+        self.rescale = (self._highest - highest).double().exp()
+        self._highest = highest
+        self.values = self._buffer[:, : wanted.shape[1]]
+        torch.sub(wanted, highest[:, None], out=self.values).exp_()
+        self.total = self.total * self.rescale + self.values.sum(dim=1)
+
+    def log_sum(self) -> torch.Tensor:
+        """Return the logarithm of the sum of the exponentials of the logits."""
+        return self._highest.double() + self.total.log()
+
+
 class _Divergence:
     """The sums that make KL(reference || other) of some rows.
 
@@ -127,35 +153,23 @@ class _Divergence:
     log-probabilities of hundreds of thousands of tokens would leave little of a KL of 1e-4.
     """
 
-    def __init__(self, rows: int) -> None:
-        self._highest = torch.full((rows,), -torch.inf)
-        self._sums = torch.zeros(3, rows, dtype=torch.float64)
-        self._weights = torch.empty(rows, _TOKENS)
+    def __init__(self, weights: _Weights) -> None:
+        self._weights = weights
+        rows = len(weights.total)
+        self._sums = torch.zeros(2, rows, dtype=torch.float64)
         self._grown = torch.empty(rows, _TOKENS)
 
     def add(self, wanted: torch.Tensor, logits: torch.Tensor) -> None:
-        """Take a slice of both; `logits` is overwritten."""
-        highest = torch.maximum(self._highest, wanted.amax(dim=1))
-        self._sums *= (self._highest - highest).double().exp()
-        self._highest = highest
-        weights, grown = (buffer[:, : wanted.shape[1]] for buffer in (self._weights, self._grown))
-        torch.sub(wanted, highest[:, None], out=weights).exp_()
+        """Take the slice of both that the weights have taken; `logits` is overwritten."""
+        grown = self._grown[:, : wanted.shape[1]]
         difference = logits.sub_(wanted)
         torch.expm1(difference, out=grown)
-        self._sums += torch.stack([weights.sum(dim=1), _dot(weights, grown), _dot(weights, difference)])
-
-    def log_sum(self) -> torch.Tensor:
-        """Return the logarithm of the sum of the exponentials of the reference's logits."""
-        return self._highest.double() + self._sums[0].log()
+        self._sums *= self._weights.rescale
+        self._sums += torch.stack([torch.linalg.vecdot(self._weights.values, x) for x in (grown, difference)])
 
     def log_normaliser(self) -> torch.Tensor:
-        """Return by how much the other's is larger."""
-        total, growth, _ = self._sums
-        return torch.log1p(growth / total)
+        """Return by how much the logarithm of the other's sum of exponentials is larger."""
+        return torch.log1p(self._sums[0] / self._weights.total)
 
     def kl(self) -> torch.Tensor:
-        return self.log_normaliser() - self._sums[2] / self._sums[0]
-
-
-def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vecdot(a, b).double()
+        return self.log_normaliser() - self._sums[1] / self._weights.total

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import zipfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -32,15 +33,20 @@ class Store:
     def load(self, key: Mapping[str, Any]) -> Arrays | None:
         """Return what was saved under the key; None if there is nothing, or if it can't be read."""
         try:
-            with np.load(self._path(key), allow_pickle=False) as file:
+            content = io.BytesIO(self._path(key).read_bytes())
+            with np.load(content, allow_pickle=False) as file:
                 return dict(file)
-        except (OSError, ValueError, EOFError):
+        except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile):
+            # Numpy gives an array where it should give a file of arrays, if that is what is there.
             return None
 
     def save(self, key: Mapping[str, Any], arrays: Arrays) -> None:
         """Keep arrays, whole or not at all."""
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **arrays)
+        # Where the output is part of a checkout, what can be measured again is not.
+        if not (self._directory / ".gitignore").exists():
+            write_whole(self._directory / ".gitignore", b"*\n")
         write_whole(self._path(key), content.getvalue())
 
     def drop(self, key: Mapping[str, Any]) -> None:
@@ -57,7 +63,7 @@ def code_digest() -> str:
     """Return a digest of what the results depend on of this package: the core, and the gate's own modules."""
     digest = hashlib.sha256(tq_hb.__version__.encode())
     here = Path(__file__).parent
-    measuring = ("_gate_caches", "_gate_replay", "_gate_scores", "_gate_texts", "_gate_capture")
+    measuring = ("_gate_caches", "_gate_replay", "_gate_scores", "_gate_capture")
     for path in (Path(_core.__file__), here.parent / "cache.py", *(here / f"{name}.py" for name in measuring)):
         digest.update(path.read_bytes())
     return digest.hexdigest()

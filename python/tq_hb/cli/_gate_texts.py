@@ -46,11 +46,32 @@ def user_text(tokenizer: Any, path: Path, length: int) -> Text:
     tq_hb.InvalidArgument
         If it can't be read or has fewer.
     """
+    return _cut(tokenizer, path.name, str(path), read_text(path), length)
+
+
+def read_text(path: Path) -> str:
+    """Return what is in a file.
+
+    Raises
+    ------
+    tq_hb.InvalidArgument
+        If it can't be read.
+    """
     try:
-        content = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise tq_hb.InvalidArgument(f"gate: text must be a readable text file, got {path}: {error}") from error
-    return _cut(tokenizer, path.name, str(path), content, length)
+        raise tq_hb.InvalidArgument(f"text must be a readable text file, got {path} ({error})") from error
+
+
+def own_content(kind: str) -> str:
+    """Return all of our text of a kind: "licence", "documentation" or "code"."""
+    return _KINDS[kind][1]()
+
+
+def beginning(tokenizer: Any, content: str, length: int) -> torch.Tensor:
+    """Return up to `length` tokens, shape (1, tokens)."""
+    # Far more characters than the tokens can take, without reading megabytes.
+    return torch.tensor([tokenizer(content[: 40 * length]).input_ids[:length]])
 
 
 def needle_text(tokenizer: Any, length: int, depths: Sequence[float]) -> Text:
@@ -71,7 +92,9 @@ def needle_text(tokenizer: Any, length: int, depths: Sequence[float]) -> Text:
     start = list(tokenizer("").input_ids)
     hay = encode(_documentation())[: length - needles - len(start)]
     if len(hay) < length - needles - len(start) or not hay:
-        raise tq_hb.InvalidArgument(f"gate: tokens must be fewer, the needle text is too short for {length}")
+        raise tq_hb.InvalidArgument(
+            f"tokens must be enough for {len(depths)} needles and no more than we have, got {length}"
+        )
     cuts = [round(depth * len(hay)) for depth in depths]
     tokens = list(start)
     for begin, end, fact in zip([0, *cuts], [*cuts, len(hay)], [*facts, ()], strict=True):
@@ -128,10 +151,7 @@ _KINDS: dict[str, tuple[str, Callable[[], str]]] = {
 
 
 def _cut(tokenizer: Any, name: str, source: str, content: str, length: int) -> Text:
-    # Far more characters than the tokens can take, without reading megabytes.
-    tokens = torch.tensor([tokenizer(content[: 40 * length]).input_ids[:length]])
+    tokens = beginning(tokenizer, content, length)
     if tokens.shape[1] < length:
-        raise tq_hb.InvalidArgument(
-            f"gate: text must have at least {length} tokens (see --tokens), got {tokens.shape[1]} in {name}"
-        )
+        raise tq_hb.InvalidArgument(f"text must have at least {length} tokens, got {tokens.shape[1]} in {name}")
     return Text(name, source, tokens)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shlex
 import sys
@@ -82,15 +81,10 @@ def run(args: argparse.Namespace) -> int:
 
     from tq_hb.cli._models import require_packages
     from tq_hb.cli._output import print_json
+    from tq_hb.cli._torch import set_up
 
     require_packages({name: name for name in ("torch", "transformers", "matplotlib", "safetensors")})
-    # Before torch is loaded: its waiting threads would spin, and take the cores from everything else, tq_hb included.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    import torch
-
-    if args.threads is not None:
-        tq_hb.set_num_threads(args.threads)
-    torch.set_num_threads(tq_hb.num_threads())
+    set_up(args.threads)
     # Where there is no terminal, nothing has to fit into 80 columns.
     width = None if sys.stdout.isatty() else 120
     console = Console(stderr=args.json, highlight=False, width=width)
@@ -134,7 +128,7 @@ def _prepare(args: argparse.Namespace, console: Console) -> tuple[Job | None, di
         captured = load_capture(path)
         return CaptureJob(captured, store), {**about, "model": captured.model}
     if args.tokens < 1:
-        raise tq_hb.InvalidArgument(f"gate: tokens must be at least 1, got {args.tokens}")
+        raise tq_hb.InvalidArgument(f"tokens must be at least 1, got {args.tokens}")
     with console.status("loading") as status:
         loaded = load(args.model, lambda step: status.update(f"loading {args.model}: {step}"))
         tokenizer = loaded.tokenizer
@@ -172,11 +166,11 @@ def _settings(args: argparse.Namespace, job: Job) -> list[Widths]:
         match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
         if match is None or not {int(bits) for bits in match.groups()} <= set(tq_hb.supported_bits()):
             known = ", ".join(map(str, tq_hb.supported_bits()))
-            raise tq_hb.InvalidArgument(f"gate: widths must be K/V pairs of {known}, got {text.strip()!r}")
+            raise tq_hb.InvalidArgument(f"widths must be K/V pairs of {known}, got {text.strip()!r}")
         pairs.append((int(match[1]), int(match[2])))
     choices = list(dict.fromkeys(args.k_mean or ["none"]))
     if len(set(choices) - {"none", "prefill"}) > 1:
-        raise tq_hb.InvalidArgument(f"gate: k-mean must name one file at most, got {', '.join(choices)}")
+        raise tq_hb.InvalidArgument(f"k-mean must name one file at most, got {', '.join(choices)}")
     settings = []
     for choice in choices:
         k_mean: Any = None
@@ -197,7 +191,7 @@ def _check_means(k_means: Sequence[Any], job: Job, source: str) -> None:
             continue
         if not hasattr(mean, "shape") or mean.shape != (layer.kv_heads, layer.head_dim):
             raise tq_hb.InvalidArgument(
-                f"gate: k-mean must have shape {(layer.kv_heads, layer.head_dim)} in layer {layer.index}, "
+                f"k-mean must have shape {(layer.kv_heads, layer.head_dim)} in layer {layer.index}, "
                 f"got {getattr(mean, 'shape', mean)} in {source}"
             )
 
