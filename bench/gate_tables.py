@@ -1,0 +1,40 @@
+"""The tables of docs/quality.md, from the reports that ``tq-hb gate`` wrote into docs/gates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from bench import harness, markdown
+
+GATES = harness.ROOT / "docs" / "gates"
+_MODELS = {"gate_gemma": "gemma-3-270m", "gate_smollm2": "smollm2-135m"}
+_FIGURES = {
+    "kl_mean": ("mean KL / 10⁻³", lambda value: f"{1e3 * value:.2g}"),
+    "kl_p99": ("p99 KL / 10⁻³", lambda value: f"{1e3 * value:.2g}"),
+    "flips": ("argmax changed", lambda value: f"{value:.1%}"),
+    "perplexity_change": ("perplexity change", lambda value: f"{value:+.2%}"),
+    "run_cosine_mean": ("run cosine mean", lambda value: f"{value:.4f}"),
+    "run_cosine_p1": ("run cosine p1", lambda value: f"{value:.4f}"),
+}
+
+
+def gate(folder: str) -> str:
+    """Return one model's settings on the text where each figure is worst, and which gates they pass."""
+    report: dict[str, Any] = json.loads((GATES / folder / "gate.json").read_text())
+    gates = [gate["name"] for gate in report["gates"]]
+    rows = []
+    for row in report["settings"]:
+        figures = [show(row["worst"][name]["value"]) for name, (_, show) in _FIGURES.items()]
+        wanted = report["reference_needles"]
+        lost = sum(had and not has for had, has in zip(wanted, row["needles"], strict=True))
+        passed = ["yes" if row["let_through"][name] else "no" for name in gates]
+        rows.append([row["name"], f"{row['bytes_per_token']:,.0f}", *figures, f"{lost} of {sum(wanted)}", *passed])
+    header = ["K/V bits", "bytes per token", *(heading for heading, _ in _FIGURES.values()), "needles lost", *gates]
+    source = f"`docs/gates/{folder}/gate.json`, written by `{report['command']}`"
+    return f"{markdown.table(header, rows)}\n{source}; [gate.md](gates/{folder}/gate.md) has every text and layer.\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {name: partial(gate, folder) for name, folder in _MODELS.items()}
