@@ -70,6 +70,11 @@ std::optional<Buffer> wrap(const Device& device, const std::string& op, const st
 /// A new buffer of the device with the array's contents.
 Buffer copy_in(const Device& device, const std::string& op, const std::string& field, const py::array& array);
 
+/// A buffer over another library's C-contiguous array in the device's own memory; `stream` is what DLPack's protocol
+/// calls that of the consumer. Throws where the array is elsewhere.
+Buffer borrow(const Device& device, const std::string& op, const std::string& field, const py::object& producer,
+              std::int64_t stream);
+
 /// Buffer.__dlpack__.
 py::capsule to_dlpack(const Buffer& buffer, const py::object& stream, const py::object& max_version,
                       const py::object& dl_device, const std::optional<bool>& copy);

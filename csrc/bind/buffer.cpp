@@ -197,6 +197,14 @@ void bind_buffer(py::module_& module) {
           "dtype", [](const Buffer& self) { return numpy_dtype(self.dtype()); },
           "numpy dtype.\n\n"
           ">>> import numpy as np, tq_hb\n>>> tq_hb.Device(\"cpu\").empty(3, np.uint8).dtype\ndtype('uint8')")
+      .def_property_readonly(
+          "ndim", [](const Buffer& self) { return self.shape().size(); },
+          "Number of axes.\n\n>>> import tq_hb\n>>> tq_hb.Device(\"cpu\").empty((4, 2)).ndim\n2")
+      .def(
+          "reshape", [](const Buffer& self, const Shape& shape) { return self.reshape(shape); }, py::arg("shape"),
+          "The same memory with other axes, of the same size in all.\n\n"
+          ">>> import tq_hb\n>>> tq_hb.Device(\"cpu\").empty((4, 2)).reshape((1, 8))\n"
+          "Buffer(shape=(1, 8), dtype=float32)")
       .def_property_readonly("nbytes", &Buffer::nbytes,
                              "Bytes of the array.\n\n"
                              ">>> import tq_hb\n>>> tq_hb.Device(\"cpu\").empty((4, 2)).nbytes\n32")

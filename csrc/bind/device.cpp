@@ -21,10 +21,10 @@ void bind_device(py::module_& module) {
       .def_property_readonly("num_multiprocessors",
                              [](const Device& self) { return self.limits().num_multiprocessors; })
       .def(
-          "offers_for",
+          "offers",
           [](const Device& self, AttendKernel kernel, std::uint64_t head_dim, const std::string& packing,
              unsigned k_bits, unsigned v_bits) {
-            return self.offers_for(kernel, head_dim, parse_packing("Device", packing), k_bits, v_bits);
+            return self.offers(kernel, head_dim, parse_packing("Device", packing), k_bits, v_bits);
           },
           py::arg("kernel"), py::arg("head_dim"), py::arg("packing"), py::arg("k_bits"), py::arg("v_bits"))
       .def(
@@ -34,6 +34,8 @@ void bind_device(py::module_& module) {
           py::arg("shape"), py::arg("dtype"), py::arg("op"), py::arg("field"))
       .def("wrap", &wrap, py::arg("op"), py::arg("field"), py::arg("array"))
       .def("copy_in", &copy_in, py::arg("op"), py::arg("field"), py::arg("array"))
+      .def("borrow", &borrow, py::arg("op"), py::arg("field"), py::arg("producer"), py::arg("stream"))
+      .def("is_capturing", &Device::is_capturing, py::arg("stream"))
       .def("make_encoder", &Device::make_encoder, py::arg("auto_barrier") = false, py::arg("stream") = py::none())
       .def("warm_up", &Device::warm_up, py::arg("bits"), py::call_guard<ReleasedGil>());
 

@@ -90,17 +90,24 @@ py::tuple view(const std::string& op, const std::string& field, const DLTensor& 
   return py::make_tuple(array, tensor.dtype.code == kBfloat);
 }
 
-/// The producer's capsule: versioned, which can say "read-only", where the producer knows that.
+/// Calls __dlpack__ for a versioned capsule, which can say "read-only", where the producer knows that.
+py::object call_dlpack(const py::object& producer, py::dict keywords) {
+  const py::object method = producer.attr("__dlpack__");
+  const py::dict versioned = keywords.attr("copy")();
+  versioned["max_version"] = py::make_tuple(int{kMajorVersion}, 0);
+  try {
+    return method(**versioned);
+  } catch (const py::error_already_set& error) {
+    if (!error.matches(PyExc_TypeError)) throw;
+  }
+  return method(**keywords);
+}
+
 py::object export_capsule(const std::string& op, const std::string& field, const py::object& producer) {
   // A producer on a Metal device may still hand out a host pointer, as mlx does: the capsule decides.
   const py::tuple device = producer.attr("__dlpack_device__")();
   check_device(op, field, py::int_(device[0]).cast<std::int32_t>());
-  try {
-    return producer.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(int{kMajorVersion}, 0));
-  } catch (const py::error_already_set& error) {
-    if (!error.matches(PyExc_TypeError)) throw;
-  }
-  return producer.attr("__dlpack__")();
+  return call_dlpack(producer, py::dict());
 }
 
 /// Takes the tensor out of a capsule.
@@ -111,28 +118,36 @@ Managed* consume(PyObject* capsule) {
   return managed;
 }
 
-py::tuple view_capsule(const std::string& op, const std::string& field, const py::object& capsule) {
+struct Consumed {
+  const DLTensor& tensor;
+  bool is_read_only;
+  py::capsule owner;
+};
+
+Consumed consume_capsule(const std::string& op, const std::string& field, const py::object& capsule) {
   PyObject* raw = capsule.ptr();
   if (PyCapsule_IsValid(raw, DLManagedTensorVersioned::kName) != 0) {
     auto* managed = consume<DLManagedTensorVersioned>(raw);
-    const py::capsule owner = keep(managed);
+    py::capsule owner = keep(managed);
     if (managed->version.major != kMajorVersion) {
       throw invalid(op, field, "must speak DLPack 1", "version " + std::to_string(managed->version.major));
     }
-    return view(op, field, managed->tensor, (managed->flags & kReadOnly) != 0, owner);
+    return {managed->tensor, (managed->flags & kReadOnly) != 0, std::move(owner)};
   }
   if (PyCapsule_IsValid(raw, DLManagedTensor::kName) == 0) {
     throw invalid(op, field, "must export a DLPack capsule that nobody has consumed", std::string(py::repr(capsule)));
   }
   auto* managed = consume<DLManagedTensor>(raw);
-  return view(op, field, managed->tensor, false, keep(managed));
+  return {managed->tensor, false, keep(managed)};
 }
 
-/// (numpy view, whether its uint16 values are bfloat16 bits) of an array that speaks DLPack.
-py::tuple from_dlpack(const std::string& op, const std::string& field, const py::object& producer) {
-  constexpr const char* kRule = "must be readable through DLPack";
+constexpr const char* kRule = "must be readable through DLPack";
+
+/// Calls `read`; whatever Python code throws in it is the array's fault.
+template <class Read>
+auto blaming(const std::string& op, const std::string& field, const Read& read) {
   try {
-    return view_capsule(op, field, export_capsule(op, field, producer));
+    return read();
   } catch (const py::error_already_set& error) {
     if (!error.matches(PyExc_Exception)) throw;  // KeyboardInterrupt and its like
     throw invalid(op, field, kRule, std::string(py::str(error.value())));
@@ -141,7 +156,62 @@ py::tuple from_dlpack(const std::string& op, const std::string& field, const py:
   }
 }
 
+/// (numpy view, whether its uint16 values are bfloat16 bits) of an array that speaks DLPack.
+py::tuple from_dlpack(const std::string& op, const std::string& field, const py::object& producer) {
+  return blaming(op, field, [&] {
+    const Consumed consumed = consume_capsule(op, field, export_capsule(op, field, producer));
+    return view(op, field, consumed.tensor, consumed.is_read_only, consumed.owner);
+  });
+}
+
+Buffer buffer_at(const Device& device, const std::string& op, const std::string& field, std::uintptr_t address,
+                 const py::dtype& dtype, const Shape& shape, py::object owner) {
+  const DType kind = dtype_of(op, field, dtype);
+  std::shared_ptr<Storage> storage = device.wrap_address(address, checked_nbytes(kind, shape), hold(std::move(owner)));
+  if (storage == nullptr) throw invalid(op, field, "must be in host memory", "an array on a GPU");
+  return Buffer(std::move(storage), kind, shape);
+}
+
+/// Of an array that has only __cuda_array_interface__.
+Buffer borrow_interface(const Device& device, const std::string& op, const std::string& field,
+                        const py::object& producer) {
+  const py::dict interface = producer.attr("__cuda_array_interface__");
+  if (interface.contains("strides") && !interface["strides"].is_none()) {
+    throw invalid(op, field, "must be C-contiguous", "strides " + std::string(py::str(interface["strides"])));
+  }
+  const auto address = py::tuple(interface["data"])[0].cast<std::uintptr_t>();
+  return buffer_at(device, op, field, address, py::dtype::from_args(interface["typestr"]),
+                   interface["shape"].cast<Shape>(), producer);
+}
+
 }  // namespace
+
+Buffer borrow(const Device& device, const std::string& op, const std::string& field, const py::object& producer,
+              std::int64_t stream) {
+  return blaming(op, field, [&] {
+    if (!py::hasattr(producer, "__dlpack__")) return borrow_interface(device, op, field, producer);
+    py::dict keywords;
+    keywords["stream"] = stream;
+    const Consumed consumed = consume_capsule(op, field, call_dlpack(producer, keywords));
+    const DLTensor& tensor = consumed.tensor;
+    if (tensor.device.type != kCuda || tensor.device.id != 0) {
+      throw invalid(
+          op, field, "must be on the GPU that the call runs on, cuda:0",
+          "DLPack device (" + std::to_string(tensor.device.type) + ", " + std::to_string(tensor.device.id) + ")");
+    }
+    const Shape shape(tensor.shape, tensor.shape + tensor.ndim);
+    std::int64_t contiguous = 1;
+    for (std::size_t i = shape.size(); i-- > 0;) {
+      if (tensor.strides != nullptr && shape[i] > 1 && tensor.strides[i] != contiguous) {
+        throw invalid(op, field, "must be C-contiguous", "strides that are not");
+      }
+      contiguous *= tensor.shape[i];
+    }
+    if (tensor.dtype.code == kBfloat) throw invalid(op, field, "must have a dtype that buffers have", "bfloat16");
+    const auto address = reinterpret_cast<std::uintptr_t>(tensor.data) + tensor.byte_offset;
+    return buffer_at(device, op, field, address, numpy_dtype(op, field, tensor.dtype), shape, consumed.owner);
+  });
+}
 
 void bind_dlpack_import(py::module_& module) {
   module.def("from_dlpack", &from_dlpack, py::arg("op"), py::arg("field"), py::arg("producer"));

@@ -114,6 +114,7 @@ void bind_encoder(py::module_& module) {
       .def("memory_barrier", &CommandEncoder::memory_barrier)
       .def("commit", &CommandEncoder::commit, py::call_guard<ReleasedGil>())
       .def("wait", &CommandEncoder::wait, py::call_guard<ReleasedGil>())
+      .def_property_readonly("is_done", &CommandEncoder::is_done)
       .def_property_readonly("gpu_time", &CommandEncoder::gpu_time)
       .def_property_readonly("kernels", [](const CommandEncoder& self) { return py::tuple(py::cast(self.kernels())); })
       .def_property_readonly("nodes", &nodes)

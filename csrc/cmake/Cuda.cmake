@@ -18,6 +18,9 @@ set(CMAKE_CUDA_EXTENSIONS OFF)
 add_library(tq_hb_cuda_kernels OBJECT
   csrc/cuda/kernels/attend.cu
   csrc/cuda/kernels/attend_group.cu
+  csrc/cuda/kernels/attend_group_dk128.cu
+  csrc/cuda/kernels/attend_group_dk256.cu
+  csrc/cuda/kernels/attend_group_dk512.cu
   csrc/cuda/kernels/codec.cu
   csrc/cuda/kernels/merge.cu)
 target_include_directories(tq_hb_cuda_kernels PRIVATE csrc)
@@ -25,7 +28,9 @@ target_compile_options(tq_hb_cuda_kernels PRIVATE --expt-relaxed-constexpr -Xcom
 # The codec's bytes are part of the format: see core/codec.h.
 set_source_files_properties(csrc/cuda/kernels/codec.cu PROPERTIES COMPILE_OPTIONS -fmad=false)
 # This kernel is left empty for GPUs that cannot run it, and then what it calls is unused.
-set_source_files_properties(csrc/cuda/kernels/attend_group.cu PROPERTIES COMPILE_OPTIONS -diag-suppress=177)
+set_source_files_properties(
+  csrc/cuda/kernels/attend_group_dk128.cu csrc/cuda/kernels/attend_group_dk256.cu
+  csrc/cuda/kernels/attend_group_dk512.cu PROPERTIES COMPILE_OPTIONS -diag-suppress=177)
 
 target_sources(tq_hb PRIVATE
   csrc/cuda/bad_rows.cpp

@@ -107,6 +107,13 @@ Buffer Buffer::slice(std::uint64_t start, std::uint64_t stop) const {
   return Buffer(storage_, dtype_, std::move(shape), offset_ + start * row_bytes);
 }
 
+Buffer Buffer::reshape(Shape shape) const {
+  if (checked_nbytes(dtype_, shape) != nbytes_) {
+    throw invalid("Buffer.reshape", "shape", "must hold as many elements as " + to_string(shape_), to_string(shape));
+  }
+  return Buffer(storage_, dtype_, std::move(shape), offset_);
+}
+
 Buffer Buffer::row(std::uint64_t index) const {
   const Buffer one = slice(index, index + 1);
   return Buffer(storage_, dtype_, Shape(shape_.begin() + 1, shape_.end()), one.offset());

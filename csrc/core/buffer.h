@@ -82,6 +82,8 @@ class Buffer {
 
   /// Rows [start, stop) of the first axis.
   Buffer slice(std::uint64_t start, std::uint64_t stop) const;
+  /// The same elements with other axes.
+  Buffer reshape(Shape shape) const;
   /// Row `index` of the first axis, with that axis removed.
   Buffer row(std::uint64_t index) const;
   bool overlaps(const Buffer& other) const noexcept;

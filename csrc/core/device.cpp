@@ -27,6 +27,12 @@ std::shared_ptr<Storage> Device::wrap_native(void* handle, std::shared_ptr<void>
   return borrow_native(handle, std::move(owner));
 }
 
+std::shared_ptr<Storage> Device::wrap_address(std::uintptr_t address, std::uint64_t size,
+                                              std::shared_ptr<void> owner) const {
+  check_usable("Device.wrap_address");
+  return borrow_address(address, size, std::move(owner));
+}
+
 std::unique_ptr<CommandEncoder> Device::make_encoder(bool auto_barrier, std::optional<std::uintptr_t> stream) const {
   check_usable("Device.encoder");
   return stream ? new_encoder_on(*stream, auto_barrier) : new_encoder(auto_barrier);

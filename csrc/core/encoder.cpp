@@ -110,6 +110,11 @@ void CommandEncoder::wait() {
   if (failure_) throw *failure_;
 }
 
+bool CommandEncoder::is_done() const {
+  const auto lock = enter("is_done");
+  return state_ == State::kFinished || (state_ == State::kCommitted && has_finished());
+}
+
 double CommandEncoder::gpu_time() const {
   const auto lock = enter("gpu_time");
   if (state_ != State::kFinished) {

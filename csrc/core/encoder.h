@@ -50,6 +50,8 @@ class CommandEncoder {
   void commit();
   /// Blocks until the committed ops are done; throws what went wrong in them, every time it is called.
   void wait();
+  /// Whether the committed ops are done, so that wait() will not block.
+  bool is_done() const;
   /// Seconds the device spent on the ops; only after wait().
   double gpu_time() const;
   /// What has been encoded so far, barriers included, in order.
@@ -79,6 +81,8 @@ class CommandEncoder {
   virtual void submit() = 0;
   /// Waits for the submitted ops and returns their time; throws their error.
   virtual double finish() = 0;
+  /// Whether finish() would not wait.
+  virtual bool has_finished() const { return true; }
 
   /// Locks an encoder that no other thread is inside of; throws otherwise, since waiting here could deadlock.
   std::unique_lock<std::mutex> enter(const std::string& op) const;

@@ -74,7 +74,7 @@ void check_queries(const AttendOp& op) {
 
 /// How the work is shared out: the kernel, its tile and the number of splits.
 void check_split(const AttendOp& op, const Device* device) {
-  if (!device->offers_for(op.kernel, op.args.head_dim, op.packing, op.k_codebook->cbits, op.v_codebook->cbits)) {
+  if (!device->offers(op.kernel, op.args.head_dim, op.packing, op.k_codebook->cbits, op.v_codebook->cbits)) {
     throw unsupported(op.name, "the group kernel on " + device->backend() + " for rows of this size and packing");
   }
   const bool is_group = op.kernel == AttendKernel::kGroup;

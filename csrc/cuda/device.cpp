@@ -24,13 +24,9 @@ class CudaDevice final : public Device {
     return {gpu.totalGlobalMem, 0, gpu.sharedMemPerBlockOptin, static_cast<std::uint64_t>(gpu.maxThreadsPerBlock),
             static_cast<unsigned>(gpu.multiProcessorCount)};
   }
-  bool offers(AttendKernel kernel) const override {
-    return kernel == AttendKernel::kPerHead || context_->properties().sharedMemPerBlockOptin >= group_shared_bytes();
-  }
-  bool offers_for(AttendKernel kernel, std::uint64_t head_dim, Packing packing, unsigned k_cbits,
-                  unsigned v_cbits) const override {
+  bool offers(AttendKernel kernel, std::uint64_t head_dim, Packing, unsigned, unsigned) const override {
     if (kernel == AttendKernel::kPerHead) return true;
-    return offers(kernel) && head_dim >= 128;
+    return head_dim >= 128 && context_->properties().sharedMemPerBlockOptin >= kGroupSharedBytes;
   }
   void check_usable(const std::string& op) const override {
     if (!context_->is_forked()) return;
@@ -46,6 +42,13 @@ class CudaDevice final : public Device {
     static_cast<void>(cudaEventDestroy(event));
     check_cuda(result, "cuda: ordering a stream");
   }
+  bool is_capturing(std::uintptr_t stream) const override {
+    const CurrentDevice current(*context_);
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    check_cuda(cudaStreamIsCapturing(reinterpret_cast<cudaStream_t>(stream), &capture),
+               "cuda: asking for the stream's state");
+    return capture != cudaStreamCaptureStatusNone;
+  }
 
  private:
   std::shared_ptr<Storage> allocate(std::uint64_t size) const override {
@@ -53,6 +56,10 @@ class CudaDevice final : public Device {
   }
   std::shared_ptr<Storage> borrow_host(std::byte*, std::uint64_t, std::shared_ptr<void>) const override {
     return nullptr;
+  }
+  std::shared_ptr<Storage> borrow_address(std::uintptr_t address, std::uint64_t size,
+                                          std::shared_ptr<void> owner) const override {
+    return std::make_shared<CudaStorage>(this, context_, reinterpret_cast<void*>(address), size, std::move(owner));
   }
   std::unique_ptr<CommandEncoder> new_encoder(bool auto_barrier) const override {
     return make_cuda_encoder(this, context_, context_->stream(), auto_barrier);

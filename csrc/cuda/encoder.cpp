@@ -78,6 +78,11 @@ class Stopwatch {
   void stop(cudaStream_t stream) {
     if (stop_ != nullptr) check_cuda(cudaEventRecord(stop_, stream), "cuda: recording an event");
   }
+  bool has_stopped() const {
+    const cudaError_t result = stop_ == nullptr ? cudaSuccess : cudaEventQuery(stop_);
+    if (result != cudaErrorNotReady) check_cuda(result, "cuda: asking for an event");
+    return result == cudaSuccess;
+  }
   /// Seconds; both events must have come.
   double seconds() const {
     if (stop_ == nullptr) return 0.0;
@@ -189,6 +194,7 @@ class CudaEncoder final : public CommandEncoder {
     call.partials = op.tmp ? device_data<float>(*op.tmp) : nullptr;
     call.output = device_data<float>(op.output);
     call.unrotate = op.fused_undo;
+    call.is_group = is_group;
     call.head_tile = op.head_tile;
     hold({&op.q, &op.k_packed, &op.k_norms, &op.v_packed, &op.v_norms, &op.output});
     if (op.tmp) hold({&*op.tmp});
@@ -279,6 +285,11 @@ class CudaEncoder final : public CommandEncoder {
     is_running_ = false;
     bad_rows_.check(stream_);
     return stopwatch_.seconds();
+  }
+
+  bool has_finished() const override {
+    const CurrentDevice current(*context_);
+    return launch_failure_ || !is_running_ || stopwatch_.has_stopped();
   }
 
   struct Recorded {

@@ -24,7 +24,7 @@ class MetalDevice final : public Device {
   std::string backend() const override { return "metal"; }
   bool is_simulated() const override { return name_.find("Simulated") != std::string::npos; }
   DeviceLimits limits() const override { return limits_; }
-  bool offers(AttendKernel) const override { return true; }
+  bool offers(AttendKernel, std::uint64_t, Packing, unsigned, unsigned) const override { return true; }
   void check_usable(const std::string& op) const override {
     if (!context_->is_forked()) return;
     throw Error(ErrorCode::kDevice, op + ": Metal cannot be used in a forked child of the process that opened the "

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tq_hb import _core, policy
+from tq_hb import _core, gpu_arrays, policy
 from tq_hb.cache_format import CacheFormat
+from tq_hb.gpu_arrays import is_on_gpu
 from tq_hb.interop import (
     Array,
-    Float32Array,
-    as_float32,
+    Rows,
     as_out,
+    as_rows,
     check_sinks,
     finish,
     like,
@@ -23,7 +24,7 @@ from tq_hb.interop import (
     result_dtype,
 )
 from tq_hb.options import check_attention, invalid
-from tq_hb.staging import Staging
+from tq_hb.staging import Outstanding, Staging
 from tq_hb.visibility import Placement
 
 
@@ -67,8 +68,10 @@ class AttentionCall:
         out: Array | None,
     ) -> None:
         check_attention(op, precision=form.precision, return_lse=return_lse)
-        rows = as_float32(op, "q", q)
+        core = form.device._core
+        rows = as_rows(op, "q", q, core)
         form.check_query(op, rows, batched=batched)
+        self._staging = Staging(op, core, beside=q)
         self.op, self._form, self._batched = op, form, batched
         self._q, self._out, self._dtype = q, out, result_dtype(op, "q", q)
         per_sequence = rows.shape[1:] if batched else rows.shape
@@ -76,23 +79,22 @@ class AttentionCall:
         self.num_queries = per_sequence[0] if len(per_sequence) == 3 else 1
         self.scale = form.head_dim**-0.5 if scale is None else _core.to_float32(op, "scale", scale)
         self.softcap = _core.to_float32(op, "softcap", softcap)
-        self._sinks = None if sinks is None else check_sinks(op, sinks, self.num_heads)
+        self._sinks = None if sinks is None else self._check_sinks(sinks)
         self._writable = self._check_out(rows.shape)
         if batched:
-            for index, sequence in enumerate(rows):
-                require_rows(op, f"q[{index}]", sequence, as_query=True)
+            for index in range(len(rows)):
+                require_rows(op, f"q[{index}]", rows[index], as_query=True)
         else:
             require_rows(op, "q", rows, as_query=True)
-        self._result: Float32Array = np.empty(rows.shape, np.float32)
+        self._result = self._staging.allocate(rows.shape)
         if self._writable is not None and self._dtype == "float32":
             self._result = self._writable
-        self._lse = np.empty(rows.shape[:-1], np.float32) if return_lse else None
+        self._lse = self._staging.allocate(rows.shape[:-1]) if return_lse else None
 
         # Softmax does not see what is added to all scores alike, unless something else comes in with them.
         enters = self.softcap != 0 or self._sinks is not None or return_lse
-        bias = form.score_bias(rows, self.scale) if enters else None
-        core = form.device._core
-        self._staging, self.encoder = Staging(op, core), core.make_encoder()
+        bias = form.score_bias(op, rows, q, self.scale) if enters else None
+        self.encoder = self._staging.make_encoder()
         self._buffers = _Buffers(
             self._staging.read("q", rows),
             self._staging.fill("out", self._result),
@@ -103,14 +105,39 @@ class AttentionCall:
         self._empty: list[int] = []
         self._records = False
 
-    def _check_out(self, shape: tuple[int, ...]) -> npt.NDArray[Any] | None:
+    @property
+    def stream(self) -> int | None:
+        """The stream that the call runs on; None for the device's own."""
+        return self._staging.stream
+
+    def _check_sinks(self, sinks: Array) -> Rows:
+        if not is_on_gpu(sinks):
+            return check_sinks(self.op, sinks, self.num_heads)
+        logits = as_rows(self.op, "sinks", sinks, self._form.device._core)  # whose values nobody looks at
+        if logits.shape != (self.num_heads,):
+            raise invalid(self.op, "sinks", f"must have shape ({self.num_heads},), one per query head", logits.shape)
+        return logits
+
+    def _check_out(self, shape: tuple[int, ...]) -> Any:
         if self._out is None:
             return None
+        if self._staging.is_on_gpu or is_on_gpu(self._out):
+            return self._check_out_on_gpu(shape)
         writable = as_out(self.op, self._out, shape, self._dtype)
         require_disjoint(self.op, "out", writable, "q", self._q)
         if self._sinks is not None:
             require_disjoint(self.op, "out", writable, "sinks", self._sinks)
         return writable
+
+    def _check_out_on_gpu(self, shape: tuple[int, ...]) -> Any:
+        """Return the output array, which must be beside q."""
+        if self._out is None or not (self._staging.is_on_gpu and is_on_gpu(self._out)):
+            raise invalid(self.op, "out", "must be where q is", "one on a GPU and one in host memory")
+        if gpu_arrays.dtype_name(self._out) != self._dtype:
+            raise invalid(self.op, "out", f"must have dtype {self._dtype}", gpu_arrays.dtype_name(self._out))
+        if tuple(self._out.shape) != shape:
+            raise invalid(self.op, "out", f"must have shape {shape}", tuple(self._out.shape))
+        return self._out
 
     def require_sequences(self, count: int) -> None:
         """Raise unless q holds the queries of so many sequences."""
@@ -155,17 +182,37 @@ class AttentionCall:
         """Note that a sequence holds no keys: its queries see none."""
         self._empty.append(index)
 
-    def run(self) -> None:
-        """Do what was noted."""
-        if self._records:
+    def run(self, outstanding: Outstanding) -> None:
+        """Do what was noted; on a GPU's arrays without waiting for it."""
+        if self._records and self._staging.is_on_gpu:
+            outstanding.run(self._form.device._core, self._staging.stream, self.encoder)
+        elif self._records:
             self._staging.run(self.encoder)
         for index in self._empty:
-            where = index if self._batched else ...
-            self._result[where] = 0
+            self._fill(self._result, index, 0.0)
             if self._lse is not None:
-                self._lse[where] = -np.inf if self._sinks is None else self._sinks
+                sinks = self._sinks.numpy() if isinstance(self._sinks, _core.Buffer) else self._sinks
+                self._fill(self._lse, index, -np.inf if sinks is None else sinks)
+
+    def _fill(self, array: Any, index: int, values: Any) -> None:
+        rows = array[index] if self._batched else array
+        if self._staging.is_on_gpu:
+            gpu_arrays.overwrite(rows, np.broadcast_to(np.asarray(values, np.float32), tuple(rows.shape)))
+        else:
+            rows[...] = values
 
     def results(self) -> Array | tuple[Array, Array]:
         """Hand over the output, and lse if it was asked for."""
+        if self._staging.is_on_gpu:
+            return self._results_on_gpu()
         output = finish(self._q, self._out, self._writable, self._result, self._dtype)
         return output if self._lse is None else (output, like(self._q, self._lse))
+
+    def _results_on_gpu(self) -> Array | tuple[Array, Array]:
+        if self._out is None:
+            output = self._staging.hand_over(self._q, self._result, self._dtype)
+        else:
+            output = self._out
+            if self._result is not output:
+                gpu_arrays.overwrite(output, self._result)
+        return output if self._lse is None else (output, self._staging.hand_over(self._q, self._lse))

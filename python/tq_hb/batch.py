@@ -13,9 +13,10 @@ from tq_hb.attention_call import AttentionCall
 from tq_hb.cache import KVCache
 from tq_hb.cache_format import CacheFormat, positive
 from tq_hb.device import Device
-from tq_hb.interop import Array, Float32Array, as_float32, borrow, require_rows
+from tq_hb.gpu_arrays import is_on_gpu, stream
+from tq_hb.interop import Array, Rows, as_rows, borrow, require_rows
 from tq_hb.options import invalid
-from tq_hb.staging import Staging
+from tq_hb.staging import Outstanding, Staging
 from tq_hb.visibility import check_position
 
 Integers = Array | Sequence[int]
@@ -84,6 +85,9 @@ class BatchedKVCache:
         self._caches = tuple(
             KVCache._make(self._form, self._capacity, grows=False, window=window) for window in windows
         )
+        self._outstanding = Outstanding()
+        for cache in self._caches:
+            cache._outstanding = self._outstanding
 
     # -- what it is ------------------------------------------------------------------------------------
 
@@ -199,23 +203,27 @@ class BatchedKVCache:
         if rows_k.shape != rows_v.shape:
             raise invalid(op, "v", f"must have the shape of k, {rows_k.shape}", rows_v.shape)
         taken = self._counts(op, counts, len(chosen), rows_k.shape[1])
-        rows_k = self._form.residual(rows_k)
+        rows_k = self._form.residual(op, rows_k, k)
         for index, count in enumerate(taken):
-            require_rows(op, f"k[{index}]", rows_k[index, :count])
-            require_rows(op, f"v[{index}]", rows_v[index, :count])
+            require_rows(op, f"k[{index}]", rows_k[index][:count])
+            require_rows(op, f"v[{index}]", rows_v[index][:count])
         if not any(taken):
             return
         with self._locked(chosen):
             for slot, count in zip(chosen, taken, strict=True):
                 self._caches[slot]._make_room(f"{op}: slot {slot}", count)
-            core = self._form.device._core
-            staging, encoder = Staging(op, core), core.make_encoder()
+            core, where = self._form.device._core, stream(k, v)
+            self._outstanding.enter(core, where)
+            staging, encoder = Staging(op, core), core.make_encoder(stream=where)
             staged_k, staged_v = staging.read("k", rows_k), staging.read("v", rows_v)
             for index, (slot, count) in enumerate(zip(chosen, taken, strict=True)):
                 if count:
                     new_k, new_v = staged_k[index][:count], staged_v[index][:count]
                     self._caches[slot]._record_append(op, encoder, new_k, new_v)
-            staging.run(encoder)
+            if is_on_gpu(k) and is_on_gpu(v):
+                self._outstanding.run(core, where, encoder)
+            else:
+                staging.run(encoder)
             for slot, count in zip(chosen, taken, strict=True):
                 self._caches[slot]._count(count)
 
@@ -279,11 +287,12 @@ class BatchedKVCache:
         call.require_sequences(len(chosen))
         positions = self._positions(op, q_offset, len(chosen))
         with self._locked(chosen):
+            self._outstanding.enter(self._form.device._core, call.stream)
             runs, ends = [], []
             for index, (slot, position) in enumerate(zip(chosen, positions, strict=True)):
                 runs.append(self._caches[slot]._record_attend(f"{op}: slot {slot}", call, index, position))
                 ends.append(call.encoder.num_nodes)
-            call.run()
+            call.run(self._outstanding)
             nodes, precision = call.encoder.nodes, call.encoder.precision
             for slot, run, start, end in zip(chosen, runs, [0, *ends], ends, strict=False):
                 cache = self._caches[slot]
@@ -325,8 +334,8 @@ class BatchedKVCache:
                 raise invalid(op, "slots", f"must be below the {self.num_slots} slots", slot)
         return chosen
 
-    def _rows(self, op: str, field: str, x: Array, sequences: int) -> Float32Array:
-        rows = as_float32(op, field, x)
+    def _rows(self, op: str, field: str, x: Array, sequences: int) -> Rows:
+        rows = as_rows(op, field, x, self._form.device._core)
         heads = (self._form.num_kv_heads, self._form.head_dim)
         if rows.ndim != 4 or rows.shape[0] != sequences or rows.shape[2:] != heads:
             raise invalid(op, field, f"must have shape ({sequences}, tokens, {str(heads)[1:]}", rows.shape)

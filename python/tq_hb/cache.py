@@ -17,9 +17,10 @@ from tq_hb.cache_format import CacheFormat, Codes, positive
 from tq_hb.device import Device, resolve_device
 from tq_hb.encoder import Buffer
 from tq_hb.files import SavedCache, read_caches, write_caches
-from tq_hb.interop import Array, Float32Array, as_float32, require_rows
+from tq_hb.gpu_arrays import is_on_gpu, stream
+from tq_hb.interop import Array, Float32Array, Rows, as_rows, require_rows
 from tq_hb.options import invalid
-from tq_hb.staging import Staging
+from tq_hb.staging import Outstanding, Staging
 from tq_hb.visibility import Held, Placement, check_position, last_position, place
 
 _MIN_GROWTH = 64
@@ -138,6 +139,7 @@ class KVCache:
         self._form, self._grows, self._window = form, grows, window
         self._len = self._offset = 0
         self._last_plan: Plan | None = None
+        self._outstanding = Outstanding()
         self._allocate(capacity)
         self._lock = threading.RLock()
         _caches.add(self)
@@ -332,7 +334,8 @@ class KVCache:
         Raises
         ------
         InvalidArgument
-            If they do not fit, or a value is not finite, or a norm overflows; the cache is unchanged then.
+            If they do not fit, or a value is not finite, or a norm overflows; the cache is unchanged then. Of arrays
+            on a GPU, for which nothing waits, only such a row is left as it was, and a later call raises.
 
         Examples
         --------
@@ -349,21 +352,25 @@ class KVCache:
         tokens = len(rows_k)
         if tokens == 0:
             return
-        rows_k = self._form.residual(rows_k)
+        rows_k = self._form.residual(op, rows_k, k)
         require_rows(op, "k", rows_k)
         require_rows(op, "v", rows_v)
+        core, where = self._form.device._core, stream(k, v)
         with self._lock:
+            self._outstanding.enter(core, where)
             self._make_room(op, tokens)
-            core = self._form.device._core
-            staging, encoder = Staging(op, core), core.make_encoder()
+            staging, encoder = Staging(op, core), core.make_encoder(stream=where)
             self._record_append(op, encoder, staging.read("k", rows_k), staging.read("v", rows_v))
-            staging.run(encoder)
+            if is_on_gpu(k) and is_on_gpu(v):
+                self._outstanding.run(core, where, encoder)
+            else:
+                staging.run(encoder)
             self._count(tokens)
 
-    def _rows(self, op: str, field: str, x: Array) -> Float32Array:
-        rows = as_float32(op, field, x)
+    def _rows(self, op: str, field: str, x: Array) -> Rows:
+        rows = as_rows(op, field, x, self._form.device._core)
         if rows.ndim == 2:
-            rows = rows[None]
+            rows = rows.reshape((1, *rows.shape))
         heads = (self._form.num_kv_heads, self._form.head_dim)
         if rows.ndim != 3 or rows.shape[1:] != heads:
             raise invalid(op, field, f"must have shape {heads} or (tokens, {str(heads)[1:]}", rows.shape)
@@ -394,10 +401,11 @@ class KVCache:
 
     def _resize(self, capacity: int) -> None:
         """Move a linear cache into new memory."""
+        self._outstanding.wait()
         old_k, old_v = self._k, self._v
         self._allocate(_core.to_uint32("KVCache", "capacity", capacity))
         for old, new in ((old_k, self._k), (old_v, self._v)):
-            new.write(slice(self._len), *old.read(slice(self._len)))
+            new.copy_from(old, self._len)
 
     def reserve(self, n: int) -> None:
         """Make room for ``n`` tokens in all, so that appending up to there allocates nothing.
@@ -470,9 +478,10 @@ class KVCache:
         1
         """
         with self._lock:
+            self._outstanding.wait()
             other = KVCache._make(self._form, self._capacity, grows=self._grows, window=self._window)
             for mine, its in ((self._k, other._k), (self._v, other._v)):
-                its.write(slice(None), *mine.read(slice(None)))
+                its.copy_from(mine, self._capacity)
             other._len, other._offset, other._last_plan = self._len, self._offset, self._last_plan
             return other
 
@@ -556,8 +565,9 @@ class KVCache:
             out=out,
         )
         with self._lock:
+            self._outstanding.enter(self._form.device._core, call.stream)
             run = self._record_attend(op, call, 0, q_offset)
-            call.run()
+            call.run(self._outstanding)
             self._last_plan = self._plan(call.encoder.nodes, call.encoder.precision, run)
         return call.results()
 
@@ -580,9 +590,7 @@ class KVCache:
             op,
             params,
             num_queries=call.num_queries,
-            offers_group=core.offers_for(
-                policy.AttendKernel.GROUP, form.head_dim, form.packing, form.k_bits, form.v_bits
-            ),
+            offers_group=core.offers(policy.AttendKernel.GROUP, form.head_dim, form.packing, form.k_bits, form.v_bits),
             multiprocessors=core.num_multiprocessors,
         )
         sides = (self._k.packed, self._k.norms, self._v.packed, self._v.norms)
@@ -637,6 +645,7 @@ class KVCache:
         ((3, 1, 256), 0.0)
         """
         with self._lock:
+            self._outstanding.wait()
             oldest = self._offset - self._len
             k, v = (side.dequantize("KVCache.dequantize", oldest, self._len) for side in (self._k, self._v))
         if self._form.k_mean is not None:
@@ -702,6 +711,7 @@ class KVCache:
         """Return what a file keeps of the cache."""
         form = self._form
         with self._lock:
+            self._outstanding.wait()
             slots = self._slots()
             (k_codes, k_norms), (v_codes, v_norms) = self._k.read(slots), self._v.read(slots)
             return SavedCache(

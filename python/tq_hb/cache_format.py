@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tq_hb import _core
+from tq_hb import _core, gpu_arrays
 from tq_hb.device import Device, resolve_device
 from tq_hb.encoder import Buffer
-from tq_hb.interop import Array, Float32Array, as_float32
+from tq_hb.interop import Array, Float32Array, Rows, as_float32
 from tq_hb.options import (
     check_bits,
     check_format,
@@ -83,7 +83,7 @@ class CacheFormat:
         """Shape of the norms of K, or of V."""
         return norms_shape((self.num_kv_heads, capacity), self.head_dim)
 
-    def check_query(self, op: str, rows: Float32Array, *, batched: bool) -> None:
+    def check_query(self, op: str, rows: Rows, *, batched: bool) -> None:
         """Accept queries: (H, D) or (N, H, D), behind one more axis if they are for several sequences."""
         axes, lead = (3, "sequences, ") if batched else (2, "")
         if rows.ndim not in (axes, axes + 1) or rows.shape[-1] != self.head_dim:
@@ -94,18 +94,28 @@ class CacheFormat:
         if rows.shape[-2] == 0 or rows.shape[-2] % self.num_kv_heads != 0:
             raise invalid(op, "q", f"must have a multiple of {self.num_kv_heads} heads", rows.shape[-2])
 
-    def residual(self, k: Float32Array) -> Float32Array:
-        """Return what of the keys is encoded."""
+    def residual(self, op: str, k: Rows, given: Array) -> Rows:
+        """Return what of the keys is encoded; ``given`` is the array that they are of."""
         if self.k_mean is None:
             return k
+        if isinstance(k, Buffer):
+            left = gpu_arrays.compute(op, "k", k, given, lambda rows, mean: rows - mean, self.k_mean)
+            return gpu_arrays.view(op, "k", left, self.device._core)
         with np.errstate(all="ignore"):
             return k - self.k_mean
 
-    def score_bias(self, q: Float32Array, scale: float) -> Float32Array | None:
+    def score_bias(self, op: str, q: Rows, given: Array, scale: float) -> Rows | None:
         """Return what the mean key adds to every score of a query: (..., H), or None without a mean key."""
         if self.k_mean is None:
             return None
-        per_kv_head = q.reshape(*q.shape[:-2], self.num_kv_heads, q.shape[-2] // self.num_kv_heads, self.head_dim)
+        group = q.shape[-2] // self.num_kv_heads
+        per_kv_head = q.reshape((*q.shape[:-2], self.num_kv_heads, group, self.head_dim))
+        if isinstance(per_kv_head, Buffer):
+            scores = gpu_arrays.compute(
+                op, "q", per_kv_head, given, lambda rows, mean: (rows * mean).sum(-1) * scale, self.k_mean[:, None]
+            )
+            return gpu_arrays.view(op, "q", scores, self.device._core).reshape(q.shape[:-1])
+        assert isinstance(per_kv_head, np.ndarray)
         with np.errstate(all="ignore"):
             bias = scale * np.einsum("...ghd,gd->...gh", per_kv_head, self.k_mean, dtype=np.float64)
             rounded: Float32Array = bias.reshape(q.shape[:-1]).astype(np.float32)
@@ -159,6 +169,12 @@ class Codes:
                 contents = contents.copy()
                 contents[:, slots] = rows
                 buffer.copy_from(contents)
+
+    def copy_from(self, other: Codes, count: int) -> None:
+        """Take over the first slots of another cache on the same device, which may have another capacity."""
+        for mine, its in ((self.packed, other.packed), (self.norms, other.norms)):
+            for head in range(self.form.num_kv_heads if count else 0):
+                mine[head][:count].copy_from(its[head][:count])
 
     def params(self, position: int) -> _core.HadamardQuantizeKvHbParams:
         """Params of the ops that write and read vectors from a position on."""

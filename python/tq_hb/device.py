@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tq_hb import _core, policy
+from tq_hb import _core, gpu_arrays, policy
 from tq_hb.encoder import Buffer, CommandEncoder
 from tq_hb.interop import Array, as_float32, as_shared, borrow
 from tq_hb.options import check_bits, invalid
@@ -200,6 +200,8 @@ class Device:
         op = "Device.array"
         if not (copy is None or isinstance(copy, bool)):
             raise invalid(op, "copy", "must be True, False or None", repr(copy))
+        if gpu_arrays.is_on_gpu(x) and self.backend == "cuda":
+            return self._array_on_gpu(op, x, copy)
         if copy is not True:
             try:
                 return self._share(op, x)
@@ -210,6 +212,14 @@ class Device:
         if is_bfloat16 or array.dtype.name in ("float64", "bfloat16"):
             array = as_float32(op, "x", x)
         return self._core.copy_in(op, "x", array.astype(array.dtype.newbyteorder("="), copy=False))
+
+    def _array_on_gpu(self, op: str, x: Array, copy: bool | None) -> Buffer:
+        shared = gpu_arrays.view(op, "x", x, self._core, on_its_stream=False)
+        if copy is not True:
+            return shared
+        buffer = self._core.empty(shared.shape, shared.dtype, op, "x")
+        buffer.copy_from(shared)
+        return buffer
 
     def _share(self, op: str, x: Array) -> Buffer:
         array = as_shared(op, "x", x)

@@ -1,7 +1,8 @@
 """Arrays of numpy, torch, mlx and others, in and out.
 
 Input is anything with ``__dlpack__`` or the buffer protocol. It is borrowed where its dtype and
-layout allow and converted otherwise. Results go back in the library they came from.
+layout allow and converted otherwise. Results go back in the library they came from. What is in the memory of a GPU is
+seen as a buffer by a call that runs there, and refused by others: see :mod:`tq_hb.gpu_arrays`.
 """
 
 from __future__ import annotations
@@ -12,23 +13,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tq_hb import _core
+from tq_hb import _core, gpu_arrays
+from tq_hb.gpu_arrays import is_on_gpu
 from tq_hb.options import invalid
 
 Array = Any
 """Anything with ``__dlpack__`` or the buffer protocol."""
 
 Float32Array = npt.NDArray[np.float32]
+Rows = Float32Array | _core.Buffer
+"""float32 values where the call finds them: of the host's arrays, or of a GPU's."""
 
-
-def _library(x: Array) -> str:
-    """Top-level package of the array's class, or "torch" or "mlx" if it derives from one of theirs."""
-    packages = [base.__module__.partition(".")[0] for base in type(x).__mro__]
-    return next((package for package in packages if package in ("torch", "mlx")), packages[0])
+_library = gpu_arrays.library
 
 
 def borrow(op: str, field: str, x: Array) -> tuple[npt.NDArray[Any], bool]:
-    """View ``x`` as a numpy array without copying.
+    """View an array in host memory as a numpy array without copying.
 
     Returns
     -------
@@ -37,6 +37,8 @@ def borrow(op: str, field: str, x: Array) -> tuple[npt.NDArray[Any], bool]:
     """
     if isinstance(x, np.ndarray):
         return np.asarray(x), False
+    if is_on_gpu(x):
+        gpu_arrays.require(op, field, x, None)
     if isinstance(x, _core.Buffer):
         return x.numpy(), False
     if hasattr(x, "__dlpack__") and not isinstance(x, type):
@@ -53,13 +55,21 @@ def _exportable(x: Array) -> Array:
     if x.device.type == "mps":
         # DLPack has no streams for Metal: what torch still computes has to be there before it is read.
         sys.modules["torch"].mps.synchronize()
-    if x.device.type == "cuda":
-        return x.detach().cpu()
     return x.detach()  # torch exports no tensor that still records gradients
 
 
 def _is_float(array: npt.NDArray[Any]) -> bool:
     return array.dtype.name in ("float16", "float32", "float64", "bfloat16")
+
+
+def as_rows(op: str, field: str, x: Array, device: _core.Device) -> Rows:
+    """Return ``x`` as C-contiguous float32 values where a call on the device finds them."""
+    return gpu_arrays.as_float32(op, field, x, device) if is_on_gpu(x) else as_float32(op, field, x)
+
+
+def as_code_rows(op: str, field: str, x: Array, device: _core.Device) -> npt.NDArray[np.uint8] | _core.Buffer:
+    """Return ``x`` as C-contiguous uint8 values where a call on the device finds them."""
+    return gpu_arrays.as_dtype(op, field, x, np.uint8, device) if is_on_gpu(x) else as_codes(op, field, x)
 
 
 def as_float32(op: str, field: str, x: Array) -> Float32Array:
@@ -94,6 +104,13 @@ def as_writable(op: str, field: str, x: Array, dtype: npt.DTypeLike) -> npt.NDAr
     return array
 
 
+def as_writable_rows(
+    op: str, field: str, x: Array, dtype: npt.DTypeLike, device: _core.Device
+) -> npt.NDArray[Any] | _core.Buffer:
+    """Borrow an array that a call on the device will write in place: exact dtype, C-contiguous, writable."""
+    return gpu_arrays.as_dtype(op, field, x, dtype, device) if is_on_gpu(x) else as_writable(op, field, x, dtype)
+
+
 def as_shared(op: str, field: str, x: Array) -> npt.NDArray[Any]:
     """Borrow an array whose memory a device may write: of a dtype that buffers have, C-contiguous, writable."""
     array, name = _borrow_writable(op, field, x)
@@ -106,18 +123,18 @@ def _borrow_writable(op: str, field: str, x: Array) -> tuple[npt.NDArray[Any], s
     """Borrow an array that can be written in place, with the name of its dtype."""
     if _library(x) == "mlx":
         raise invalid(op, field, "must be writable (mlx arrays are not; use tq_hb.empty)", "an mlx array")
-    if _library(x) == "torch" and x.device.type == "cuda":
-        raise invalid(op, field, "must be in host memory to be written", f"a tensor on {x.device}")
     array, is_bfloat16 = borrow(op, field, x)
     _check_layout(op, field, array)
     return array, "bfloat16" if is_bfloat16 else array.dtype.name
 
 
-def require_rows(op: str, field: str, rows: Float32Array, *, as_query: bool = False) -> None:
+def require_rows(op: str, field: str, rows: Rows, *, as_query: bool = False) -> None:
     """Raise if a row cannot be used: not finite, or (unless ``as_query``) with a norm beyond float32.
 
-    ``rows`` is (heads, head_dim) or (tokens, heads, head_dim).
+    ``rows`` is (heads, head_dim) or (tokens, heads, head_dim). On a GPU the kernels look themselves.
     """
+    if isinstance(rows, _core.Buffer):
+        return
     heads = rows.shape[-2] if rows.ndim > 1 else 1
     bad = _core.first_bad_row(rows, as_query)
     if bad >= 0:
@@ -137,13 +154,16 @@ def check_sinks(op: str, sinks: Array, num_heads: int) -> Float32Array:
 
 def result_dtype(op: str, field: str, x: Array) -> str:
     """Name of the dtype that a result computed from ``x`` has: its own, with float64 rounded to float32."""
-    array, is_bfloat16 = borrow(op, field, x)
-    name = "bfloat16" if is_bfloat16 else array.dtype.name
+    if is_on_gpu(x):
+        name = gpu_arrays.dtype_name(x)
+    else:
+        array, is_bfloat16 = borrow(op, field, x)
+        name = "bfloat16" if is_bfloat16 else array.dtype.name
     return "float32" if name == "float64" else name
 
 
 def like(x: Array, result: npt.NDArray[Any], dtype: str = "float32") -> Array:
-    """Return ``result`` in the library of ``x``, as ``dtype``; what it cannot hold becomes infinite."""
+    """Return a host's ``result`` in the library of ``x``, as ``dtype``; what it cannot hold becomes infinite."""
     with np.errstate(all="ignore"):
         return _like(x, result, dtype)
 
@@ -179,7 +199,7 @@ def as_out(op: str, out: Array, shape: tuple[int, ...], dtype: str) -> npt.NDArr
 
 def require_disjoint(op: str, written_name: str, written: npt.NDArray[Any], read_name: str, read: Array) -> None:
     """Raise if an array that is written shares memory with one that is read."""
-    if np.may_share_memory(written, borrow(op, read_name, read)[0]):
+    if not is_on_gpu(read) and np.may_share_memory(written, borrow(op, read_name, read)[0]):
         raise invalid(op, written_name, f"must not overlap {read_name}", "shared memory")
 
 

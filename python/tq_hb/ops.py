@@ -14,13 +14,16 @@ import numpy.typing as npt
 
 from tq_hb import _core
 from tq_hb.device import Device, resolve_device
+from tq_hb.gpu_arrays import is_on_gpu
 from tq_hb.interop import (
     Array,
     Float32Array,
+    as_code_rows,
     as_codes,
     as_float32,
     as_out,
-    as_writable,
+    as_rows,
+    as_writable_rows,
     check_sinks,
     like,
     require_disjoint,
@@ -214,31 +217,31 @@ def quantize(
     op = "quantize"
     check_format(op, codebook, packing)
     bits = check_bits(op, "bits", bits)
-    rows = as_float32(op, "x", x)
+    core = resolve_device(op, device)._core
+    rows = as_rows(op, "x", x, core)
     if rows.ndim == 0:
         raise invalid(op, "x", "must have head_dim as its last axis", "a scalar")
     lead, head_dim = rows.shape[:-1], check_head_dim(op, rows.shape[-1])
     count = math.prod(lead)
-    core = resolve_device(op, device)._core
-    codes = np.empty((count, _core.row_bytes(packing, bits, head_dim)), np.uint8)
-    norms = np.empty(norms_shape((count,), head_dim), np.float32)
+    staging = Staging(op, core, beside=x)
+    row_bytes = _core.row_bytes(packing, bits, head_dim)
+    codes, norms = staging.allocate((*lead, row_bytes), "uint8"), staging.allocate(norms_shape(lead, head_dim))
     if count > 0:
-        require_rows(op, "x", rows.reshape(count, 1, head_dim))
+        require_rows(op, "x", rows.reshape((count, 1, head_dim)))
         hp = _core.HadamardQuantizeKvHbParams(
             head_dim=head_dim, num_kv_heads=1, write_pos=0, cache_capacity=count, codebook_bits=bits
         )
-        staging, encoder = Staging(op, core), core.make_encoder()
+        encoder = staging.make_encoder()
         target = (
             "",
-            staging.read("x", rows.reshape(count, 1, head_dim)),
-            staging.fill("codes", codes[None]),
-            staging.fill("norms", norms[None]),
+            staging.read("x", rows.reshape((count, 1, head_dim))),
+            staging.fill("codes", codes).reshape((1, count, row_bytes)),
+            staging.fill("norms", norms).reshape((1, *norms_shape((count,), head_dim))),
             bits,
         )
         encoder.hadamard_quantize(op, hp, [target], codebook, packing)
         staging.run(encoder)
-    codes, norms = codes.reshape(*lead, codes.shape[-1]), norms.reshape(norms_shape(lead, head_dim))
-    return like(x, codes, "uint8"), like(x, norms)
+    return staging.hand_over(x, codes, "uint8"), staging.hand_over(x, norms)
 
 
 def dequantize(
@@ -459,16 +462,17 @@ def _quantize(
 ) -> None:
     check_format(op, codebook, packing)
     core = resolve_device(op, device)._core
-    staging, encoder = Staging(op, core), core.make_encoder()
+    staging = Staging(op, core, beside=targets[0][1])
+    encoder = staging.make_encoder()
     staged = []
     sources = []
     written: list[tuple[str, npt.NDArray[Any]]] = []
     for src_name, src, packed_name, packed, norms_name, norms, bits, key in targets:
-        rows = as_float32(op, src_name, src)
-        codes_out = as_writable(op, packed_name, packed, np.uint8)
-        norms_out = as_writable(op, norms_name, norms, np.float32)
+        rows = as_rows(op, src_name, src, core)
+        codes_out = as_writable_rows(op, packed_name, packed, np.uint8, core)
+        norms_out = as_writable_rows(op, norms_name, norms, np.float32, core)
         sources.append((src_name, src, rows))
-        written += [(packed_name, codes_out), (norms_name, norms_out)]
+        written += [(n, x) for n, x in ((packed_name, codes_out), (norms_name, norms_out)) if isinstance(x, np.ndarray)]
         staged.append(
             (
                 key,
@@ -479,7 +483,7 @@ def _quantize(
             )
         )
     encoder.hadamard_quantize(op, hp, staged, codebook, packing)
-    # The core compares the buffers that it was given, which may be copies.
+    # The core compares the buffers that it was given, which may be copies of the host's arrays.
     for i, (name, array) in enumerate(written):
         for other_name, other in [*((src_name, src) for src_name, src, _ in sources), *written[:i]]:
             require_disjoint(op, name, array, other_name, other)
@@ -528,24 +532,25 @@ def tq_dequantize_hb_kv(
     position = _core.to_uint32(op, "pos", pos)
     check_params(op, "hp", hp, _core.HadamardQuantizeKvHbParams)
     hp.validate(op)
-    codes = as_codes(op, "packed", packed)
+    core = resolve_device(op, device)._core
+    codes = as_code_rows(op, "packed", packed, core)
     if codes.shape[:1] != (hp.num_kv_heads,):  # before that many rows are allocated
         raise invalid(op, "packed", f"must hold num_kv_heads {hp.num_kv_heads} heads", codes.shape)
-    core = resolve_device(op, device)._core
-    result = np.empty((1, hp.num_kv_heads, hp.head_dim), np.float32)
-    staging, encoder = Staging(op, core), core.make_encoder()
+    staging = Staging(op, core, beside=packed)
+    result = staging.allocate((hp.num_kv_heads, hp.head_dim))
+    encoder = staging.make_encoder()
     encoder.dequantize(
         op,
         hp,
         position,
         staging.read("packed", codes),
-        staging.read("norms", as_float32(op, "norms", norms)),
-        staging.fill("out", result),
+        staging.read("norms", as_rows(op, "norms", norms, core)),
+        staging.fill("out", result).reshape((1, hp.num_kv_heads, hp.head_dim)),
         codebook,
         packing,
     )
     staging.run(encoder)
-    return like(packed, result[0])
+    return staging.hand_over(packed, result)
 
 
 def tmp_buffer_bytes(num_heads: int, head_dim: int, *, num_queries: int = 1, splits: int = 32) -> int:
@@ -698,7 +703,8 @@ def _attend(
     **options: Any,
 ) -> Array | tuple[Array, Array]:
     dev = resolve_device(op, device)
-    rows = as_float32(op, "q", q)
+    core = dev._core
+    rows = as_rows(op, "q", q, core)
     check_params(op, "p", p, _core.FlashAttnVecTqHbParams)
     p.validate(op)
     if rows.ndim not in (2, 3) or rows.shape[-2:] != (p.num_heads, p.head_dim):
@@ -709,28 +715,36 @@ def _attend(
         inputs["sinks"] = sinks
     writable = None
     if out is not None:
-        writable = as_out(op, out, rows.shape, "float32")
-        for name, x in inputs.items():
-            require_disjoint(op, "out", writable, name, x)
-    result = np.empty(rows.shape, np.float32) if writable is None else writable
-    lse = np.empty(rows.shape[:-1], np.float32)
-    staging, encoder = Staging(op, dev._core), dev.encoder()
+        if is_on_gpu(out):
+            writable = as_writable_rows(op, "out", out, np.float32, core)
+            if writable.shape != rows.shape:
+                raise invalid(op, "out", f"must have shape {rows.shape}", writable.shape)
+        else:
+            writable = as_out(op, out, rows.shape, "float32")
+            for name, x in inputs.items():
+                require_disjoint(op, "out", writable, name, x)
+    staging = Staging(op, core, beside=q)
+    result = staging.allocate(rows.shape) if writable is None else writable
+    lse = staging.allocate(rows.shape[:-1])
+    encoder = dev.encoder(stream=staging.stream)
     record = encoder.flash_attn_vec_tq_hb_with_fused_undo if fused_undo else encoder.flash_attn_vec_tq_hb
     record(
         staging.read("q", rows),
-        staging.read("k_packed", as_codes(op, "k_packed", k_packed)),
-        staging.read("k_norms", as_float32(op, "k_norms", k_norms)),
-        staging.read("v_packed", as_codes(op, "v_packed", v_packed)),
-        staging.read("v_norms", as_float32(op, "v_norms", v_norms)),
+        staging.read("k_packed", as_code_rows(op, "k_packed", k_packed, core)),
+        staging.read("k_norms", as_rows(op, "k_norms", k_norms, core)),
+        staging.read("v_packed", as_code_rows(op, "v_packed", v_packed, core)),
+        staging.read("v_norms", as_rows(op, "v_norms", v_norms, core)),
         staging.fill("out", result),
         None,
         p,
-        sinks=None if sinks is None else staging.read("sinks", check_sinks(op, sinks, p.num_heads)),
+        sinks=None
+        if sinks is None
+        else staging.read("sinks", sinks if is_on_gpu(sinks) else check_sinks(op, sinks, p.num_heads)),
         lse=staging.fill("lse", lse) if return_lse else None,
         return_lse=return_lse,
         **options,
     )
     require_rows(op, "q", rows, as_query=True)
     staging.run(encoder._core)
-    attended = like(q, result) if out is None else out
-    return (attended, like(q, lse)) if return_lse else attended
+    attended = staging.hand_over(q, result) if out is None else out
+    return (attended, staging.hand_over(q, lse)) if return_lse else attended

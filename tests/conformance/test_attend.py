@@ -81,7 +81,7 @@ def test_fused_undo_matches_reference(device, case):
 
 @pytest.mark.parametrize("case", SHARED, ids=str)
 def test_group_kernel_matches_reference(environment, device, case):
-    if not device._core.offers_for(AttendKernel.GROUP, case.head_dim, case.packing, case.k_bits, case.v_bits):
+    if not device._core.offers(AttendKernel.GROUP, case.head_dim, case.packing, case.k_bits, case.v_bits):
         pytest.skip(f"backend {device.backend!r} has no group kernel for this head size and packing")
     environment(TQ_HB_GQA="on")
     problem = make_problem(case)

@@ -157,9 +157,9 @@ class Spy:
     def __getattr__(self, name: str):
         return getattr(self._spied, name)
 
-    def make_encoder(self, *arguments):
+    def make_encoder(self, *arguments, **keywords):
         self._made.append(arguments)
-        return self._spied.make_encoder(*arguments)
+        return self._spied.make_encoder(*arguments, **keywords)
 
 
 class TestSlots:

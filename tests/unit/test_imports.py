@@ -21,6 +21,7 @@ PYTHON_LAYERS = (
     "_core",
     "options",
     "policy",
+    "gpu_arrays",
     "interop",
     "encoder",
     "device",

@@ -337,7 +337,7 @@ class TestPlan:
         cache.append(*np.ones((2, 600, 1, 256), np.float32))
         cache.attend(np.ones((4, 256), np.float32))
         ran = cache.last_plan
-        offers_group = device._core.offers_for(policy.AttendKernel.GROUP, 256, "byte", 8, 8)
+        offers_group = device._core.offers(policy.AttendKernel.GROUP, 256, "byte", 8, 8)
         if device.backend == "cuda" and offers_group:
             assert ran.kernels == ("flash_attn_vec_tq_hb_gqa4_dk256", "flash_attn_vec_merge_tq_hb_undo_dk256")
             assert (ran.nsg, ran.nwg) == (8, 5)

@@ -235,3 +235,50 @@ class TestSharing:
         with pytest.raises(tq_hb.InvalidArgument, match="mlx"):
             device.array(mx.zeros(3), copy=False)
         assert device.array(mx.ones(3), copy=None).numpy().tolist() == [1.0, 1.0, 1.0]
+
+
+class OnGpu:
+    """What says that it is in the memory of a GPU, which nobody here reads."""
+
+    shape = (4, 1, 256)
+
+    def __dlpack_device__(self):
+        return (2, 0)
+
+    def __dlpack__(self, **keywords):
+        raise AssertionError("nobody may ask for it")
+
+
+class OnGpuInterface:
+    """The same without DLPack."""
+
+    @property
+    def __cuda_array_interface__(self):
+        return {"shape": (4, 1, 256), "typestr": "<f4", "data": (4096, False), "version": 3}
+
+
+class TestArraysOnAGpu:
+    @pytest.mark.parametrize("array", [OnGpu(), OnGpuInterface()], ids=["dlpack", "interface"])
+    def test_a_call_that_runs_elsewhere_refuses_them(self, array):
+        cache = tq_hb.KVCache(1, 256, device="cpu")
+        codes, norms = np.zeros((1, 4, 256), np.uint8), np.zeros((1, 4), np.float32)
+        hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=1, write_pos=0, cache_capacity=4)
+        calls = {
+            "KVCache.append: k": lambda: cache.append(array, array),
+            "KVCache.attend: q": lambda: cache.attend(array),
+            "quantize: x": lambda: tq_hb.quantize(array, 8, device="cpu"),
+            "rotate: x": lambda: tq_hb.rotate(array),
+            "hadamard_quantize_kv_hb: src": lambda: tq_hb.hadamard_quantize_kv_hb(
+                array, codes, norms, hp, device="cpu"
+            ),
+            "hadamard_quantize_kv_hb: packed": lambda: tq_hb.hadamard_quantize_kv_hb(
+                np.ones((1, 256), np.float32), array, norms, hp, device="cpu"
+            ),
+            "Device.array: x": lambda: tq_hb.Device("cpu").array(array),
+        }
+        for where, call in calls.items():
+            with pytest.raises(
+                tq_hb.InvalidArgument, match=rf"^{where} must be in host memory.*got an array on cuda:0"
+            ):
+                call()
+        assert len(cache) == 0

@@ -11,6 +11,7 @@
 #include "core/query_range.h"
 #include "cuda/kernels/dispatch.h"
 #include "cuda/kernels/kernels.h"
+#include "cuda/kernels/partials.cuh"
 #include "cuda/kernels/query.cuh"
 #include "cuda/kernels/row.cuh"
 
@@ -175,14 +176,14 @@ __global__ void __launch_bounds__(kMaxWarps* kWarp) attend_kernel(const __grid_c
   }
   const bool is_empty = all_sum == 0.0;
   const float inverse = is_empty ? 0.0f : static_cast<float>(1.0 / all_sum);
-  float* partial = call.partials + (std::uint64_t{row} * gridDim.y + blockIdx.y) * partial_floats(kHeadDim);
+  float* partial = outputs_of_row<kHeadDim>(call, row) + blockIdx.y * kHeadDim;
   for (unsigned j = warp * kWarp + lane; j < kHeadDim; j += blockDim.y * kWarp) {
     float value = 0.0f;
     for (unsigned w = 0; w < blockDim.y; ++w) value += weights[w] * outputs[w][j];
     partial[j] = value * inverse;
   }
   if (warp == 0 && lane == 0) {
-    *reinterpret_cast<double*>(partial + kHeadDim) = is_empty ? -HUGE_VAL : all_max + log(all_sum);
+    states_of_row<HeadState, kHeadDim>(call, row)[blockIdx.y] = {is_empty ? -HUGE_VAL : all_max + log(all_sum)};
   }
 }
 

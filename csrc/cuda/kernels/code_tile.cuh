@@ -14,10 +14,14 @@ constexpr unsigned kChunk = 16;  // bytes of one copy, and coordinates that a la
 constexpr std::uint32_t kEveryByte = 0x01010101u;
 
 /// Brings consecutive bytes into the L2 cache: a multiple of 16 of them, from a multiple of 16 on.
-__device__ inline void prefetch(const std::uint8_t* bytes, unsigned count) {
+__device__ inline void prefetch(const void* bytes, unsigned count) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(bytes), "r"(count) : "memory");
 #endif
+}
+/// The same of the line that holds an address.
+__device__ inline void prefetch_line(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory");
 }
 
 __device__ inline void copy_chunk(std::uint32_t shared_address, const std::uint8_t* source) {

@@ -23,6 +23,14 @@ __device__ inline std::uint32_t pack_remainders(float a, float b, std::uint32_t 
   return pack_halves(a - rounded.x, b - rounded.y);
 }
 
+/// One half of a pair, twice.
+__device__ inline std::uint32_t first_twice(std::uint32_t pair) {
+  return __byte_perm(pair, 0, 0x1010);
+}
+__device__ inline std::uint32_t second_twice(std::uint32_t pair) {
+  return __byte_perm(pair, 0, 0x3232);
+}
+
 __device__ inline void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

@@ -69,10 +69,7 @@ struct CacheSide {
   unsigned high_bits;
 };
 
-/// An attention op: a kernel that leaves partial results of every split, and one that merges them.
-///
-/// A partial result is the output normalised over the split's keys, and the logarithm of their sum of exp(score) as
-/// double; query by query, head by head, split by split.
+/// An attention op: a kernel that leaves the output of every split, normalised over its keys, and one that merges them.
 struct AttendCall {
   TqFlashAttnVecArgs args;
   const float* q;
@@ -84,21 +81,17 @@ struct AttendCall {
   float* lse;  ///< or null
   std::uint32_t* status;
   bool unrotate;
+  bool is_group;    ///< whether the group kernel attends
   TqU32 head_tile;  ///< rows that the group kernel takes together, at most TQ_GQA_MAX_TILE
 };
-
-/// Floats of one partial result.
-constexpr unsigned partial_floats(unsigned head_dim) {
-  return head_dim + 2;
-}
 
 Launch attend_launch(const AttendCall& call);
 void launch_attend(const AttendCall& call, cudaStream_t stream);
 /// The same by the group kernel: head sizes from 128 on, codes at multiples of 16 bytes.
 Launch attend_group_launch(const AttendCall& call);
 void launch_attend_group(const AttendCall& call, cudaStream_t stream);
-/// Shared memory that a block of it may take.
-unsigned group_shared_bytes();
+/// Shared memory that a block of it may take, whatever the shape.
+constexpr unsigned kGroupSharedBytes = 224 << 10;
 
 Launch merge_launch(const AttendCall& call);
 void launch_merge(const AttendCall& call, cudaStream_t stream);

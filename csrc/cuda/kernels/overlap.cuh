@@ -25,22 +25,19 @@ __device__ inline void wait_for_previous() {
 #endif
 }
 
-/// With `cluster` > 1, so many consecutive blocks run together and reach each other's shared memory.
 template <class... Parameters, class... Arguments>
-void launch_overlapping(void (*kernel)(Parameters...), const Launch& sizes, unsigned cluster, cudaStream_t stream,
+void launch_overlapping(void (*kernel)(Parameters...), const Launch& sizes, cudaStream_t stream,
                         Arguments&&... arguments) {
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {cluster, 1, 1};
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = sizes.grid;
   config.blockDim = sizes.block;
   config.dynamicSmemBytes = sizes.shared_bytes;
   config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = cluster > 1 ? 2 : 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
   // The caller asks for the last error, which this sets.
   static_cast<void>(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
 }

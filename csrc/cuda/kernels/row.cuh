@@ -54,11 +54,15 @@ struct Row {
     }
   }
 
-  __device__ void multiply_signs(unsigned lane) {
+  /// The signs of the lane's coordinates, a bit each.
+  static __device__ unsigned signs(unsigned lane) {
     const unsigned first = lane * kPerLane;
-    const unsigned bits = (kSignBits[first / 8] | (kPerLane > 8 ? kSignBits[first / 8 + 1] << 8 : 0)) >> (first % 8);
+    return (kSignBits[first / 8] | (kPerLane > 8 ? kSignBits[first / 8 + 1] << 8 : 0)) >> (first % 8);
+  }
+
+  __device__ void multiply_signs(unsigned signs) {
 #pragma unroll
-    for (unsigned i = 0; i < kPerLane; ++i) values[i] = (bits >> i & 1) != 0 ? -values[i] : values[i];
+    for (unsigned i = 0; i < kPerLane; ++i) values[i] = (signs >> i & 1) != 0 ? -values[i] : values[i];
   }
 
   __device__ void multiply(float factor) {
@@ -95,17 +99,20 @@ struct Row {
   }
 
   /// R.
-  __device__ void rotate(unsigned lane) {
-    multiply_signs(lane);
+  __device__ void rotate(unsigned lane) { rotate(lane, signs(lane)); }
+  /// The same where the signs have been loaded before.
+  __device__ void rotate(unsigned lane, unsigned signs) {
+    multiply_signs(signs);
     hadamard(lane);
     multiply(scale());
   }
 
   /// R^-1.
-  __device__ void unrotate(unsigned lane) {
+  __device__ void unrotate(unsigned lane) { unrotate(lane, signs(lane)); }
+  __device__ void unrotate(unsigned lane, unsigned signs) {
     hadamard(lane);
     multiply(scale());
-    multiply_signs(lane);
+    multiply_signs(signs);
   }
 };
 
