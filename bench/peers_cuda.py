@@ -1,27 +1,35 @@
 """How close attention over the cache comes to the memory limit of an NVIDIA GPU, and to attention over float16.
 
-``python -m bench.peers_cuda`` on a machine with a GPU, torch and cupy writes bench/results/peers_cuda.json.
+``python -m bench.peers_cuda`` on a machine with a GPU, torch and cupy writes bench/results/peers_cuda.json, and with
+matplotlib the plot beside it. ``--checks`` names reports of test runs on that machine that the file shall mention.
 
 * A call is the partial kernel and the merge with the un-rotation, as recorded by an encoder and captured in a CUDA
   graph. The graph holds a dozen calls or more on different buffers, together at least 256 MB, so that no call finds its
   data in a cache; its replays are timed by events, and the median is divided by the calls.
 * The floor is the bytes of codes and norms over the bandwidth at which a kernel reads a gibibyte, measured in the same
   run. Peers read 2 bytes per value.
-* The peer is the fastest of torch's attention kernels, over float16.
+* The peers are the fastest of torch's attention kernels, over float16, and the faster of FlashInfer's two, over float16
+  and over float8. FlashInfer needs its package, for the headers, and nvcc; without them the file says so.
 * Every shape is compared with float64 attention over what the codes stand for.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
+import re
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import numpy as np
 
 import tq_hb
 from bench import harness
+from bench.flashinfer_peer import HEAD_DIMS, FlashInfer
 
 ROTATION_BYTES = 256 << 20
 MIN_CALLS = 12
@@ -34,7 +42,7 @@ SHAPES = [
     for keys in (1024, 4096, 16384, 65536, 262144)
 ]
 # Those that are measured with 5 and 6 bits too, which are packed in planes.
-PLANES = [(16, 8, 256, 65536), (16, 8, 256, 262144), (16, 2, 512, 262144)]
+PLANES = [(16, 8, 256, 65536), (16, 8, 256, 262144), (32, 8, 128, 262144), (16, 2, 512, 262144)]
 
 READ_KERNEL = r"""
 extern "C" __global__ void read_all(const uint4* data, size_t count, unsigned* out) {
@@ -203,7 +211,8 @@ def sdpa(shape: tuple[int, int, int, int], sets: int) -> float | None:
 
             calls = [functools.partial(call, cache) for cache in caches] * -(-MIN_CALLS // sets)
             try:
-                with sdpa_kernel(backend):
+                # Which of them do not take the shape is no news.
+                with warnings.catch_warnings(action="ignore"), sdpa_kernel(backend):
                     calls[0](None)
                     seconds = time_calls(calls)
             except RuntimeError:
@@ -212,7 +221,10 @@ def sdpa(shape: tuple[int, int, int, int], sets: int) -> float | None:
     return best
 
 
-def measure(device: tq_hb.Device, shape: tuple[int, int, int, int], bits: int, bandwidth: float) -> dict[str, Any]:
+def measure(
+    device: tq_hb.Device, shape: tuple[int, int, int, int], bits: int, bandwidth: float, flashinfer: FlashInfer | None
+) -> dict[str, Any]:
+    """Time a shape at a width, and the peers at 8 bits."""
     caches = [Cache(device, shape, bits, 0)]
     sets = max(1, min(64, -(-ROTATION_BYTES // caches[0].nbytes)))
     caches += [Cache(device, shape, bits, seed) for seed in range(1, sets)]
@@ -233,6 +245,8 @@ def measure(device: tq_hb.Device, shape: tuple[int, int, int, int], bits: int, b
     }
     del caches, calls
     result["sdpa_seconds"] = sdpa(shape, sets) if bits == 8 else None
+    has_peer = flashinfer is not None and bits == 8 and shape[2] in HEAD_DIMS
+    result["flashinfer"] = flashinfer.measure(shape, sets, time_calls, MIN_CALLS) if flashinfer and has_peer else None
     return result
 
 
@@ -265,26 +279,91 @@ def encode(device: tq_hb.Device, tokens: int, bandwidth: float) -> dict[str, Any
     return {"tokens": tokens, "bytes": moved, "seconds": seconds, "share_of_copy": moved / bandwidth / seconds}
 
 
+def check_of(report: Path) -> dict[str, Any]:
+    """Sum up a JUnit file, and the log of the same name beside it, if a tool of compute-sanitizer watched the run."""
+    suite = ET.parse(report).getroot()[0]
+    counts = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
+    log = report.with_suffix(".log")
+    summaries = re.findall(r"[A-Z]+ SUMMARY: .*", log.read_text()) if log.exists() else []
+    return {"check": report.stem, "when": suite.attrib["timestamp"], **counts, "summary": summaries}
+
+
+def plot(results: list[dict[str, Any]]) -> None:
+    """Draw every shape's times over the number of keys, with the floor."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return
+    shapes = list(dict.fromkeys((r["heads"], r["kv_heads"], r["head_dim"]) for r in results if "keys" in r))
+    figure, panels = plt.subplots(1, len(shapes), figsize=(4 * len(shapes), 4), sharey=True, layout="constrained")
+    for panel, shape in zip(panels, shapes, strict=True):
+        rows = [r for r in results if (r.get("heads"), r.get("kv_heads"), r.get("head_dim")) == shape]
+        rows = [r for r in rows if r["bits"] == 8]
+        lines = {
+            "read alone": [r["seconds"] * r["share_of_floor"] for r in rows],
+            "tq_hb, 8 bits": [r["seconds"] for r in rows],
+            "FlashInfer float8": [r["flashinfer"]["float8"]["seconds"] if r["flashinfer"] else None for r in rows],
+            "FlashInfer float16": [r["flashinfer"]["float16"]["seconds"] if r["flashinfer"] else None for r in rows],
+            "torch float16": [r["sdpa_seconds"] for r in rows],
+        }
+        for name, seconds in lines.items():
+            points = [(r["keys"], 1e6 * s) for r, s in zip(rows, seconds, strict=True) if s is not None]
+            if points:
+                panel.loglog(*zip(*points, strict=True), marker="." if name != "read alone" else "", label=name)
+        panel.set_title(" / ".join(map(str, shape)))
+        panel.set_xlabel("keys")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("us of a call")
+    panels[0].legend(fontsize="small")
+    figure.suptitle(f"One token's attention on {results[0]['gpu']}: heads / KV heads / head size")
+    figure.savefig(harness.RESULTS / "peers_cuda.png", dpi=100)
+
+
+def describe(result: dict[str, Any]) -> str:
+    """Say what was measured in a line."""
+    shape = tuple(result[name] for name in ("heads", "kv_heads", "head_dim", "keys"))
+    peers = {"SDPA f16": result["sdpa_seconds"]}
+    for name, row in (result["flashinfer"] or {}).items():
+        peers[f"FlashInfer {name}"] = row["seconds"]
+    against = "".join(f", {name} {s / result['seconds']:.2f} x" for name, s in peers.items() if s)
+    return (
+        f"{shape}, {result['bits']} bits: {1e6 * result['seconds']:.1f} us, "
+        f"{100 * result['share_of_floor']:.0f} % of the floor, error {result['error']:.1e}{against}"
+    )
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checks", type=Path, nargs="*", default=[], help="JUnit files of test runs on this machine")
+    checks = parser.parse_args().checks
     device = tq_hb.Device("cuda")
     bandwidth, copying = read_bandwidth(), copy_bandwidth()
     print(f"{device.name}: reads {bandwidth / 1e9:.0f} GB/s, copies {copying / 1e9:.0f} GB/s")
-    results: list[dict[str, Any]] = [{"gpu": device.name, "read_bandwidth": bandwidth, "copy_bandwidth": copying}]
+    flashinfer, version = None, ""
+    try:
+        flashinfer = FlashInfer()
+        version = flashinfer.version
+    except RuntimeError as error:
+        version = f"not measured: {error}"
+    print(f"FlashInfer {version}")
+    results: list[dict[str, Any]] = [
+        {
+            "gpu": device.name,
+            "read_bandwidth": bandwidth,
+            "copy_bandwidth": copying,
+            "flashinfer": version,
+            "checks": [check_of(report) for report in checks],
+        }
+    ]
     for shape, bits in [*((shape, 8) for shape in SHAPES), *((shape, bits) for shape in PLANES for bits in (5, 6))]:
-        result = measure(device, shape, bits, bandwidth)
-        results.append(result)
-        peer = result["sdpa_seconds"]
-        against = f", SDPA f16 {1e6 * peer:.1f} us, {peer / result['seconds']:.2f} x" if peer else ""
-        print(
-            f"{shape}, {bits} bits: {1e6 * result['seconds']:.1f} us, "
-            f"{100 * result['share_of_floor']:.0f} % of the floor, "
-            f"error {result['error']:.1e}{against}",
-            flush=True,
-        )
+        results.append(measure(device, shape, bits, bandwidth, flashinfer))
+        print(describe(results[-1]), flush=True)
     for tokens in (1, 4096, 32768):
         result = encode(device, tokens, copying)
         results.append(result)
         print(f"encode {tokens}: {1e6 * result['seconds']:.1f} us, {100 * result['share_of_copy']:.0f} % of a copy")
+    plot(results)
     print(harness.write("peers_cuda", "bench.peers_cuda", results))
 
 
