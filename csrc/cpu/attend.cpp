@@ -66,25 +66,42 @@ struct Side {
   const Int16Levels& int16;
 };
 
-/// Memory that is written before it is read, so that nobody has to clear it.
+/// Memory that only ever grows, and is written before it is read, so that nobody has to clear it.
 template <class T>
 class Scratch {
  public:
-  void allocate(std::size_t count) { memory_.reset(new T[count]); }
+  void reserve(std::size_t count) {
+    if (count <= capacity_) return;
+    memory_.reset(new T[count]);
+    capacity_ = count;
+  }
   T* operator+(std::size_t i) const noexcept { return memory_.get() + i; }
   T& operator[](std::size_t i) const noexcept { return memory_[i]; }
 
  private:
   std::unique_ptr<T[]> memory_;
+  std::size_t capacity_ = 0;
+};
+
+/// What a thread keeps from call to call, so that only its first of a size allocates.
+struct Workspace {
+  Scratch<QueryRange> seen;      // [rows of one KV head]
+  Scratch<float> q;              // [kv head][rows][head_dim]
+  Scratch<double> scale, bias;   // [kv head][rows]; a scale of NaN marks a row that cannot be used
+  Scratch<std::int16_t> values;  // of rows in fixed point: see Int16Query
+  Scratch<double> units;
+  Scratch<std::int32_t> halves;
+  Scratch<double> max, sum;  // [kv head][range][rows]: partial states, and what a tile needs
+  Scratch<float> out;
+  Scratch<RowScratch> scratch;
 };
 
 /// Copies a query head, rotated if asked, scaled by a power of two so that nothing can overflow.
 ///
 /// Returns what undoes that scaling, or NaN if the query is not finite.
 double prepare_query(const float* q, std::size_t head_dim, bool rotate, float* out) noexcept {
-  if (!is_finite_row(q, head_dim)) return std::numeric_limits<double>::quiet_NaN();
-  float largest = 0.0f;
-  for (std::size_t j = 0; j < head_dim; ++j) largest = std::max(largest, std::fabs(q[j]));
+  const float largest = largest_magnitude(q, head_dim);
+  if (!std::isfinite(largest)) return std::numeric_limits<double>::quiet_NaN();
   // Clamped so that the factor itself is a normal float32.
   const int exponent = largest > 0.0f ? std::clamp(std::ilogb(largest), -126, 126) : 0;
   const float factor = std::ldexp(1.0f, -exponent);
@@ -97,13 +114,15 @@ double prepare_query(const float* q, std::size_t head_dim, bool rotate, float* o
 /// query by query, so that they can share its keys.
 class QueryBlock {
  public:
-  QueryBlock(const AttendOp& op, const IsaKernel& kernel, float row_scale, std::size_t first, std::size_t queries);
+  QueryBlock(const AttendOp& op, const IsaKernel& kernel, float row_scale, std::size_t first, std::size_t queries,
+             Workspace& memory);
 
   /// Puts the rows into fixed point, for keys of the given unit.
   void quantize_rows(double key_unit);
   /// Attends all rows to one range of one KV head's keys, into the partial states.
   void attend_unit(std::size_t unit, const Side& k, const Side& v);
   std::size_t num_units() const { return kv_heads_ * ranges_; }
+  std::size_t num_rows() const { return kv_heads_ * rows_; }
 
   /// Merges the ranges of one head of one query and writes its results, or reports the query.
   void finish(std::size_t query, std::size_t head, BadRows& bad_rows) const;
@@ -117,25 +136,15 @@ class QueryBlock {
   const IsaKernel& kernel_;
   bool in_int16_;
   std::size_t head_dim_, kv_heads_, group_;
-  float row_scale_;                   // turns a norm into what a level is multiplied by
-  std::size_t first_query_, rows_;    // rows_ of one KV head
-  QueryRange keys_;                   // that any of the queries sees
-  std::size_t range_, ranges_;        // keys in one, and how many there are
-  std::vector<QueryRange> seen_;      // [rows_]
-  std::vector<float> q_;              // [kv head][rows_][head_dim]
-  std::vector<double> scale_, bias_;  // [kv head][rows_]; a scale of NaN marks a row that cannot be used
-  // Of rows in fixed point: see Int16Query.
-  std::vector<std::int16_t> q_values_;
-  std::vector<double> q_units_;
-  std::vector<std::int32_t> q_halves_;
-  // [kv head][range][rows_]: partial states, and what a tile needs.
-  Scratch<double> max_, sum_;
-  Scratch<float> out_;
-  Scratch<RowScratch> scratch_;
+  float row_scale_;                 // turns a norm into what a level is multiplied by
+  std::size_t first_query_, rows_;  // rows_ of one KV head
+  QueryRange keys_;                 // that any of the queries sees
+  std::size_t range_, ranges_;      // keys in one, and how many there are
+  Workspace& memory_;
 };
 
 QueryBlock::QueryBlock(const AttendOp& op, const IsaKernel& kernel, float row_scale, std::size_t first,
-                       std::size_t queries)
+                       std::size_t queries, Workspace& memory)
     : op_(op),
       kernel_(kernel),
       in_int16_(attend_precision(op, kernel) == Precision::kDefault),
@@ -144,26 +153,28 @@ QueryBlock::QueryBlock(const AttendOp& op, const IsaKernel& kernel, float row_sc
       group_(op.args.num_heads / op.args.num_kv_heads),
       row_scale_(row_scale),
       first_query_(first),
-      rows_(queries * group_) {
+      rows_(queries * group_),
+      memory_(memory) {
   const TqFlashAttnVecArgs& args = op.args;
   const TqU32 window = args.mask_type == 2 ? args.sliding_window : 0;
-  for (std::size_t i = 0; i < queries; ++i) {
-    const std::size_t later = args.num_queries - 1 - (first + i);
+  memory_.seen.reserve(rows_);
+  for (std::size_t row = 0; row < rows_; ++row) {
+    const std::size_t later = args.num_queries - 1 - (first + row / group_);
     const TqU32 position = args.query_position - static_cast<TqU32>(later);
-    seen_.insert(seen_.end(), group_, query_range(position, args.kv_seq_len, window));
+    memory_.seen[row] = query_range(position, args.kv_seq_len, window);
   }
-  keys_ = {seen_.front().begin, seen_.back().end};
+  keys_ = {memory_.seen[0].begin, memory_.seen[rows_ - 1].end};
   range_ = range_length(keys_.end - keys_.begin, kv_heads_);
   ranges_ = (keys_.end - keys_.begin + range_ - 1) / range_;
 
-  q_.resize(kv_heads_ * rows_ * head_dim_);
-  scale_.resize(kv_heads_ * rows_);
-  bias_.resize(kv_heads_ * rows_);
-  for (std::size_t row = 0; row < scale_.size(); ++row) {
+  memory_.q.reserve(num_rows() * head_dim_);
+  memory_.scale.reserve(num_rows());
+  memory_.bias.reserve(num_rows());
+  for (std::size_t row = 0; row < num_rows(); ++row) {
     const std::size_t query = first + row % rows_ / group_;
     const std::size_t at = query * args.num_heads + row / rows_ * group_ + row % group_;
-    if (op.score_bias) bias_[row] = static_cast<double>(op.score_bias->data<const float>()[at]);
-    float* placed = q_.data() + row * head_dim_;
+    memory_.bias[row] = op.score_bias ? static_cast<double>(op.score_bias->data<const float>()[at]) : 0.0;
+    float* placed = memory_.q + row * head_dim_;
     const double undo =
         prepare_query(op.q.data<const float>() + at * head_dim_, head_dim_, args.fuse_fwht_pre == 1, placed);
     if (!in_int16_ && kernel.place_query != nullptr) {
@@ -171,28 +182,28 @@ QueryBlock::QueryBlock(const AttendOp& op, const IsaKernel& kernel, float row_sc
       std::copy_n(placed, head_dim_, natural);
       kernel.place_query(natural, head_dim_, placed);
     }
-    scale_[row] = std::isfinite(bias_[row]) ? undo * static_cast<double>(args.scale) * static_cast<double>(row_scale)
-                                            : std::numeric_limits<double>::quiet_NaN();
+    memory_.scale[row] = std::isfinite(memory_.bias[row])
+                             ? undo * static_cast<double>(args.scale) * static_cast<double>(row_scale)
+                             : std::numeric_limits<double>::quiet_NaN();
   }
 
   const std::size_t partials = kv_heads_ * ranges_ * rows_;
-  max_.allocate(partials);
-  sum_.allocate(partials);
-  out_.allocate(partials * head_dim_);
-  scratch_.allocate(partials);
+  memory_.max.reserve(partials);
+  memory_.sum.reserve(partials);
+  memory_.out.reserve(partials * head_dim_);
+  memory_.scratch.reserve(partials);
   if (in_int16_) quantize_rows(int16_levels(*op.k_codebook).unit);
 }
 
 void QueryBlock::quantize_rows(double key_unit) {
-  const std::size_t rows = scale_.size();
-  q_values_.resize((rows + kQueryRows - 1) * head_dim_);
-  q_units_.resize(rows * kMaxNormBlocks);
-  q_halves_.resize(rows * kMaxNormBlocks);
-  for (std::size_t row = 0; row < rows; ++row) {
-    double* units = q_units_.data() + row * kMaxNormBlocks;
-    kernel_.quantize_query(q_.data() + row * head_dim_, head_dim_, q_values_.data() + row * head_dim_, units,
-                           q_halves_.data() + row * kMaxNormBlocks);
-    for (std::size_t b = 0; b < kMaxNormBlocks; ++b) units[b] *= key_unit * scale_[row];
+  memory_.values.reserve((num_rows() + kQueryRows - 1) * head_dim_);
+  memory_.units.reserve(num_rows() * kMaxNormBlocks);
+  memory_.halves.reserve(num_rows() * kMaxNormBlocks);
+  for (std::size_t row = 0; row < num_rows(); ++row) {
+    double* units = memory_.units + row * kMaxNormBlocks;
+    kernel_.quantize_query(memory_.q + row * head_dim_, head_dim_, memory_.values + row * head_dim_, units,
+                           memory_.halves + row * kMaxNormBlocks);
+    for (std::size_t b = 0; b < norms_per_row(head_dim_); ++b) units[b] *= key_unit * memory_.scale[row];
   }
 }
 
@@ -201,10 +212,10 @@ void QueryBlock::attend_unit(std::size_t unit, const Side& k, const Side& v) {
   const std::size_t first = unit % ranges_ * range_;
   const std::size_t capacity = op_.args.kv_capacity;
   AttendTask task;
-  task.q = q_.data() + kv_head * rows_ * head_dim_;
-  task.q_scale = scale_.data() + kv_head * rows_;
-  task.bias = bias_.data() + kv_head * rows_;
-  task.seen = seen_.data();
+  task.q = memory_.q + kv_head * rows_ * head_dim_;
+  task.q_scale = memory_.scale + kv_head * rows_;
+  task.bias = memory_.bias + kv_head * rows_;
+  task.seen = memory_.seen + 0;
   task.k = k.head(kv_head);
   task.v = v.head(kv_head);
   task.rows = rows_;
@@ -215,21 +226,21 @@ void QueryBlock::attend_unit(std::size_t unit, const Side& k, const Side& v) {
   task.capacity = capacity;
   task.softcap = static_cast<double>(op_.args.softcap);
   task.v_scale = row_scale_ * kHeadroom;
-  task.scratch = scratch_ + unit * rows_;
-  task.max = max_ + unit * rows_;
-  task.sum = sum_ + unit * rows_;
-  task.out = out_ + unit * rows_ * head_dim_;
+  task.scratch = memory_.scratch + unit * rows_;
+  task.max = memory_.max + unit * rows_;
+  task.sum = memory_.sum + unit * rows_;
+  task.out = memory_.out + unit * rows_ * head_dim_;
   if (!in_int16_) return kernel_.attend(task);
   const std::size_t row = kv_head * rows_;
-  task.q_int16 = {q_values_.data() + row * head_dim_, q_units_.data() + row * kMaxNormBlocks,
-                  q_halves_.data() + row * kMaxNormBlocks};
+  task.q_int16 = {memory_.values + row * head_dim_, memory_.units + row * kMaxNormBlocks,
+                  memory_.halves + row * kMaxNormBlocks};
   kernel_.attend_int16(task);
 }
 
 void QueryBlock::finish(std::size_t query, std::size_t head, BadRows& bad_rows) const {
   const std::size_t at = (first_query_ + query) * op_.args.num_heads + head;
   const std::size_t row = head / group_ * rows_ + query * group_ + head % group_;
-  if (std::isnan(scale_[row])) {
+  if (std::isnan(memory_.scale[row])) {
     bad_rows.report(at);
     return;
   }
@@ -239,7 +250,7 @@ void QueryBlock::finish(std::size_t query, std::size_t head, BadRows& bad_rows) 
 void QueryBlock::merge(std::size_t row, std::size_t head, float* out, float* lse) const {
   constexpr double kNone = -std::numeric_limits<double>::infinity();
   const double sink = op_.sinks ? static_cast<double>(op_.sinks->data<const float>()[head]) : kNone;
-  const QueryRange& seen = seen_[row % rows_];
+  const QueryRange& seen = memory_.seen[row % rows_];
   std::memset(out, 0, head_dim_ * sizeof(float));
   if (seen.begin == seen.end) {
     if (lse != nullptr) *lse = static_cast<float>(sink);
@@ -247,13 +258,13 @@ void QueryBlock::merge(std::size_t row, std::size_t head, float* out, float* lse
   }
   const std::size_t first = first_partial(row);
   double max = sink;
-  for (std::size_t r = 0; r < ranges_; ++r) max = std::max(max, max_[first + r * rows_]);
+  for (std::size_t r = 0; r < ranges_; ++r) max = std::max(max, memory_.max[first + r * rows_]);
   double sum = sink == kNone ? 0.0 : std::exp(sink - max);
   for (std::size_t r = 0; r < ranges_; ++r) {
     const std::size_t at = first + r * rows_;
-    const float weight = std::exp(static_cast<float>(max_[at] - max));
-    sum += sum_[at] * static_cast<double>(weight);
-    const float* partial = out_ + at * head_dim_;
+    const float weight = std::exp(static_cast<float>(memory_.max[at] - max));
+    sum += memory_.sum[at] * static_cast<double>(weight);
+    const float* partial = memory_.out + at * head_dim_;
     for (std::size_t j = 0; j < head_dim_; ++j) out[j] += weight * partial[j];
   }
   const float inverse = static_cast<float>(1.0 / (sum * static_cast<double>(kHeadroom)));
@@ -282,9 +293,10 @@ void attend(const AttendOp& op, ThreadPool& pool, BadRows& bad_rows) {
   // A K row is levels * decode_factor(norm), so this is the norm's constant part.
   const float row_scale = decode_factor(1.0f, op.args.head_dim, op.args.scale_factor_d512);
   const std::size_t heads = op.args.num_heads;
+  static thread_local Workspace memory;
   for (std::size_t first = 0; first < op.num_queries(); first += kQueryBlock) {
     const std::size_t queries = std::min<std::size_t>(kQueryBlock, op.num_queries() - first);
-    QueryBlock block(op, attend_kernel(), row_scale, first, queries);
+    QueryBlock block(op, attend_kernel(), row_scale, first, queries, memory);
     pool.parallel_for(block.num_units(), [&](std::size_t unit) { block.attend_unit(unit, k, v); });
     pool.parallel_for(queries * heads, [&](std::size_t i) { block.finish(i / heads, i % heads, bad_rows); });
   }

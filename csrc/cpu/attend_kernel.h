@@ -94,9 +94,8 @@ struct IsaKernel {
 const IsaKernel& attend_kernel_portable() noexcept;
 #if defined(TQ_HB_HAVE_X86_KERNELS)
 const IsaKernel& attend_kernel_avx2() noexcept;
-/// Two kernels of the name "avx512": the second needs VBMI and VNNI.
+/// With VBMI and VNNI.
 const IsaKernel& attend_kernel_avx512() noexcept;
-const IsaKernel& attend_kernel_avx512_vbmi() noexcept;
 #elif defined(TQ_HB_HAVE_NEON_KERNELS)
 const IsaKernel& attend_kernel_neon() noexcept;
 #endif

@@ -13,6 +13,7 @@ namespace {
 typedef __m256i Sums;
 constexpr std::size_t kChunk = 32;
 constexpr unsigned kSumShift = 3;
+constexpr std::size_t kLaneStep = 1;
 constexpr std::size_t kValueRows = 2;
 
 struct Levels {
@@ -26,10 +27,6 @@ inline void interleave(Sums a, Sums b, Sums& low, Sums& high) noexcept {
 
 inline Sums add_products(Sums sums, Sums a, Sums b) noexcept {
   return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
-}
-
-inline std::size_t lane_of(std::size_t j) noexcept {
-  return j / 2 % 8;
 }
 
 inline Sums add(Sums a, Sums b) noexcept {
@@ -209,15 +206,17 @@ class Lookup<8, kPlane, kHeadDim> {
       : tables_{ByteTables(levels),      ByteTables(levels + 16), ByteTables(levels + 32), ByteTables(levels + 48),
                 ByteTables(levels + 64), ByteTables(levels + 80), ByteTables(levels + 96), ByteTables(levels + 112)} {}
 
-  Levels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
+  // Inlined, since a call would pass vectors through memory.
+  [[gnu::always_inline]] Levels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
     const Codes codes = CodeReader<8, false, kHeadDim>::at(row, chunk);
     const __m256i index = folded_index(codes);
     const __m256i folded = _mm256_xor_si256(codes.low, codes.sign);
+    const __m256i bit4 = up<3>(folded), bit5 = up<2>(folded), bit6 = up<1>(folded);
     const auto pair = [&](std::size_t i) {
-      return choose(look_up(tables_[i], index), look_up(tables_[i + 1], index), up<3>(folded));
+      return choose(look_up(tables_[i], index), look_up(tables_[i + 1], index), bit4);
     };
-    const auto four = [&](std::size_t i) { return choose(pair(i), pair(i + 2), up<2>(folded)); };
-    return unfold(choose(four(0), four(4), up<1>(folded)), codes.sign);
+    const auto four = [&](std::size_t i) { return choose(pair(i), pair(i + 2), bit5); };
+    return unfold(choose(four(0), four(4), bit6), codes.sign);
   }
 
  private:

@@ -12,6 +12,7 @@ namespace {
 typedef int32x4_t Sums;
 constexpr std::size_t kChunk = 16;
 constexpr unsigned kSumShift = 2;
+constexpr std::size_t kLaneStep = 4;
 constexpr std::size_t kValueRows = 4;
 
 struct Levels {
@@ -20,11 +21,6 @@ struct Levels {
 
 inline int16x8_t words(Sums sums) noexcept {
   return vreinterpretq_s16_s32(sums);
-}
-
-/// Products are added where the instructions for them do it: those of words i and i + 4 in lane i.
-inline std::size_t lane_of(std::size_t j) noexcept {
-  return j % 4;
 }
 
 inline Sums add_products(Sums sums, Sums a, Sums b) noexcept {

@@ -9,12 +9,13 @@
 //   kValueRows                  rows whose sums over a chunk of values stay in registers
 //   Lookup<bits, plane, dim>    Lookup(levels), .at(row, chunk) -> Levels{Sums first, second}: of every 16 codes, first
 //                               has the first 8 and second the others, 128 bits after 128 bits
-//   interleave(a, b, low, high) the pairs (a_i, b_i) of 16-bit values, of every 8 the first 4 in low
-//   add_products(sums, a, b)    sums + a_2i * b_2i + a_2i+1 * b_2i+1, for 32-bit lane i
-//   lane_of(j)                  the lane that add_products adds the products of 16-bit value j to
+//   interleave(a, b, low, high) the pairs (a_i, b_i) of 16-bit values that share a lane, of every 8 the first 4 in low
+//   add_products(sums, a, b)    sums + two products of 16-bit values, for every 32-bit lane
+//   kLaneStep                   a power of two: add_products adds the products of 16-bit values i and i ^ kLaneStep
+//                               to the same lane
 //   add(a, b), cut<bits>(a)     a + b, a / 2^bits, lane by lane
 //   add_across(sums[4])         the sums over all lanes, cut by kSumShift, as Int4
-//   broadcast_pair(p)           the 16-bit values at p and p + 1 in every 32-bit lane
+//   broadcast_pair(p)           the 16-bit values at p and p + 1, where interleave puts a and b
 //   pin(sums)                   keeps the compiler from adding in another order, which would take more registers
 #pragma once
 
@@ -64,10 +65,10 @@ void quantize_query(const float* q, std::size_t head_dim, std::int16_t* values, 
         }
       }
       float sum = 0.0f, single = 0.0f;
-      for (std::size_t i = 0; i < kPairs; i += 2) {
-        sum = sums[i] + sums[i + 1] > sum ? sums[i] + sums[i + 1] : sum;
+      for (std::size_t i = 0; i < kPairs; ++i) {
+        const float lane = sums[i] + sums[i ^ kLaneStep];
+        sum = lane > sum ? lane : sum;
         single = largest[i] > single ? largest[i] : single;
-        single = largest[i + 1] > single ? largest[i + 1] : single;
       }
       unit = single / 32766.0f > unit ? single / 32766.0f : unit;
       unit = sum / Int16Levels::kBudget > unit ? sum / Int16Levels::kBudget : unit;
@@ -81,16 +82,17 @@ void quantize_query(const float* q, std::size_t head_dim, std::int16_t* values, 
     }
     std::int32_t sum = 0;
     for (std::size_t i = 0; i < kLanes; ++i) sum += total[i];
-    const std::int32_t cut = (block_dim > kDotPart ? 2 : 1) << kSumShift;
-    units[first / block_dim] = static_cast<double>(unit) * cut;
-    halves[first / block_dim] = sum / (2 * cut);
+    const std::int32_t parts = static_cast<std::int32_t>(block_dim > kDotPart ? block_dim / kDotPart : 1);
+    const std::int32_t divisor = parts << kSumShift;
+    units[first / block_dim] = static_cast<double>(unit) * divisor;
+    halves[first / block_dim] = sum / (2 * divisor);
   }
 }
 
 /// A row whose codes are looked up when they are used.
 template <class RowLookup>
 struct CodedRow {
-  Levels at(std::size_t chunk) const noexcept { return lookup.at(codes, chunk); }
+  [[gnu::always_inline]] Levels at(std::size_t chunk) const noexcept { return lookup.at(codes, chunk); }
   const RowLookup& lookup;
   const std::uint8_t* codes;
 };
@@ -179,9 +181,9 @@ struct PairLevels {
 
 template <class RowLookup>
 struct CodedPairs {
-  PairLevels at(std::size_t p, std::size_t i) const noexcept {
-    const Levels even = lookup.at(rows[2 * p], chunk + i);
-    const Levels odd = lookup.at(rows[2 * p + 1], chunk + i);
+  [[gnu::always_inline]] PairLevels at(std::size_t p) const noexcept {
+    const Levels even = lookup.at(rows[2 * p], chunk);
+    const Levels odd = lookup.at(rows[2 * p + 1], chunk);
     PairLevels pair;
     interleave(even.first, odd.first, pair.vectors[0], pair.vectors[1]);
     interleave(even.second, odd.second, pair.vectors[2], pair.vectors[3]);
@@ -193,26 +195,24 @@ struct CodedPairs {
 };
 
 struct DecodedPairs {
-  const PairLevels& at(std::size_t p, std::size_t) const noexcept { return levels[p]; }
+  const PairLevels& at(std::size_t p) const noexcept { return levels[p]; }
   const PairLevels* levels;
 };
 
-/// Adds weights * values of kChunks chunks of columns to the outputs of kRows rows from `r` on.
-template <std::size_t kHeadDim, std::size_t kRows, std::size_t kChunks, class Pairs>
+/// Adds weights * values of one chunk of columns to the outputs of kRows rows from `r` on.
+template <std::size_t kHeadDim, std::size_t kRows, class Pairs>
 inline void add_rows(const AttendTask& task, std::size_t chunk, std::size_t r, std::size_t pairs,
                      const Pairs& values) noexcept {
   const std::size_t block = chunk * kChunk / kBlockDim<kHeadDim>;
   const RowScratch* rows = task.scratch + r;
   const std::int16_t* weights[kRows];
-  Sums sums[kRows][kChunks][4];
+  // Every loop over sums is unrolled: otherwise they would live in memory.
+  Sums sums[kRows][4];
 #pragma GCC unroll 8
   for (std::size_t k = 0; k < kRows; ++k) {
     weights[k] = rows[k].fixed_weights[block];
-#pragma GCC unroll 2
-    for (std::size_t c = 0; c < kChunks; ++c) {
 #pragma GCC unroll 4
-      for (std::size_t i = 0; i < 4; ++i) sums[k][c][i] = fill(rows[k].halves[block]);
-    }
+    for (std::size_t i = 0; i < 4; ++i) sums[k][i] = fill(rows[k].halves[block]);
   }
   for (std::size_t first = 0; first < pairs; first += 2) {
 #pragma GCC unroll 2
@@ -220,16 +220,13 @@ inline void add_rows(const AttendTask& task, std::size_t chunk, std::size_t r, s
       Sums pair_weights[kRows];
 #pragma GCC unroll 8
       for (std::size_t k = 0; k < kRows; ++k) pair_weights[k] = broadcast_pair(weights[k] + 2 * p);
-#pragma GCC unroll 2
-      for (std::size_t c = 0; c < kChunks; ++c) {
-        const PairLevels& pair = values.at(p, c);
+      const PairLevels& pair = values.at(p);
 #pragma GCC unroll 4
-        for (std::size_t i = 0; i < 4; ++i) {
+      for (std::size_t i = 0; i < 4; ++i) {
 #pragma GCC unroll 8
-          for (std::size_t k = 0; k < kRows; ++k) {
-            sums[k][c][i] = add_products(sums[k][c][i], pair.vectors[i], pair_weights[k]);
-            pin(sums[k][c][i]);
-          }
+        for (std::size_t k = 0; k < kRows; ++k) {
+          sums[k][i] = add_products(sums[k][i], pair.vectors[i], pair_weights[k]);
+          pin(sums[k][i]);
         }
       }
     }
@@ -237,20 +234,13 @@ inline void add_rows(const AttendTask& task, std::size_t chunk, std::size_t r, s
 #pragma GCC unroll 8
   for (std::size_t k = 0; k < kRows; ++k) {
     float* out = task.out + (r + k) * kHeadDim + chunk * kChunk;
-#pragma GCC unroll 2
-    for (std::size_t c = 0; c < kChunks; ++c) {
 #pragma GCC unroll 4
-      for (std::size_t i = 0; i < 4; ++i, out += kSumLanes) {
-        const Vec added = __builtin_convertvector(load_as<IntVec>(&sums[k][c][i]), Vec);
-        store(out, load(out) * rows[k].correction + added * rows[k].fixed_units[block]);
-      }
+    for (std::size_t i = 0; i < 4; ++i, out += kSumLanes) {
+      const Vec added = __builtin_convertvector(load_as<IntVec>(&sums[k][i]), Vec);
+      store(out, load(out) * rows[k].correction + added * rows[k].fixed_units[block]);
     }
   }
 }
-
-/// Chunks of columns that are added at a time.
-template <std::size_t kHeadDim>
-constexpr std::size_t kColumnChunks = kHeadDim / kChunk < 2 ? 1 : 2;
 
 /// What is done with the rows of one format.
 template <unsigned kBits, bool kPlane, std::size_t kHeadDim>
@@ -274,25 +264,17 @@ struct Format {
     score_decoded(task, tile, keys, first, lookup);
   }
 
-  /// Adds weights * values to all rows' outputs, to kColumnChunks chunks of columns from `first` on.
-  static void add(const AttendTask& task, const Rows& values, std::size_t pairs, std::size_t first) noexcept {
+  /// Adds weights * values of one chunk of columns to all rows' outputs.
+  static void add(const AttendTask& task, const Rows& values, std::size_t pairs, std::size_t chunk) noexcept {
     const RowLookup lookup(task.v.int16->values);
-    if (task.rows == 1) {
-      const CodedPairs<RowLookup> coded{lookup, values, first};
-      return add_rows<kHeadDim, 1, kColumnChunks<kHeadDim>>(task, first, 0, pairs, coded);
-    }
-    for (std::size_t chunk = first; chunk < first + kColumnChunks<kHeadDim>; ++chunk) {
-      const CodedPairs<RowLookup> coded{lookup, values, chunk};
-      if (task.rows == 2) {
-        add_rows<kHeadDim, 2, 1>(task, chunk, 0, pairs, coded);
-        continue;
-      }
-      PairLevels levels[kAttendTile / 2];
-      for (std::size_t p = 0; p < pairs; ++p) levels[p] = coded.at(p, 0);
-      for_each_group<kValueRows>(task.rows, [&](auto rows, std::size_t r) {
-        add_rows<kHeadDim, decltype(rows)::value, 1>(task, chunk, r, pairs, DecodedPairs{levels});
-      });
-    }
+    const CodedPairs<RowLookup> coded{lookup, values, chunk};
+    if (task.rows == 1) return add_rows<kHeadDim, 1>(task, chunk, 0, pairs, coded);
+    if (task.rows == 2) return add_rows<kHeadDim, 2>(task, chunk, 0, pairs, coded);
+    PairLevels levels[kAttendTile / 2];
+    for (std::size_t p = 0; p < pairs; ++p) levels[p] = coded.at(p);
+    for_each_group<kValueRows>(task.rows, [&](auto rows, std::size_t r) {
+      add_rows<kHeadDim, decltype(rows)::value>(task, chunk, r, pairs, DecodedPairs{levels});
+    });
   }
 
  private:
@@ -372,7 +354,7 @@ class Int16Path {
     // Two pairs at a time: keys beyond the last have a weight of 0.
     const std::size_t pairs = (tile.count + 3) / 4 * 2;
     fix_weights(tile);
-    for (std::size_t chunk = 0; chunk < kHeadDim / kChunk; chunk += kColumnChunks<kHeadDim>) {
+    for (std::size_t chunk = 0; chunk < kHeadDim / kChunk; ++chunk) {
       v_.add(task_, values_, pairs, chunk);
       prefetch_keys(tile, chunk);
     }
@@ -435,11 +417,11 @@ class Int16Path {
     row.fixed_units[b] = unit * static_cast<float>(task_.v.int16->unit);
   }
 
-  /// Asks for the next tile's keys: the share that goes with the columns from a chunk on.
+  /// Asks for a share of the next tile's keys.
   void prefetch_keys(const Tile& tile, std::size_t chunk) noexcept {
-    constexpr std::size_t kShare = kTile * kColumnChunks<kHeadDim> * kChunk / kHeadDim;
-    const std::size_t first = chunk / kColumnChunks<kHeadDim> * kShare;
-    for (std::size_t t = first; t < first + kShare; ++t) {
+    constexpr std::size_t kShare = kTile * kChunk / kHeadDim;
+    if (tile.first_age + kTile >= task_.first_age + task_.count) return;
+    for (std::size_t t = chunk * kShare; t < (chunk + 1) * kShare; ++t) {
       const std::size_t slot = tile.slots[t] + kTile;
       k_.prefetch(row(task_.k, slot < task_.capacity ? slot : slot - task_.capacity));
     }

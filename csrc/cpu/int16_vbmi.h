@@ -13,6 +13,7 @@ namespace {
 typedef __m512i Sums;
 constexpr std::size_t kChunk = 64;
 constexpr unsigned kSumShift = 4;
+constexpr std::size_t kLaneStep = 1;
 constexpr std::size_t kValueRows = 4;
 
 struct Levels {
@@ -26,10 +27,6 @@ inline void interleave(Sums a, Sums b, Sums& low, Sums& high) noexcept {
 
 inline Sums add_products(Sums sums, Sums a, Sums b) noexcept {
   return _mm512_dpwssd_epi32(sums, a, b);
-}
-
-inline std::size_t lane_of(std::size_t j) noexcept {
-  return j / 2 % 16;
 }
 
 inline Sums add(Sums a, Sums b) noexcept {

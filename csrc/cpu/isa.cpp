@@ -19,12 +19,10 @@ std::vector<Isa> find_available() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
   if (avx2) available.push_back({&attend_kernel_avx2(), encode_rows_avx2});
-  const bool vbmi = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
-  if (avx512) {
-    available.push_back({vbmi ? &attend_kernel_avx512_vbmi() : &attend_kernel_avx512(), encode_rows_avx512});
-  }
+  if (avx512) available.push_back({&attend_kernel_avx512(), encode_rows_avx512});
 #elif defined(TQ_HB_HAVE_NEON_KERNELS)
   available.push_back({&attend_kernel_neon(), encode_rows_neon});
 #endif

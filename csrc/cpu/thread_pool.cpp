@@ -28,9 +28,6 @@ std::atomic<unsigned> g_num_threads{0};
 }  // namespace
 
 struct ThreadPool::Job {
-  Job(const std::function<void(std::size_t)>& task_in, std::size_t count_in)
-      : task(&task_in), count(count_in), unfinished(count_in) {}
-
   /// Takes tasks until none is left.
   void run() noexcept {
     for (;;) {
@@ -41,10 +38,11 @@ struct ThreadPool::Job {
     }
   }
 
-  const std::function<void(std::size_t)>* task;
-  std::size_t count;
+  const TaskRef* task = nullptr;
+  std::size_t count = 0;
   std::atomic<std::size_t> next{0};
-  std::atomic<std::size_t> unfinished;
+  std::atomic<std::size_t> unfinished{0};
+  std::atomic<unsigned> workers{0};
 };
 
 class ThreadPool::Claim {
@@ -85,6 +83,8 @@ ThreadPool& ThreadPool::instance() {
   if (g_pool.compare_exchange_strong(pool, fresh.get(), std::memory_order_acq_rel)) return *fresh.release();
   return *pool;
 }
+
+ThreadPool::ThreadPool() = default;
 
 ThreadPool::~ThreadPool() {
   const Claim claim(*this, Claim::kWait);
@@ -127,16 +127,28 @@ void ThreadPool::stop_workers() {
   stopping_ = false;
 }
 
-void ThreadPool::parallel_for(std::size_t count, const std::function<void(std::size_t)>& task) {
+ThreadPool::Job& ThreadPool::free_job() {
+  for (const std::unique_ptr<Job>& job : jobs_) {
+    if (job->workers.load(std::memory_order_acquire) == 0) return *job;
+  }
+  return *jobs_.emplace_back(std::make_unique<Job>());
+}
+
+void ThreadPool::parallel_for(std::size_t count, TaskRef task) {
   const Claim claim(*this, Claim::kTry);
   if (count <= 1 || num_threads() == 1 || !claim.is_held()) {
     for (std::size_t i = 0; i < count; ++i) task(i);
     return;
   }
   start_workers();
-  const auto job = std::make_shared<Job>(task, count);
+  Job* job;
   {
     const std::lock_guard<std::mutex> lock(job_mutex_);
+    job = &free_job();
+    job->task = &task;
+    job->count = count;
+    job->next.store(0, std::memory_order_relaxed);
+    job->unfinished.store(count, std::memory_order_relaxed);
     job_ = job;
     generation_.fetch_add(1, std::memory_order_release);
   }
@@ -154,15 +166,17 @@ void ThreadPool::parallel_for(std::size_t count, const std::function<void(std::s
 void ThreadPool::work(std::uint64_t seen) {
   for (;;) {
     for (int spins = 0; spins < kSpins && generation_.load(std::memory_order_acquire) == seen; ++spins) relax();
-    std::shared_ptr<Job> job;
+    Job* job;
     {
       std::unique_lock<std::mutex> lock(job_mutex_);
       job_ready_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
       if (stopping_) return;
       seen = generation_.load(std::memory_order_relaxed);
       job = job_;
+      job->workers.fetch_add(1, std::memory_order_relaxed);
     }
     job->run();
+    job->workers.fetch_sub(1, std::memory_order_release);
   }
 }
 

@@ -7,7 +7,6 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstddef>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -15,12 +14,25 @@
 
 namespace tq_hb {
 
+/// A call's task, by reference: what std::function would copy to the heap.
+class TaskRef {
+ public:
+  template <class Task>
+  TaskRef(const Task& task) noexcept  // NOLINT: meant to be implicit
+      : task_(&task), call_([](const void* object, std::size_t i) { (*static_cast<const Task*>(object))(i); }) {}
+  void operator()(std::size_t i) const { call_(task_, i); }
+
+ private:
+  const void* task_;
+  void (*call_)(const void* task, std::size_t i);
+};
+
 class ThreadPool {
  public:
   /// The process's pool; a forked child gets a fresh one.
   static ThreadPool& instance();
 
-  ThreadPool() = default;
+  ThreadPool();
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -32,7 +44,7 @@ class ThreadPool {
   void start();
 
   /// Runs task(0) ... task(count - 1) and returns when all are done. Tasks must not throw.
-  void parallel_for(std::size_t count, const std::function<void(std::size_t)>& task);
+  void parallel_for(std::size_t count, TaskRef task);
 
  private:
   struct Job;
@@ -40,6 +52,8 @@ class ThreadPool {
   /// Sole use of the workers while it lives, if the pool was free.
   class Claim;
 
+  /// A job that no worker looks at any more; to be called with job_mutex_ held.
+  Job& free_job();
   void start_workers();
   void stop_workers();
   void work(std::uint64_t seen);
@@ -50,9 +64,10 @@ class ThreadPool {
   std::atomic<bool> claimed_{false};
   std::vector<std::thread> workers_;
 
-  std::mutex job_mutex_;  // guards job_, stopping_ and the sleep
+  std::mutex job_mutex_;  // guards jobs_, job_, stopping_ and the sleep
   std::condition_variable job_ready_;
-  std::shared_ptr<Job> job_;
+  std::vector<std::unique_ptr<Job>> jobs_;  // used again: a worker that wakes late may still look at an old one
+  Job* job_ = nullptr;
   bool stopping_ = false;
   std::atomic<std::uint64_t> generation_{0};
 };
