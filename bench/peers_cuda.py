@@ -3,6 +3,10 @@
 ``python -m bench.peers_cuda`` on a machine with a GPU, torch and cupy writes bench/results/peers_cuda.json, and with
 matplotlib the plot beside it. ``--checks`` names reports of test runs on that machine that the file shall mention.
 
+Counters come from Nsight Compute, a shape at a time, and ``--counters`` names what it wrote::
+
+    ncu --set full --csv --page raw -k regex:attend_group -c 1 python -m bench.peers_cuda --once 16 8 256 4096 8 > 1.csv
+
 * A call is the partial kernel and the merge with the un-rotation, as recorded by an encoder and captured in a CUDA
   graph. The graph holds a dozen calls or more on different buffers, together at least 256 MB, so that no call finds its
   data in a cache; its replays are timed by events, and the median is divided by the calls.
@@ -16,6 +20,7 @@ matplotlib the plot beside it. ``--checks`` names reports of test runs on that m
 from __future__ import annotations
 
 import argparse
+import csv
 import functools
 import re
 import statistics
@@ -288,6 +293,32 @@ def check_of(report: Path) -> dict[str, Any]:
     return {"check": report.stem, "when": suite.attrib["timestamp"], **counts, "summary": summaries}
 
 
+# Of a kernel: what Nsight Compute calls it, and what the results do.
+COUNTERS = {
+    "gpu__time_duration.sum": "duration",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram_percent",
+    "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed": "shared_memory_pipe_percent",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue_slots_percent",
+    "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active": "integer_pipe_percent",
+    "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active": "tensor_pipe_percent",
+    "smsp__warps_active.avg.per_cycle_active": "warps_of_a_scheduler",
+    "smsp__warps_eligible.avg.per_cycle_active": "warps_that_can_issue",
+}
+
+
+def counters_of(report: Path) -> dict[str, Any]:
+    """Take the counters out of what Nsight Compute wrote of a run with --once, whose shape is the file's name."""
+    lines = report.read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith('"ID"'))
+    header, units, values = csv.reader(lines[start : start + 3])
+    found = {
+        name: (value if unit in ("", "%") else f"{value} {unit}")
+        for metric, unit, value in zip(header, units, values, strict=True)
+        if (name := COUNTERS.get(metric))
+    }
+    return {"shape": report.stem, "kernel": values[header.index("Kernel Name")], **found}
+
+
 def plot(results: list[dict[str, Any]]) -> None:
     """Draw every shape's times over the number of keys, with the floor."""
     try:
@@ -307,10 +338,11 @@ def plot(results: list[dict[str, Any]]) -> None:
             "FlashInfer float16": [r["flashinfer"]["float16"]["seconds"] if r["flashinfer"] else None for r in rows],
             "torch float16": [r["sdpa_seconds"] for r in rows],
         }
-        for name, seconds in lines.items():
+        for color, (name, seconds) in enumerate(lines.items()):
             points = [(r["keys"], 1e6 * s) for r, s in zip(rows, seconds, strict=True) if s is not None]
             if points:
-                panel.loglog(*zip(*points, strict=True), marker="." if name != "read alone" else "", label=name)
+                marker = "" if name == "read alone" else "."
+                panel.loglog(*zip(*points, strict=True), f"C{color}", marker=marker, label=name)
         panel.set_title(" / ".join(map(str, shape)))
         panel.set_xlabel("keys")
         panel.grid(alpha=0.3)
@@ -336,8 +368,18 @@ def describe(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checks", type=Path, nargs="*", default=[], help="JUnit files of test runs on this machine")
-    checks = parser.parse_args().checks
+    parser.add_argument("--counters", type=Path, nargs="*", default=[], help="what Nsight Compute wrote of such runs")
+    parser.add_argument(
+        "--once", type=int, nargs=5, metavar="N", help="one call: heads, KV heads, head size, keys, bits"
+    )
+    options = parser.parse_args()
     device = tq_hb.Device("cuda")
+    if options.once:
+        *shape, bits = options.once
+        cache = Cache(device, tuple(shape), bits, 0)
+        cache.attend(device, None)
+        cache.encoders[0].wait()
+        return
     bandwidth, copying = read_bandwidth(), copy_bandwidth()
     print(f"{device.name}: reads {bandwidth / 1e9:.0f} GB/s, copies {copying / 1e9:.0f} GB/s")
     flashinfer, version = None, ""
@@ -353,7 +395,8 @@ def main() -> None:
             "read_bandwidth": bandwidth,
             "copy_bandwidth": copying,
             "flashinfer": version,
-            "checks": [check_of(report) for report in checks],
+            "checks": [check_of(report) for report in options.checks],
+            "counters": [counters_of(report) for report in options.counters],
         }
     ]
     for shape, bits in [*((shape, 8) for shape in SHAPES), *((shape, bits) for shape in PLANES for bits in (5, 6))]:

@@ -163,13 +163,21 @@ def cuda_attend() -> str:
             f"{1e6 * result['seconds']:.1f} us",
             f"{result['share_of_floor']:.0%}",
             f"{result['error']:.0e}",
-            f"{result['sdpa_seconds'] / result['seconds']:.2f}" if result["sdpa_seconds"] is not None else "",
+            *(f"{seconds / result['seconds']:.2f}" if seconds is not None else "" for seconds in _cuda_peers(result)),
         )
         for result in report["results"]
         if "keys" in result
     ]
-    header = ("heads / KV heads / D", "keys", "bits", "time", "of the floor", "error", "torch float16 ÷ ours")
+    peers = ("torch float16 ÷ ours", "FlashInfer float16 ÷ ours", "float8 ÷ ours")
+    header = ("heads / KV heads / D", "keys", "bits", "time", "of the floor", "error", *peers)
     return table(header, rows) + _source(report, "peers_cuda") + f": {report['results'][0]['gpu']}.\n"
+
+
+def _cuda_peers(result: dict[str, Any]) -> list[float | None]:
+    """Seconds of torch, and of FlashInfer over float16 and float8, or None where they were not measured."""
+    flashinfer = result["flashinfer"] or {}
+    of_flashinfer = (flashinfer.get(name) for name in ("float16", "float8"))
+    return [result["sdpa_seconds"], *(row and row["seconds"] for row in of_flashinfer)]
 
 
 def append_cpu() -> str:
