@@ -1,7 +1,7 @@
 # Everything runs in .venv, which is made on first use; a second run installs nothing and needs no network.
 #
 #   make demo      a real model generates text with its KV cache held by tq_hb
-#   make test      C++ tests (also under sanitizers) and Python tests
+#   make test      C++ tests (also under sanitizers, and for 64-bit ARM) and Python tests
 #   make lint      ruff, mypy, clang-format, the rules for Metal kernels
 #   make bench     the measurements in bench/results and the tables made from them
 #   make mutants   seeds faults one at a time and shows that the tests catch each
@@ -29,12 +29,12 @@ endif
 BUILD_lint := $(BUILD_test)
 
 .NOTPARALLEL:
-.PHONY: demo test ctest pytest lint bench mutants clean
+.PHONY: demo test ctest ctest-arm64 pytest lint bench mutants clean
 
 demo: $(STAMP)-demo $(STAMP)-package
 	$(BIN)/tq-hb generate $(DEMO_ARGS)
 
-test: ctest pytest
+test: ctest ctest-arm64 pytest
 
 # Two builds: warnings as errors, then address and undefined-behaviour sanitizers. A test asks for more memory than
 # there is, which the sanitizer would otherwise report instead of refusing.
@@ -47,6 +47,23 @@ ctest: $(STAMP)-venv $(STAMP)-googletest $(STAMP)-metal-sim
 	  -DTQ_HB_WERROR=ON -DTQ_HB_SANITIZE=address,undefined -DTQ_HB_METAL=$(METAL) $(SANITIZE_CXX)
 	$(BIN)/cmake --build build/sanitize
 	ASAN_OPTIONS=allocator_may_return_null=1 $(BIN)/ctest --test-dir build/sanitize --output-on-failure
+
+# The C++ tests built for 64-bit ARM and run under QEMU: for correctness, no time is measured there. The compiler
+# contracts a*b+c there unless it is told not to, so there's no need of test_codec_contracting.
+ifneq ($(and $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(shell command -v apt-get)),)
+ARM64_TESTS := test_core test_codec test_ops test_cpu
+ARM64_TOOLCHAIN := -DCMAKE_TOOLCHAIN_FILE=$(CURDIR)/tests/cpp/arm64.cmake \
+  -DCMAKE_FIND_ROOT_PATH=$(CURDIR)/build/arm64-googletest/installed -DCMAKE_BUILD_TYPE=Release
+
+ctest-arm64: $(STAMP)-venv $(STAMP)-arm64
+	$(CMAKE) -B build/arm64 $(ARM64_TOOLCHAIN) -DTQ_HB_PYTHON=OFF -DTQ_HB_BUILD_TESTS=ON -DTQ_HB_WERROR=ON \
+	  -DTQ_HB_METAL=off
+	$(BIN)/cmake --build build/arm64 --target $(ARM64_TESTS)
+	$(BIN)/ctest --test-dir build/arm64 --output-on-failure --exclude-regex contracting --parallel 2
+else
+ctest-arm64:
+	@echo "==> skipping the tests for 64-bit ARM: they are cross-compiled on x86-64 Debian and Ubuntu alone"
+endif
 
 pytest: $(STAMP)-test $(STAMP)-package-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -64,6 +81,7 @@ bench: $(STAMP)-demo $(STAMP)-test $(STAMP)-peers $(STAMP)-package
 	$(BIN)/python -m bench.rate_distortion
 	$(BIN)/python -m bench.cpu
 	$(BIN)/python -m bench.cpu_kernels
+	$(BIN)/python -m bench.cpu_append
 	$(BIN)/python -m bench.peers.llama_cpp
 	$(BIN)/python -m bench.peers_cpu
 	$(BIN)/python -m bench.tables
@@ -80,6 +98,14 @@ $(STAMP)-venv: scripts/setup.sh
 
 $(STAMP)-googletest: $(STAMP)-venv
 	scripts/setup.sh googletest
+	@touch $@
+
+$(STAMP)-arm64: $(STAMP)-venv tests/cpp/arm64.cmake
+	scripts/setup.sh arm64
+	$(BIN)/cmake -S /usr/src/googletest -B build/arm64-googletest -G Ninja \
+	  -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja $(ARM64_TOOLCHAIN) -DBUILD_GMOCK=OFF \
+	  -DCMAKE_INSTALL_PREFIX=$(CURDIR)/build/arm64-googletest/installed
+	$(BIN)/cmake --build build/arm64-googletest --target install
 	@touch $@
 
 $(STAMP)-metal-sim: $(STAMP)-venv

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes .venv with the build tools in it, and looks for what pip can't install: Python's headers, its venv module, a
-# C++ compiler and, for the tests, GoogleTest and what the simulated Metal needs. Installs what is missing where it may,
-# else says how to.
+# C++ compiler and, for the tests, GoogleTest, what the simulated Metal needs and a cross compiler. Installs what is
+# missing where it may, else says how to.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -111,10 +111,18 @@ make_metal_sim() {
     install_packages libboost-context-dev "" "Boost.Context for the simulated Metal is missing"
 }
 
+# The tests run for 64-bit ARM, too, where the distribution has a cross compiler.
+make_arm64() {
+  command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64-static >/dev/null && [ -d /usr/src/googletest ] ||
+    install_packages "g++-aarch64-linux-gnu qemu-user-static googletest" "" \
+      "a cross compiler for 64-bit ARM, QEMU or GoogleTest's sources are missing"
+}
+
 case "${1:-}" in
   venv) make_venv ;;
   googletest) has_googletest || install_packages libgtest-dev googletest "GoogleTest is missing" ;;
+  arm64) make_arm64 ;;
   metal-sim) make_metal_sim ;;
   clang) find_clang || die "no clang 16 or newer was found" ;;
-  *) die "usage: setup.sh venv | googletest | metal-sim | clang" ;;
+  *) die "usage: setup.sh venv | googletest | arm64 | metal-sim | clang" ;;
 esac
