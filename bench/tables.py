@@ -152,6 +152,22 @@ def cpu_kernels() -> str:
     return table(("heads / KV heads / D", "bits", *names), rows) + _source(report, "cpu_kernels") + _machine(report)
 
 
+def cpu_append() -> str:
+    """Return how many thousand tokens a core appends in a second, with the op and with the method."""
+    report = harness.read("cpu_append")
+    names = list(report["results"][0]["rows"])
+    rows = [
+        (
+            f"{result['kv_heads']} / {result['head_dim']}",
+            f"{result['bits']}" + (" in planes" if result["packing"] == "plane" else ""),
+            *(f"{1e3 * result['tokens'] / result['rows'][name]['median_us']:,.0f}" for name in names),
+        )
+        for result in report["results"]
+    ]
+    where = f": {report['machine']['processor']}, one thread, load average {report['load_average'][0]:.1f}.\n"
+    return table(("KV heads / D", "bits", *names), rows) + _source(report, "cpu_append") + where
+
+
 def cuda_attend() -> str:
     """Return attention on an NVIDIA GPU per shape, the best of torch's beside it."""
     report = harness.read("peers_cuda")
@@ -213,6 +229,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "attend_cpu_narrow": attend_cpu_narrow,
     "append_cpu": append_cpu,
     "codec": codec,
+    "cpu_append": cpu_append,
     "cpu_kernels": cpu_kernels,
     "cuda_attend": cuda_attend,
     "memory": memory,
