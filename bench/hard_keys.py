@@ -11,6 +11,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its waiting threads would take the cores
 
+import argparse
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -162,10 +163,13 @@ def measure(case: Case) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--no-model", action="store_true", help="synthetic keys only")
+    args = parser.parse_args()
     torch.set_num_threads(1)
     cases = [synthetic(0, None)]
     cases += [synthetic(channels, period) for channels in (1, 2) for period in (None, *PERIODS.values())]
-    results = [row for case in [*cases, *real()] for row in measure(case)]
+    results = [row for case in [*cases, *([] if args.no_model else real())] for row in measure(case)]
     for row in results:
         figures = f"{row['nmse']:.1e}  {row['cosine']['mean']:.5f}  {row['cosine']['p1']:.4f}"
         print(f"{row['case']:45}{row['k_mean']:12}{row['bits']}  {figures}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from bench import harness
@@ -20,11 +20,13 @@ _MEANS = {
     "turning mean, 64": "the same, one per 64 positions",
     "turning mean, 256": "the same, one per 256 positions",
 }
+_POSITIONED = ("short mean", "whole mean", "turning mean, 1", "turning mean, 64", "turning mean, 256")
 
 
 def formats() -> str:
     """Return KL and agreement of tq_hb's widths and of other formats, per model, the mean over the texts."""
     rows = []
+    texts = dict.fromkeys(row["text"] for row in _results("formats"))
     for name, model in _MODELS.items():
         groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for row in _results("formats", name):
@@ -36,16 +38,15 @@ def formats() -> str:
                 (
                     f"{model}: {what if own else setting + (', rotated' if variant == 'rotated' else '')}",
                     f"{32 * group[0]['bytes_per_token'] / _FLOAT_BYTES[name]:.3g}",
-                    *(f"{1e3 * row['mean_kl']:.3g}" for row in group),
+                    *(next((f"{1e3 * r['mean_kl']:.3g}" for r in group if r["text"] == text), "") for text in texts),
                     f"{1e3 * _mean(row['mean_kl'] for row in group):.3g}",
                     f"{1e3 * _mean(row['p99_kl'] for row in group):.3g}",
                     f"{_mean(row['top1_agreement'] for row in group):.1%}",
                     f"{_mean(row['perplexity'] / row['reference_perplexity'] - 1 for row in group):+.2%}",
                 )
             )
-    texts = dict.fromkeys(row["text"] for row in _results("formats"))
     header = ("K and V", "bits", *(f"KL, {text}" for text in texts), "KL", "p99 KL", "top-1", "perplexity")
-    return table(header, rows) + _source("quality")
+    return _table("quality", header, rows)
 
 
 def gain() -> str:
@@ -65,8 +66,9 @@ def gain() -> str:
             ),
         )
         for (name, setting, text), kl in cells.items()
+        if len(kl) > 1
     ]
-    return table(("model, K/V bits, text", *(_MEANS[variant] for variant in variants)), rows) + _source("quality")
+    return _table("quality", ("model, K/V bits, text", *(_MEANS[variant] for variant in variants)), rows)
 
 
 def layers() -> str:
@@ -77,17 +79,18 @@ def layers() -> str:
         for row in _results("formats", name):
             if row["family"] == "tq_hb" and row["setting"] == "6/6":
                 losses.setdefault(row["variant"], []).append(row["layer_loss"])
-        if not losses:
-            continue
         by_variant = {
             variant: [_mean(column) for column in zip(*texts, strict=True)] for variant, texts in losses.items()
         }
-        for layer, plain in enumerate(by_variant["plain"]):
-            ratios = [by_variant[variant][layer] / plain for variant in ("prefill mean", "short mean", "whole mean")]
+        for layer, plain in enumerate(by_variant["plain"] if len(by_variant) > 1 else ()):
+            ratios = (
+                f"{by_variant[variant][layer] / plain:.2f}" if variant in by_variant else ""
+                for variant in ("prefill mean", "short mean", "whole mean")
+            )
             kind = ", full" if name == "gemma-3-270m" and layer % 6 == 5 else ""
-            rows.append((f"{model}, layer {layer}{kind}", f"{plain:.1e}", *(f"{ratio:.2f}" for ratio in ratios)))
+            rows.append((f"{model}, layer {layer}{kind}", f"{plain:.1e}", *ratios))
     header = ("1 - cosine with exact attention", "no mean", "first 256: of that", "2,048", "model's context")
-    return table(header, rows) + _source("quality")
+    return _table("quality", header, rows)
 
 
 def positions() -> str:
@@ -95,17 +98,17 @@ def positions() -> str:
     rows = []
     for name, model in _MODELS.items():
         cells: dict[int, dict[str, float]] = {}
-        for row in _results("positions", name):
+        # At the first position, what does not turn has been measured among the formats.
+        fixed = [row for row in _results("formats", name) if row["setting"] == "6/6" and row["text"] == "code"]
+        for row in [*fixed, *_results("positions", name)]:
             cells.setdefault(row["first_position"], {})[row["variant"]] = row["mean_kl"]
-        for first, kl in cells.items():
-            values = (
-                f"{1e3 * kl[variant]:.3g}" + ("" if variant == "plain" else f" ({kl[variant] / kl['plain'] - 1:+.0%})")
-                for variant in _MEANS
-                if variant in kl
-            )
-            rows.append((f"{model}, from position {first:,}", *values))
-    shown = [variant for variant in _MEANS if any(row["variant"] == variant for row in _results("positions"))]
-    return table(("6/6 bits, text: code", *(_MEANS[variant] for variant in shown)), rows) + _source("quality")
+        for first, kl in sorted(cells.items()):
+            if "plain" not in kl or len(kl) < 2:
+                continue
+            values = (f"{1e3 * kl[v]:.3g} ({kl[v] / kl['plain'] - 1:+.0%})" if v in kl else "" for v in _POSITIONED)
+            rows.append((f"{model}, from position {first:,}", f"{1e3 * kl['plain']:.3g}", *values))
+    header = ("6/6 bits, text: code", "no mean", *(_MEANS[variant] for variant in _POSITIONED))
+    return _table("quality", header, rows)
 
 
 def signs() -> str:
@@ -115,13 +118,13 @@ def signs() -> str:
         cells: dict[str, list[float]] = {}
         for row in _results("signs", name):
             cells.setdefault(row["variant"], []).append(row["mean_kl"])
-        for variant, values in cells.items():
+        for variant, values in cells.items() if all(len(values) > 1 for values in cells.values()) else ():
             spread = statistics.stdev(values) / _mean(values)
             figures = (f"{1e3 * value:.3g}" for value in values)
             rows.append((f"{model}, {_MEANS[variant]}", *figures, f"{1e3 * _mean(values):.3g}", f"{spread:.0%}"))
     seeds = dict.fromkeys(row["seed"] for row in _results("signs"))
     header = ("6/6 bits, text: code", *("tq_hb's signs" if s == 0 else f"seed {s}" for s in seeds), "mean", "spread")
-    return table(header, rows) + _source("quality")
+    return _table("quality", header, rows)
 
 
 def hard_synthetic() -> str:
@@ -136,7 +139,7 @@ def hard_real() -> str:
 
 def _hard(wanted: Callable[[str], bool]) -> str:
     cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in harness.read("hard_keys")["results"]:
+    for row in harness.read("hard_keys")["results"] if (harness.RESULTS / "hard_keys.json").exists() else ():
         if wanted(row["case"]):
             cells.setdefault((row["case"], row["k_mean"]), []).append(row)
     rows = []
@@ -151,8 +154,8 @@ def _hard(wanted: Callable[[str], bool]) -> str:
                 *(f"{row['cosine']['mean']:.5f}{'' if row['holds'] else ' ✗'}" for row in group),
             )
         )
-    bits = [f"cosine, {row['bits']}/{row['bits']}" for row in group]
-    return table(("keys", "row norm", "kurtosis", "energy of the mean", *bits), rows) + _source("hard_keys")
+    bits = (f"cosine, {bits}/{bits}" for bits in (5, 6, 8))
+    return _table("hard_keys", ("keys", "row norm", "kurtosis", "energy of the mean", *bits), rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -167,7 +170,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def _results(part: str, model: str | None = None) -> list[dict[str, Any]]:
-    rows = harness.read("quality")["results"]
+    rows = harness.read("quality")["results"] if (harness.RESULTS / "quality.json").exists() else []
     return [row for row in rows if row["part"] == part and model in (None, row["model"])]
 
 
@@ -175,6 +178,9 @@ def _mean(values: Iterable[float]) -> float:
     return statistics.fmean(values)
 
 
-def _source(name: str) -> str:
+def _table(name: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table with its source, or what to run for it."""
+    if not rows:
+        return f"Not measured yet: `python -m bench.{name}`.\n"
     report = harness.read(name)
-    return f"\n`bench/results/{name}.json`, written by `{report['command'].split(' --')[0]}`.\n"
+    return table(header, rows) + f"\n`bench/results/{name}.json`, written by `{report['command'].split(' --')[0]}`.\n"

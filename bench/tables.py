@@ -13,11 +13,19 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from bench import harness, metal_tables
+from bench import gate_tables, harness, metal_tables, quality_tables
 from bench.markdown import table
 from bench.peers import tables as peers_tables
 
-_DOCUMENTS = ("README.md", "docs/cpu.md", "docs/cuda.md", "docs/measurements.md", "docs/metal.md")
+_DOCUMENTS = (
+    "README.md",
+    "docs/cpu.md",
+    "docs/cuda.md",
+    "docs/mean-keys.md",
+    "docs/measurements.md",
+    "docs/metal.md",
+    "docs/quality.md",
+)
 _BLOCK = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -244,6 +252,8 @@ _TABLES: dict[str, Callable[[], str]] = {
     "peers_cpu_short": peers_tables.at_one_length,
     "rate_distortion": rate_distortion,
     "replay": replay,
+    **gate_tables.TABLES,
+    **quality_tables.TABLES,
 }
 
 

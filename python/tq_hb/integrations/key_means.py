@@ -97,7 +97,7 @@ def calibrate(
             on_tokens(piece)
     residuals = tuple(_residual(even, odd) for even, odd in zip(*halves, strict=True))
     k_means = tuple(
-        _overall_mean(even, odd) if residual is not None and residual < 1 else None
+        _overall_mean(even, odd).numpy() if residual is not None and residual < 1 else None
         for even, odd, residual in zip(*halves, residuals, strict=True)
     )
     return Calibration(k_means, config.model_type, name, count * piece, positions, text_sha256), residuals
@@ -128,14 +128,13 @@ def prefill_mean(keys: torch.Tensor) -> torch.Tensor | None:
         raise InvalidArgument(
             f"TqCache: k_mean='prefill' must have a first prefill of at least {MIN_PREFILL} tokens, got {len(keys)}"
         )
-    first, second, both = _KeySums(), _KeySums(), _KeySums()
+    first, second = _KeySums(), _KeySums()
     half = len(keys) // 2
     first.add(keys[:half])
     second.add(keys[half:])
     if second.energy_around(first.mean()) >= second.energy:
         return None
-    both.add(keys)
-    return both.mean().float()
+    return _overall_mean(first, second)
 
 
 class _KeySums:
@@ -173,8 +172,9 @@ def _residual(first: _KeySums, second: _KeySums) -> float | None:
     return float(left / energy) if energy else 1.0
 
 
-def _overall_mean(first: _KeySums, second: _KeySums) -> Any:
-    return ((first.total + second.total) / (first.count + second.count)).float().numpy()
+def _overall_mean(first: _KeySums, second: _KeySums) -> torch.Tensor:
+    mean: torch.Tensor = (first.total + second.total) / (first.count + second.count)
+    return mean.float()
 
 
 class _KeyRecorder(CacheLayerMixin):  # type: ignore[misc]
