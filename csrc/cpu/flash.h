@@ -19,6 +19,12 @@ constexpr std::size_t kNormBlocks = kHeadDim < kNormBlock ? 1 : kHeadDim / kNorm
 template <std::size_t kHeadDim>
 constexpr std::size_t kBlockDim = kHeadDim / kNormBlocks<kHeadDim>;
 
+/// Asks for a row ahead of its use. Into the second cache level: rows a power of two apart share places in the first.
+inline void prefetch_row(const std::uint8_t* row, std::size_t bytes) noexcept {
+#pragma GCC unroll 8
+  for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+}
+
 /// Some consecutive keys. The slots beyond the last are its own, so that a path may work on more keys than there are.
 struct Tile {
   std::size_t slots[kAttendTile];
@@ -56,7 +62,7 @@ void update_softmax(const AttendTask& task, std::size_t r, const Tile& tile) noe
   }
   const double bias = task.bias[r];
   if (bias != 0.0) {
-    for (std::size_t t = 0; t < kTile; t += 4) store(row.scores + t, load_as<Double4>(row.scores + t) + bias);
+    for (std::size_t t = 0; t < kTile; t += kDoubles) store(row.scores + t, load_as<Doubles>(row.scores + t) + bias);
   }
   if (task.softcap > 0.0) {
     for (std::size_t t = seen.begin; t < seen.end; ++t) {
@@ -65,15 +71,15 @@ void update_softmax(const AttendTask& task, std::size_t r, const Tile& tile) noe
   }
   if (seen.begin > 0 || seen.end < kTile) fill_outside<kTile>(row.scores, seen, -static_cast<double>(INFINITY));
 
-  Double4 maxima = Double4{} + task.max[r];
-  for (std::size_t t = 0; t < kTile; t += 4) {
-    const Double4 scores = load_as<Double4>(row.scores + t);
+  Doubles maxima = Doubles{} + task.max[r];
+  for (std::size_t t = 0; t < kTile; t += kDoubles) {
+    const Doubles scores = load_as<Doubles>(row.scores + t);
     maxima = scores > maxima ? scores : maxima;
   }
   double max = maxima[0];
-  for (std::size_t i = 1; i < 4; ++i) max = maxima[i] > max ? maxima[i] : max;
-  for (std::size_t t = 0; t < kTile; t += 4) {
-    store(row.weights + t, __builtin_convertvector(load_as<Double4>(row.scores + t) - max, Float4));
+  for (std::size_t i = 1; i < kDoubles; ++i) max = maxima[i] > max ? maxima[i] : max;
+  for (std::size_t t = 0; t < kTile; t += kDoubles) {
+    store(row.weights + t, __builtin_convertvector(load_as<Doubles>(row.scores + t) - max, DoublesAsFloats));
   }
   Vec sums{};
   for (std::size_t t = 0; t < kTile; t += kLanes) {

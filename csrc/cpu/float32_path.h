@@ -107,11 +107,18 @@ class Float32Path {
   explicit Float32Path(const AttendTask& task) noexcept : task_(task) {}
 
   void score(const Tile& tile) noexcept {
+    for (std::size_t t = 0; t < tile.count; ++t) prefetch(task_.v, tile.slots[t]);
     Decoder::decode(task_.k, tile, rows_);
     for_each_group<2>(task_.rows, [&](auto rows, std::size_t r) { score_rows<decltype(rows)::value>(tile, r); });
   }
 
   void accumulate(const Tile& tile) noexcept {
+    if (tile.first_age + kTile < task_.first_age + task_.count) {
+      for (std::size_t t = 0; t < kTile; ++t) {
+        const std::size_t slot = tile.slots[t] + kTile;
+        prefetch(task_.k, slot < task_.capacity ? slot : slot - task_.capacity);
+      }
+    }
     Decoder::decode(task_.v, tile, rows_);
     for_each_group<2>(task_.rows, [&](auto rows, std::size_t r) { accumulate_rows<decltype(rows)::value>(tile, r); });
   }
@@ -120,6 +127,10 @@ class Float32Path {
 
  private:
   static constexpr std::size_t kBlocks = kNormBlocks<kHeadDim>;
+
+  static void prefetch(const HeadRows& side, std::size_t slot) noexcept {
+    prefetch_row(side.codes + slot * side.row_bytes, side.row_bytes);
+  }
 
   /// Scaled scores of kRows rows from `r` on; those of keys that a row does not see mean nothing.
   template <std::size_t kRows>

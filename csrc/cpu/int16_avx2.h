@@ -42,11 +42,14 @@ inline void pin(Sums& sums) noexcept {
   asm("" : "+x"(sums));
 }
 
-inline Int4 add_across(const Sums* sums) noexcept {
-  const auto share = [&](std::size_t i) { return cut<kSumShift>(sums[i]); };
-  const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(share(0), share(1)), _mm256_hadd_epi32(share(2), share(3)));
-  const __m128i total = _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
-  return load_as<Int4>(&total);
+inline void add_across(const Sums* sums, std::int32_t* totals) noexcept {
+  const auto two = [&](std::size_t i) {
+    return _mm256_hadd_epi32(cut<kSumShift>(sums[i]), cut<kSumShift>(sums[i + 1]));
+  };
+  const auto four = [&](std::size_t i) { return _mm256_hadd_epi32(two(i), two(i + 2)); };
+  const __m256i a = four(0), b = four(4);
+  const __m256i eight = _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(totals), eight);
 }
 
 inline Sums broadcast_pair(const std::int16_t* pair) noexcept {
@@ -206,20 +209,23 @@ class Lookup<8, kPlane, kHeadDim> {
       : tables_{ByteTables(levels),      ByteTables(levels + 16), ByteTables(levels + 32), ByteTables(levels + 48),
                 ByteTables(levels + 64), ByteTables(levels + 80), ByteTables(levels + 96), ByteTables(levels + 112)} {}
 
-  // Inlined, since a call would pass vectors through memory.
   [[gnu::always_inline]] Levels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
     const Codes codes = CodeReader<8, false, kHeadDim>::at(row, chunk);
     const __m256i index = folded_index(codes);
     const __m256i folded = _mm256_xor_si256(codes.low, codes.sign);
     const __m256i bit4 = up<3>(folded), bit5 = up<2>(folded), bit6 = up<1>(folded);
-    const auto pair = [&](std::size_t i) {
-      return choose(look_up(tables_[i], index), look_up(tables_[i + 1], index), bit4);
-    };
-    const auto four = [&](std::size_t i) { return choose(pair(i), pair(i + 2), bit5); };
-    return unfold(choose(four(0), four(4), bit6), codes.sign);
+    return unfold(choose(four(0, index, bit4, bit5), four(4, index, bit4, bit5), bit6), codes.sign);
   }
 
  private:
+  // Inlined, since a call would pass vectors through memory.
+  [[gnu::always_inline]] Halves two(std::size_t i, __m256i index, __m256i bit4) const noexcept {
+    return choose(look_up(tables_[i], index), look_up(tables_[i + 1], index), bit4);
+  }
+  [[gnu::always_inline]] Halves four(std::size_t i, __m256i index, __m256i bit4, __m256i bit5) const noexcept {
+    return choose(two(i, index, bit4), two(i + 2, index, bit4), bit5);
+  }
+
   ByteTables tables_[8];
 };
 

@@ -54,9 +54,10 @@ inline void pin(Sums& sums) noexcept {
   asm("" : "+w"(sums));
 }
 
-inline Int4 add_across(const Sums* sums) noexcept {
-  const auto of = [&](std::size_t i) { return cut<kSumShift>(sums[i]); };
-  return (Int4)vpaddq_s32(vpaddq_s32(of(0), of(1)), vpaddq_s32(of(2), of(3)));
+inline void add_across(const Sums* sums, std::int32_t* totals) noexcept {
+  const auto two = [&](std::size_t i) { return vpaddq_s32(cut<kSumShift>(sums[i]), cut<kSumShift>(sums[i + 1])); };
+  vst1q_s32(totals, vpaddq_s32(two(0), two(2)));
+  vst1q_s32(totals + 4, vpaddq_s32(two(4), two(6)));
 }
 
 /// 64 levels as two tables of bytes.

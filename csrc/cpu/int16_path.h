@@ -14,7 +14,7 @@
 //   kLaneStep                   a power of two: add_products adds the products of 16-bit values i and i ^ kLaneStep
 //                               to the same lane
 //   add(a, b), cut<bits>(a)     a + b, a / 2^bits, lane by lane
-//   add_across(sums[4])         the sums over all lanes, cut by kSumShift, as Int4
+//   add_across(sums[8], totals) the sums over all lanes, cut by kSumShift: totals[8]
 //   broadcast_pair(p)           the 16-bit values at p and p + 1, where interleave puts a and b
 //   pin(sums)                   keeps the compiler from adding in another order, which would take more registers
 #pragma once
@@ -156,16 +156,20 @@ inline void finish_scores(const AttendTask& task, const Tile& tile, std::size_t 
                           const DotSums<kHeadDim>& dots) noexcept {
   constexpr std::size_t kBlocks = kNormBlocks<kHeadDim>;
   for (std::size_t b = 0; b < kBlocks; ++b) {
-    float norms[kKeyGroup];
-    for (std::size_t t = 0; t < kKeyGroup; ++t) norms[t] = task.k.norms[tile.slots[first + t] * kBlocks + b];
+    double norms[kKeyGroup];
+    for (std::size_t t = 0; t < kKeyGroup; ++t) {
+      norms[t] = static_cast<double>(task.k.norms[tile.slots[first + t] * kBlocks + b]);
+    }
     for (std::size_t k = 0; k < rows; ++k) {
       const std::size_t at = (r + k) * kMaxNormBlocks + b;
-      for (std::size_t t = 0; t < kKeyGroup; t += 4) {
-        const Int4 sums = add_across(dots.sums[b][k] + t) + task.q_int16.halves[at];
-        const Double4 norm = __builtin_convertvector(load_as<Float4>(norms + t), Double4);
-        const Double4 share = __builtin_convertvector(sums, Double4) * task.q_int16.units[at] * norm;
+      std::int32_t totals[kKeyGroup];
+      add_across(dots.sums[b][k], totals);
+      for (std::size_t t = 0; t < kKeyGroup; t += kDoubles) {
+        const DoublesAsInts sums = load_as<DoublesAsInts>(totals + t) + task.q_int16.halves[at];
+        const Doubles share =
+            __builtin_convertvector(sums, Doubles) * task.q_int16.units[at] * load_as<Doubles>(norms + t);
         double* scores = task.scratch[r + k].scores + first + t;
-        store(scores, b == 0 ? share : load_as<Double4>(scores) + share);
+        store(scores, b == 0 ? share : load_as<Doubles>(scores) + share);
       }
     }
   }
@@ -247,10 +251,8 @@ template <unsigned kBits, bool kPlane, std::size_t kHeadDim>
 struct Format {
   using RowLookup = Lookup<kBits, kPlane, kHeadDim>;
 
-  /// Asks for a row ahead of its use. Into the second cache level: rows a power of two apart share places in the first.
   static void prefetch(const std::uint8_t* row) noexcept {
-#pragma GCC unroll 8
-    for (std::size_t i = 0; i < (kPlane ? kHeadDim * kBits / 8 : kHeadDim); i += 64) __builtin_prefetch(row + i, 0, 2);
+    prefetch_row(row, kPlane ? kHeadDim * kBits / 8 : kHeadDim);
   }
 
   /// Scores of all rows and the kKeyGroup keys of a tile from `first` on.

@@ -42,16 +42,20 @@ inline void pin(Sums& sums) noexcept {
   asm("" : "+v"(sums));
 }
 
-inline Int4 add_across(const Sums* sums) noexcept {
-  const auto pair = [&](std::size_t i) {
+inline void add_across(const Sums* sums, std::int32_t* totals) noexcept {
+  const auto two = [&](std::size_t i) {
     const __m512i a = cut<kSumShift>(sums[i]), b = cut<kSumShift>(sums[i + 1]);
     return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
   };
-  const __m512i ab = pair(0), cd = pair(2);
-  const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
-  const __m128i total = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-  return load_as<Int4>(&total);
+  const auto four = [&](std::size_t i) {
+    const __m512i a = two(i), b = two(i + 2);
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+  };
+  const __m512i a = four(0), b = four(4);
+  const __m512i pairs = _mm512_add_epi32(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xdd));
+  const __m512i all = _mm512_add_epi32(pairs, _mm512_shuffle_i64x2(pairs, pairs, 0xb1));
+  const __m256i eight = _mm512_castsi512_si256(_mm512_shuffle_i64x2(all, all, 0x08));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(totals), eight);
 }
 
 inline Sums broadcast_pair(const std::int16_t* pair) noexcept {

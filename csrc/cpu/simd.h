@@ -21,10 +21,12 @@ constexpr std::size_t kLanes = 4;
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 typedef std::int32_t IntVec __attribute__((vector_size(kLanes * sizeof(std::int32_t))));
 typedef std::int16_t ShortVec __attribute__((vector_size(kLanes * sizeof(std::int16_t))));
-// Scores come in fours: a vector of doubles is twice as wide as one of floats.
-typedef double Double4 __attribute__((vector_size(4 * sizeof(double))));
+// Scores are doubles: this many fill a register, or two of the small ones.
+constexpr std::size_t kDoubles = kLanes == 16 ? 8 : 4;
+typedef double Doubles __attribute__((vector_size(kDoubles * sizeof(double))));
+typedef float DoublesAsFloats __attribute__((vector_size(kDoubles * sizeof(float))));
+typedef std::int32_t DoublesAsInts __attribute__((vector_size(kDoubles * sizeof(std::int32_t))));
 typedef float Float4 __attribute__((vector_size(4 * sizeof(float))));
-typedef std::int32_t Int4 __attribute__((vector_size(4 * sizeof(std::int32_t))));
 
 template <class V, class T>
 inline V load_as(const T* source) noexcept {
