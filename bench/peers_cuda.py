@@ -296,11 +296,10 @@ def check_of(report: Path) -> dict[str, Any]:
 # Of a kernel: what Nsight Compute calls it, and what the results do.
 COUNTERS = {
     "gpu__time_duration.sum": "duration",
-    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram_percent",
     "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed": "shared_memory_pipe_percent",
     "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue_slots_percent",
     "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active": "integer_pipe_percent",
-    "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active": "tensor_pipe_percent",
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active": "tensor_pipe_percent",
     "smsp__warps_active.avg.per_cycle_active": "warps_of_a_scheduler",
     "smsp__warps_eligible.avg.per_cycle_active": "warps_that_can_issue",
 }

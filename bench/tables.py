@@ -148,14 +148,15 @@ def _bytes(result: dict[str, Any]) -> tuple[str, str]:
 def cpu_kernels() -> str:
     """Return what every cpu kernel takes, and in brackets its share of a plain read."""
     report = harness.read("cpu_kernels")
-    names = list(report["results"][0]["rows"])
+    results = [result for result in report["results"] if "rows" in result]
+    names = list(results[0]["rows"])
     rows = [
         (
             f"{result['heads']} / {result['kv_heads']} / {result['head_dim']}",
             f"{result['bits']}" + (" in planes" if result["packing"] == "plane" else ""),
             *(f"{row['median_us']:,.0f} ({row['share_of_read']:.2f})" for row in map(result["rows"].get, names)),
         )
-        for result in report["results"]
+        for result in results
     ]
     return table(("heads / KV heads / D", "bits", *names), rows) + _source(report, "cpu_kernels") + _machine(report)
 
@@ -176,6 +177,22 @@ def cpu_append() -> str:
     return table(("KV heads / D", "bits", *names), rows) + _source(report, "cpu_append") + where
 
 
+def cpu_short() -> str:
+    """Return what attending to few tokens takes on the cpu."""
+    report = harness.read("cpu_kernels")
+    results = [result for result in report["results"] if "op_us" in result]
+    rows = [
+        (
+            f"{result['heads']} / {result['kv_heads']} / {result['head_dim']}",
+            f"{result['op_us']:.1f} us",
+            f"{result['call_us']:.1f} us",
+        )
+        for result in results
+    ]
+    header = ("heads / KV heads / D", f"the op over {results[0]['tokens']} tokens", "`KVCache.attend`")
+    return table(header, rows) + _source(report, "cpu_kernels") + _machine(report)
+
+
 def cuda_attend() -> str:
     """Return attention on an NVIDIA GPU per shape, the best of torch's beside it."""
     report = harness.read("peers_cuda")
@@ -194,7 +211,8 @@ def cuda_attend() -> str:
     ]
     peers = ("torch float16 ÷ ours", "FlashInfer float16 ÷ ours", "float8 ÷ ours")
     header = ("heads / KV heads / D", "keys", "bits", "time", "of the floor", "error", *peers)
-    return table(header, rows) + _source(report, "peers_cuda") + f": {report['results'][0]['gpu']}.\n"
+    source = {"command": report["command"].partition(" --")[0]}  # without the reports that it was given
+    return table(header, rows) + _source(source, "peers_cuda") + f": {report['results'][0]['gpu']}.\n"
 
 
 def _cuda_peers(result: dict[str, Any]) -> list[float | None]:
@@ -239,6 +257,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "codec": codec,
     "cpu_append": cpu_append,
     "cpu_kernels": cpu_kernels,
+    "cpu_short": cpu_short,
     "cuda_attend": cuda_attend,
     "memory": memory,
     "metal_bounds": metal_tables.bounds,
