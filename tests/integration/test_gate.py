@@ -29,7 +29,7 @@ from tq_hb.cli._gate_run import ModelJob, smallest  # noqa: E402
 from tq_hb.cli._gate_scores import score  # noqa: E402
 from tq_hb.cli._gate_stats import GATES, OURS  # noqa: E402
 from tq_hb.cli._gate_store import Store  # noqa: E402
-from tq_hb.cli._gate_texts import DEPTHS, needle_text, own_texts, user_text  # noqa: E402
+from tq_hb.cli._gate_texts import needle_text, own_texts, user_text  # noqa: E402
 from tq_hb.cli._models import make_tiny  # noqa: E402
 from tq_hb.integrations.calibration import Calibration  # noqa: E402
 
@@ -43,6 +43,14 @@ LOGIT_ATOL = 1e-4
 
 def ignore(*_):
     pass
+
+
+@pytest.fixture(autouse=True)
+def _same_threads():
+    before = tq_hb.num_threads(), torch.get_num_threads()
+    yield
+    tq_hb.set_num_threads(before[0])
+    torch.set_num_threads(before[1])
 
 
 @pytest.fixture(scope="module")
@@ -356,9 +364,11 @@ def test_another_text_setting_or_model_is_measured_anew(tiny, text, tmp_path, mo
 # --- texts -------------------------------------------------------------------------------------
 
 
-def test_needles_are_where_they_are_said_to_be(tiny):
-    text = needle_text(tiny.tokenizer, 2000, DEPTHS)
-    assert text.tokens.shape == (1, 2000)
+@pytest.mark.parametrize(("length", "count"), [(300, 2), (2000, 10)])
+def test_needles_are_where_they_are_said_to_be(length, count, tiny):
+    text = needle_text(tiny.tokenizer, length)
+    assert text.tokens.shape == (1, length)
+    assert len(text.answers) == len(text.depths) == count
     content = tiny.tokenizer.decode(text.tokens[0])
     last_needle = 0
     for depth, answer in zip(text.depths, text.answers, strict=True):
@@ -411,7 +421,7 @@ def test_what_is_no_capture_is_refused(content, tmp_path):
 
 # --- the commands ------------------------------------------------------------------------------
 
-SMALL = ["--tokens", "1400", "--widths", "8/8,5/5"]
+SMALL = ["--tokens", "300", "--widths", "8/8,5/5", "--threads", "1"]
 
 
 def test_the_command_reports_what_it_measured(tmp_path, capsys):
@@ -431,7 +441,7 @@ def test_the_command_reports_what_it_measured(tmp_path, capsys):
     assert json.loads((tmp_path / "gate.json").read_text()) == report
     assert {(tmp_path / name).read_bytes()[:4] for name in ("gate.png", "layers.png")} == {b"\x89PNG"}
     written = (tmp_path / "gate.md").read_text()
-    assert "`tq-hb gate tiny --tokens 1400 --widths 8/8,5/5`" in written
+    assert "`tq-hb gate tiny --tokens 300 --widths 8/8,5/5`" in written
 
     # Once more: nothing is measured again, and everything comes out the same.
     assert main(["gate", "tiny", *SMALL, "--out", str(tmp_path)]) == 0
@@ -443,14 +453,31 @@ def test_the_command_reports_what_it_measured(tmp_path, capsys):
 
 def test_calibrate_writes_means_that_gate_takes(tmp_path, capsys):
     means = tmp_path / "means.safetensors"
-    assert main(["calibrate", "tiny", "--tokens", "1024", "--context", "1024", "--out", str(means), "--json"]) == 0
+    assert (
+        main(
+            [
+                "calibrate",
+                "tiny",
+                "--tokens",
+                "1024",
+                "--context",
+                "1024",
+                "--out",
+                str(means),
+                "--threads",
+                "1",
+                "--json",
+            ]
+        )
+        == 0
+    )
     report = json.loads(capsys.readouterr().out)
     calibration = Calibration.load(means)
     assert (calibration.tokens, calibration.context) == (report["tokens"], report["context"]) == (1024, 1024)
     assert [layer["is_centred"] for layer in report["layers"]] == [m is not None for m in calibration.k_means]
     assert any(layer["is_centred"] for layer in report["layers"])
 
-    own = ["--tokens", "300", "--no-needles", "--widths", "6/6"]
+    own = ["--tokens", "300", "--no-needles", "--widths", "6/6", "--threads", "1"]
     text = tmp_path / "text.txt"
     text.write_text("Keys have a mean that is not zero. " * 20)
     options = ["--text", str(text), "--k-mean", "none", "--k-mean", str(means), "--out", str(tmp_path / "out")]
@@ -467,8 +494,11 @@ def test_calibrate_writes_means_that_gate_takes(tmp_path, capsys):
 
 def test_gate_takes_what_it_captured(tmp_path, capsys):
     file = tmp_path / "tiny.safetensors"
-    assert main(["gate", "tiny", "--tokens", "300", "--capture", str(file)]) == 0
-    assert main(["gate", str(file), "--widths", "8/8,5/5", "--out", str(tmp_path / "out"), "--json"]) == 0
+    assert main(["gate", "tiny", "--tokens", "300", "--threads", "1", "--capture", str(file)]) == 0
+    assert (
+        main(["gate", str(file), "--threads", "1", "--widths", "8/8,5/5", "--out", str(tmp_path / "out"), "--json"])
+        == 0
+    )
     captured = capsys.readouterr()
     report = json.loads(captured.out[captured.out.index("{") :])
     assert set(report["smallest"]) == {"strict cosine", "cosine"}
@@ -482,7 +512,7 @@ def test_gate_takes_what_it_captured(tmp_path, capsys):
     [
         (["nonsense"], "model must be"),
         (["tiny", "--tokens", "0"], "tokens must be at least 1, got 0"),
-        (["tiny", "--tokens", "100"], "tokens must be enough for 10 needles"),
+        (["tiny", "--tokens", "50"], "tokens must be some hundreds"),
         (["tiny", "--no-needles", "--widths", "8/4"], "widths must be K/V pairs of 5, 6, 8, got '8/4'"),
         (["tiny", "--no-needles", "--widths", "8"], "widths must be K/V pairs of 5, 6, 8, got '8'"),
         (["tiny", "--text", "no such file"], "text must be a readable text file, got no such file"),

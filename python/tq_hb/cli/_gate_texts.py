@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
 
+import numpy as np
 import torch
 
 import tq_hb
@@ -19,7 +20,11 @@ import tq_hb
 
 @dataclass(frozen=True)
 class Text:
-    """Tokens to replay. `answers` are the places of the tokens that answer the needle text's questions."""
+    """Tokens to replay, shape (1, tokens).
+
+    `answers` are the places of the tokens that answer the needle text's questions, `depths` those of the needles, as
+    shares of the text between them.
+    """
 
     name: str
     source: str
@@ -74,40 +79,44 @@ def beginning(tokenizer: Any, content: str, length: int) -> torch.Tensor:
     return torch.tensor([tokenizer(content[: 40 * length]).input_ids[:length]])
 
 
-def needle_text(tokenizer: Any, length: int, depths: Sequence[float]) -> Text:
-    """Return documentation with a number hidden at each depth, and the questions for them at the end.
+def needle_text(tokenizer: Any, length: int) -> Text:
+    """Return documentation with numbers hidden in it, and the questions for them at the end: ten, if they fit.
 
     The questions are followed by the right answers, since the text is fixed: what counts is whether each token of an
     answer was the likeliest one.
+
+    Raises
+    ------
+    tq_hb.InvalidArgument
+        If not even one fits into half of `length` tokens, or there is not that much documentation.
     """
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False).input_ids)
 
-    facts = [
-        (encode(f"The pass number of {place} is"), encode(f" {number}."), encode("\n")) for place, number in _FACTS
-    ]
-    facts = facts[: len(depths)]
-    needles = sum(2 * len(question) + 2 * len(answer) + 2 * len(end) for question, answer, end in facts)
+    end_of_line = encode("\n")
+    facts = [(encode(f"The pass number of {place} is"), encode(f" {number}.")) for place, number in _FACTS]
+    # Each is there twice: as a needle, and as a question.
+    sizes = np.cumsum([2 * (len(question) + len(answer) + len(end_of_line)) for question, answer in facts])
+    count = int(np.searchsorted(sizes, length / 2, side="right"))
     start = list(tokenizer("").input_ids)
-    hay = encode(_documentation())[: length - needles - len(start)]
-    if len(hay) < length - needles - len(start) or not hay:
-        raise tq_hb.InvalidArgument(
-            f"tokens must be enough for {len(depths)} needles and no more than we have, got {length}"
-        )
+    hay_length = length - len(start) - int(sizes[count - 1])
+    hay = encode(_documentation())[:hay_length]
+    if count == 0 or len(hay) < hay_length:
+        raise tq_hb.InvalidArgument(f"tokens must be some hundreds to some ten thousands for needles, got {length}")
+    depths = tuple((0.5 + i) / count for i in range(count))
     cuts = [round(depth * len(hay)) for depth in depths]
     tokens = list(start)
-    for begin, end, fact in zip([0, *cuts], [*cuts, len(hay)], [*facts, ()], strict=True):
-        tokens += hay[begin:end]
-        for piece in fact:
-            tokens += piece
+    for begin, end, (question, answer) in zip([0, *cuts], cuts, facts, strict=False):
+        tokens += [*hay[begin:end], *question, *answer, *end_of_line]
+    tokens += hay[cuts[-1] :]
     answers = []
-    for question, answer, end_of_line in facts:
+    for question, answer in facts[:count]:
         tokens += question
         # The last token is the full stop.
         answers.append(tuple(range(len(tokens), len(tokens) + len(answer) - 1)))
         tokens += [*answer, *end_of_line]
-    return Text("needles", _KINDS["documentation"][0], torch.tensor([tokens]), tuple(answers), tuple(depths))
+    return Text("needles", _KINDS["documentation"][0], torch.tensor([tokens]), tuple(answers), depths)
 
 
 _FACTS = (
@@ -122,8 +131,6 @@ _FACTS = (
     ("Sofia", 1846),
     ("Denver", 7023),
 )
-DEPTHS = tuple((0.5 + i) / len(_FACTS) for i in range(len(_FACTS)))
-"""Where the needles are, as shares of the text before them."""
 
 
 def _licence() -> str:

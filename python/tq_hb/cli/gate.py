@@ -89,11 +89,11 @@ def run(args: argparse.Namespace) -> int:
     width = None if sys.stdout.isatty() else 120
     console = Console(stderr=args.json, highlight=False, width=width)
     begin, cpu_begin = time.perf_counter(), time.process_time()
+    pairs, choices = _choices(args)
     job, about = _prepare(args, console)
     if job is None:
         return 0
-    settings = _settings(args, job)
-    outcomes = _measure(job, settings, console)
+    outcomes = _measure(job, _settings(pairs, choices, job), console)
     from tq_hb.cli._gate_report import make_report
 
     report = {
@@ -116,7 +116,7 @@ def _prepare(args: argparse.Namespace, console: Console) -> tuple[Job | None, di
     from tq_hb.cli._gate_capture import capture, load_capture, save_capture
     from tq_hb.cli._gate_run import CaptureJob, ModelJob
     from tq_hb.cli._gate_store import Store
-    from tq_hb.cli._gate_texts import DEPTHS, needle_text, own_texts, user_text
+    from tq_hb.cli._gate_texts import needle_text, own_texts, user_text
     from tq_hb.cli._machine import describe
     from tq_hb.cli._models import load
     from tq_hb.cli._output import commit
@@ -142,7 +142,7 @@ def _prepare(args: argparse.Namespace, console: Console) -> tuple[Job | None, di
             console.print(f"Written: {args.capture}", soft_wrap=True)
             return None, about
         if not args.no_needles:
-            texts.append(needle_text(tokenizer, args.tokens, DEPTHS))
+            texts.append(needle_text(tokenizer, args.tokens))
         status.update("reading every weight")
         job = ModelJob(loaded, texts, store)
     return job, {
@@ -152,15 +152,12 @@ def _prepare(args: argparse.Namespace, console: Console) -> tuple[Job | None, di
             {"name": text.name, "source": text.source, "tokens": text.tokens.shape[1], "sha256": text.sha256}
             for text in texts
         ],
-        "needle_depths": None if args.no_needles else DEPTHS,
+        "needle_depths": None if args.no_needles else texts[-1].depths,
     }
 
 
-def _settings(args: argparse.Namespace, job: Job) -> list[Widths]:
-    """Return the settings in the order of their bytes."""
-    from tq_hb.cli._gate_caches import Widths
-    from tq_hb.integrations.calibration import Calibration
-
+def _choices(args: argparse.Namespace) -> tuple[list[tuple[int, int]], list[str]]:
+    """Return the pairs of bits, and what to centre keys on, none of them twice."""
     pairs = []
     for text in args.widths.split(","):
         match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
@@ -171,6 +168,14 @@ def _settings(args: argparse.Namespace, job: Job) -> list[Widths]:
     choices = list(dict.fromkeys(args.k_mean or ["none"]))
     if len(set(choices) - {"none", "prefill"}) > 1:
         raise tq_hb.InvalidArgument(f"k-mean must name one file at most, got {', '.join(choices)}")
+    return list(dict.fromkeys(pairs)), choices
+
+
+def _settings(pairs: list[tuple[int, int]], choices: list[str], job: Job) -> list[Widths]:
+    """Return the settings in the order of their bytes."""
+    from tq_hb.cli._gate_caches import Widths
+    from tq_hb.integrations.calibration import Calibration
+
     settings = []
     for choice in choices:
         k_mean: Any = None
@@ -180,7 +185,7 @@ def _settings(args: argparse.Namespace, job: Job) -> list[Widths]:
         elif choice != "none":
             k_mean, centring = Calibration.load(choice).k_means, "centred"
             _check_means(k_mean, job, choice)
-        settings += [Widths(k, v, k_mean=k_mean, centring=centring) for k, v in dict.fromkeys(pairs)]
+        settings += [Widths(k, v, k_mean=k_mean, centring=centring) for k, v in pairs]
     return sorted(settings, key=lambda setting: -(setting.k_bits + setting.v_bits))
 
 
