@@ -219,7 +219,7 @@ class BatchedKVCache:
             for index, (slot, count) in enumerate(zip(chosen, taken, strict=True)):
                 if count:
                     new_k, new_v = staged_k[index][:count], staged_v[index][:count]
-                    self._caches[slot]._record_append(op, encoder, new_k, new_v)
+                    self._caches[slot]._record_append(f"{op}: slot {slot}", encoder, new_k, new_v)
             if is_on_gpu(k) and is_on_gpu(v):
                 self._outstanding.run(core, where, encoder)
             else:

@@ -67,6 +67,9 @@ class Plan:
 class KVCache:
     """Keys and values of one layer at 5, 6 or 8 bits per value, one norm per vector.
 
+    A cache on a GPU uses arrays that are on it where they are; such calls run on the caller's stream and do not wait.
+    Other caches refuse them.
+
     Parameters
     ----------
     num_kv_heads : int

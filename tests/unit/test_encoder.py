@@ -288,6 +288,16 @@ class TestBuffer:
         assert np.array_equal(buf[-3:].numpy(), buf.numpy()[-3:])
         assert np.array_equal(buf[4].numpy(), buf.numpy()[4])
 
+    def test_other_axes_show_the_same_memory(self, device):
+        buf = device.array(np.arange(24, dtype=np.float32).reshape(4, 6))
+        seen = buf[1:].reshape((2, 1, 9))
+        assert (seen.shape, seen.ndim, seen.offset) == ((2, 1, 9), 3, 24)
+        buf[1].copy_from(np.full(6, -1, np.float32))
+        assert np.array_equal(seen.numpy().ravel(), [-1] * 6 + list(range(12, 24)))
+        for shape in ((2, 8), (), (18, 2)):
+            with pytest.raises(tq_hb.InvalidArgument, match=r"^Buffer\.reshape: shape must hold as many elements"):
+                buf[1:].reshape(shape)
+
     def test_slices_with_a_step_are_refused(self, device):
         with pytest.raises(tq_hb.InvalidArgument, match="step"):
             _ = device.array(np.zeros((4, 4), np.float32))[::2]
