@@ -124,11 +124,20 @@ inline IntVec codes_of(Vec x, const SearchTree& tree) noexcept {
   return descend<kBits - 1>(magnitude_bits(x) + positive, tree) ^ (~positive & ((1 << kBits) - 1));
 }
 
-/// Writes the codes of one norm block, 16 columns at a time, four to a 32-bit lane.
-template <unsigned kBits, std::size_t kBlockDim, class Scaled>
+/// Asks for a line of each of the next rows ahead of their use: a row is too short for the processor to see it coming.
+/// Beyond the last row it does nothing.
+template <std::size_t kHeadDim>
+inline void prefetch_rows(const float* line) noexcept {
+  for (std::size_t i = 0; i < kLanes; ++i) __builtin_prefetch(line + i * kHeadDim, 0, 2);
+}
+
+/// Writes the codes of one norm block, 16 columns at a time, four to a 32-bit lane, and prefetches these columns of the
+/// rows at `next`.
+template <unsigned kBits, std::size_t kHeadDim, std::size_t kBlockDim, class Scaled>
 inline void write_codes(const SearchTree& tree, const Scaled& scaled, std::uint8_t* const (&rows)[kLanes],
-                        std::size_t offset) noexcept {
+                        std::size_t offset, const float* next) noexcept {
   for (std::size_t first = 0; first < kBlockDim; first += 16) {
+    prefetch_rows<kHeadDim>(next + offset + first);
     Vec words[4];
 #pragma GCC unroll 4
     for (std::size_t i = 0; i < 4; ++i) {
@@ -178,10 +187,10 @@ std::uint32_t encode_batch(const EncodeTask& task, std::size_t first, std::size_
     }
     const Vec factor = load(factors);
     const Vec* block = y + b * kBlockDim;
-    write_codes<kBits, kBlockDim>(
+    write_codes<kBits, kHeadDim, kBlockDim>(
         *task.tree,
         [&](std::size_t j) { return kBlocks == 1 ? block[j] * factor : block[j] * factor * task.scale_factor_d512; },
-        codes, b * kBlockDim);
+        codes, b * kBlockDim, task.src + (first + kLanes) * kHeadDim);
   }
   return refused;
 }
