@@ -50,16 +50,11 @@ inline void fill_outside(T* values, Span span, T value) noexcept {
   for (std::size_t t = span.end; t < kTile; ++t) values[t] = value;
 }
 
-/// Turns a row's scaled scores into weights, and its maximum and sum into those that include them.
+/// Leaves the scores of keys that a row does not see at -inf, and finds the maximum that includes this tile.
 template <std::size_t kTile>
-void update_softmax(const AttendTask& task, std::size_t r, const Tile& tile) noexcept {
+inline double masked_maximum(const AttendTask& task, std::size_t r, const Tile& tile) noexcept {
   RowScratch& row = task.scratch[r];
   const Span seen = seen_of(task.seen[r], tile);
-  row.correction = 1.0f;
-  if (seen.begin >= seen.end) {
-    for (float& weight : row.weights) weight = 0.0f;
-    return;
-  }
   const double bias = task.bias[r];
   if (bias != 0.0) {
     for (std::size_t t = 0; t < kTile; t += kDoubles) store(row.scores + t, load_as<Doubles>(row.scores + t) + bias);
@@ -69,8 +64,9 @@ void update_softmax(const AttendTask& task, std::size_t r, const Tile& tile) noe
       row.scores[t] = task.softcap * tanh(row.scores[t] / task.softcap);
     }
   }
-  if (seen.begin > 0 || seen.end < kTile) fill_outside<kTile>(row.scores, seen, -static_cast<double>(INFINITY));
-
+  if (seen.begin > 0 || seen.end < kTile) {
+    fill_outside<kTile>(row.scores, seen.begin < seen.end ? seen : Span{kTile, kTile}, -static_cast<double>(INFINITY));
+  }
   Doubles maxima = Doubles{} + task.max[r];
   for (std::size_t t = 0; t < kTile; t += kDoubles) {
     const Doubles scores = load_as<Doubles>(row.scores + t);
@@ -78,18 +74,45 @@ void update_softmax(const AttendTask& task, std::size_t r, const Tile& tile) noe
   }
   double max = maxima[0];
   for (std::size_t i = 1; i < kDoubles; ++i) max = maxima[i] > max ? maxima[i] : max;
-  for (std::size_t t = 0; t < kTile; t += kDoubles) {
-    store(row.weights + t, __builtin_convertvector(load_as<Doubles>(row.scores + t) - max, DoublesAsFloats));
+  return max;
+}
+
+/// Turns scaled scores into weights, and every row's maximum and sum into those that include them.
+///
+/// Step by step over some rows at a time: what a row waits for in one step, another row fills.
+template <std::size_t kTile>
+void update_softmax(const AttendTask& task, const Tile& tile) noexcept {
+  for (std::size_t first = 0; first < task.rows; first += kLanes) {
+    const std::size_t rows = task.rows - first < kLanes ? task.rows - first : kLanes;
+    float drops[kLanes] = {};
+    for (std::size_t i = 0; i < rows; ++i) {
+      const std::size_t r = first + i;
+      const double max = masked_maximum<kTile>(task, r, tile);
+      // Equal where neither has seen a key, too: a difference of infinities would be NaN.
+      if (task.max[r] < max) drops[i] = static_cast<float>(task.max[r] - max);
+      task.max[r] = max;
+    }
+    const Vec corrections = exp_of_negative(load(drops));
+    Vec sums[kLanes];
+    for (std::size_t i = 0; i < rows; ++i) {
+      RowScratch& row = task.scratch[first + i];
+      const double max = task.max[first + i] > -static_cast<double>(INFINITY) ? task.max[first + i] : 0.0;
+      for (std::size_t t = 0; t < kTile; t += kDoubles) {
+        store(row.weights + t, __builtin_convertvector(load_as<Doubles>(row.scores + t) - max, DoublesAsFloats));
+      }
+      sums[i] = Vec{};
+      for (std::size_t t = 0; t < kTile; t += kLanes) {
+        const Vec weights = exp_of_negative(load(row.weights + t));
+        store(row.weights + t, weights);
+        sums[i] += weights;
+      }
+    }
+    for (std::size_t i = 0; i < rows; ++i) {
+      task.scratch[first + i].correction = corrections[i];
+      task.sum[first + i] =
+          task.sum[first + i] * static_cast<double>(corrections[i]) + static_cast<double>(sum_of_lanes(sums[i]));
+    }
   }
-  Vec sums{};
-  for (std::size_t t = 0; t < kTile; t += kLanes) {
-    const Vec weights = exp_of_negative(load(row.weights + t));
-    store(row.weights + t, weights);
-    sums += weights;
-  }
-  if (max > task.max[r]) row.correction = expf(static_cast<float>(task.max[r] - max));
-  task.sum[r] = task.sum[r] * static_cast<double>(row.correction) + static_cast<double>(sum_of_lanes(sums));
-  task.max[r] = max;
 }
 
 /// Puts outputs in the order of coordinates: of every 16 of a chunk, vector i has those from 4 * i on, 128 bits after
@@ -127,7 +150,7 @@ void attend_range(const AttendTask& task) noexcept {
     }
     for (std::size_t t = tile.count; t < kAttendTile; ++t) tile.slots[t] = tile.slots[tile.count - 1];
     path.score(tile);
-    for (std::size_t r = 0; r < task.rows; ++r) update_softmax<Path::kTile>(task, r, tile);
+    update_softmax<Path::kTile>(task, tile);
     path.accumulate(tile);
   }
   path.finish();

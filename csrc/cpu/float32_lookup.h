@@ -23,17 +23,23 @@ void place_query(const float* q, std::size_t head_dim, float* placed) noexcept {
 
 template <std::size_t kHeadDim>
 struct ByteTableDecoder {
+  /// What is looked up in a row of instructions: planes are laid out in blocks.
+  static constexpr std::size_t kPart = kHeadDim < kPlaneBlock ? kHeadDim : kPlaneBlock;
+
   template <unsigned kBits, bool kPlane>
   static void decode_as(const HeadRows& side, const Tile& tile, float* rows) noexcept {
     const FloatLookup<kBits, kPlane, kHeadDim> lookup(side.levels);
     for (std::size_t t = 0; t < tile.count; ++t) {
       const std::uint8_t* row = side.codes + tile.slots[t] * side.row_bytes;
       float* out = rows + t * kHeadDim;
-#pragma GCC unroll 16
-      for (std::size_t chunk = 0; chunk < kHeadDim / kChunk; ++chunk) {
-        const FloatLevels levels = lookup.at(row, chunk);
+#pragma GCC unroll 1
+      for (std::size_t part = 0; part < kHeadDim; part += kPart) {
+#pragma GCC unroll 8
+        for (std::size_t j = part; j < part + kPart; j += kChunk) {
+          const FloatLevels levels = lookup.at(row, j / kChunk);
 #pragma GCC unroll 4
-        for (std::size_t i = 0; i < 4; ++i) store(out + chunk * kChunk + i * kLanes, levels.vectors[i]);
+          for (std::size_t i = 0; i < 4; ++i) store(out + j + i * kLanes, levels.vectors[i]);
+        }
       }
     }
   }

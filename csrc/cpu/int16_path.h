@@ -124,9 +124,9 @@ struct DotSums {
 template <std::size_t kHeadDim, std::size_t kRows, class Key>
 inline void multiply_key(const Key& key, const std::int16_t* q, std::size_t t, DotSums<kHeadDim>& dots) noexcept {
   constexpr std::size_t kPart = kPartDim<kHeadDim>;
-#pragma GCC unroll 2
+#pragma GCC unroll 1
   for (std::size_t b = 0; b < kNormBlocks<kHeadDim>; ++b) {
-#pragma GCC unroll 2
+#pragma GCC unroll 1
     for (std::size_t part = 0; part < kParts<kHeadDim>; ++part) {
       Sums sums[kRows] = {};
 #pragma GCC unroll 8
@@ -295,11 +295,14 @@ struct Format {
                             const RowLookup& lookup) noexcept {
     alignas(64) std::int16_t levels[kKeyGroup][kHeadDim];
     for (std::size_t t = 0; t < kKeyGroup; ++t) {
-#pragma GCC unroll 16
-      for (std::size_t chunk = 0; chunk < kHeadDim / kChunk; ++chunk) {
-        const Levels looked_up = lookup.at(keys[first + t], chunk);
-        store(levels[t] + chunk * kChunk, looked_up.first);
-        store(levels[t] + chunk * kChunk + kChunk / 2, looked_up.second);
+#pragma GCC unroll 1
+      for (std::size_t part = 0; part < kHeadDim; part += kPartDim<kHeadDim>) {
+#pragma GCC unroll 8
+        for (std::size_t j = part; j < part + kPartDim<kHeadDim>; j += kChunk) {
+          const Levels looked_up = lookup.at(keys[first + t], j / kChunk);
+          store(levels[t] + j, looked_up.first);
+          store(levels[t] + j + kChunk / 2, looked_up.second);
+        }
       }
     }
     DotSums<kHeadDim> dots;
@@ -375,48 +378,58 @@ class Int16Path {
     for (std::size_t b = 0; b < kBlocks; ++b) {
       alignas(64) float norms[kTile];
       for (std::size_t t = 0; t < kTile; ++t) norms[t] = task_.v.norms[tile.slots[t] * kBlocks + b] * task_.v_scale;
-      for (std::size_t r = 0; r < task_.rows; ++r) {
-        RowScratch& row = task_.scratch[r];
-        alignas(64) float weights[kTile];
-        for (std::size_t t = 0; t < kTile; t += kLanes) store(weights + t, load(row.weights + t) * load(norms + t));
-        // 0 times a norm that is not finite is no 0.
-        const Span seen = seen_of(task_.seen[r], tile);
-        if (seen.begin > 0 || seen.end < kTile) {
-          fill_outside<kTile>(weights, seen.begin < seen.end ? seen : Span{kTile, kTile}, 0.0f);
-        }
-        fix_row(weights, b, row);
+      for (std::size_t first = 0; first < task_.rows; first += kLanes) {
+        const std::size_t rows = task_.rows - first < kLanes ? task_.rows - first : kLanes;
+        fix_rows(task_.scratch + first, task_.seen + first, rows, b, norms, tile);
       }
     }
   }
 
-  void fix_row(const float* weights, std::size_t b, RowScratch& row) noexcept {
-    Vec sums{}, largest{};
-    for (std::size_t t = 0; t < kTile; t += kLanes) {
-      const Vec weight = magnitude(load(weights + t));
-      sums += weight;
-      largest = max(largest, weight);
+  /// Step by step, as in update_softmax.
+  void fix_rows(RowScratch* rows, const QueryRange* ranges, std::size_t count, std::size_t b, const float* norms,
+                const Tile& tile) noexcept {
+    alignas(64) float weights[kLanes][kTile];
+    Vec sums[kLanes], largest[kLanes];
+    for (std::size_t r = 0; r < count; ++r) {
+      for (std::size_t t = 0; t < kTile; t += kLanes) {
+        store(weights[r] + t, load(rows[r].weights + t) * load(norms + t));
+      }
+      // 0 times a norm that is not finite is no 0.
+      const Span seen = seen_of(ranges[r], tile);
+      if (seen.begin > 0 || seen.end < kTile) {
+        fill_outside<kTile>(weights[r], seen.begin < seen.end ? seen : Span{kTile, kTile}, 0.0f);
+      }
+      sums[r] = largest[r] = Vec{};
+      for (std::size_t t = 0; t < kTile; t += kLanes) {
+        const Vec weight = magnitude(load(weights[r] + t));
+        sums[r] += weight;
+        largest[r] = max(largest[r], weight);
+      }
     }
-    const float total = sum_of_lanes(sums);
-    if (!(total < INFINITY)) {  // must show in the output, and has no fixed point
-      for (std::int16_t& weight : row.fixed_weights[b]) weight = 0;
-      row.halves[b] = 0;
-      row.fixed_units[b] = NAN;
-      return;
+    float units[kLanes];
+    for (std::size_t r = 0; r < count; ++r) {
+      const float total = sum_of_lanes(sums[r]);
+      const float unit = max_of_lanes(largest[r]) / 32766.0f;
+      const float shared = total / Int16Levels::kBudget;
+      units[r] = unit > shared ? unit : shared;
+      units[r] = units[r] > 1e-37f ? units[r] : 1e-37f;
+      // What is not finite must show in the output, and has no fixed point.
+      if (!(total < INFINITY)) units[r] = NAN;
     }
-    float unit = max_of_lanes(largest) / 32766.0f;
-    unit = total / Int16Levels::kBudget > unit ? total / Int16Levels::kBudget : unit;
-    unit = unit > 1e-37f ? unit : 1e-37f;
-    const float inverse = 1.0f / unit;
-    IntVec sum{};
-    for (std::size_t t = 0; t < kTile; t += kLanes) {
-      const IntVec fixed = nearest(load(weights + t) * inverse);
-      store(row.fixed_weights[b] + t, __builtin_convertvector(fixed, ShortVec));
-      sum += fixed;
+    for (std::size_t r = 0; r < count; ++r) {
+      const bool finite = units[r] == units[r];
+      const float inverse = finite ? 1.0f / units[r] : 0.0f;
+      IntVec sum{};
+      for (std::size_t t = 0; t < kTile; t += kLanes) {
+        const IntVec fixed = finite ? nearest(load(weights[r] + t) * inverse) : IntVec{};
+        store(rows[r].fixed_weights[b] + t, __builtin_convertvector(fixed, ShortVec));
+        sum += fixed;
+      }
+      std::int32_t half = 0;
+      for (std::size_t i = 0; i < kLanes; ++i) half += sum[i] / 2;
+      rows[r].halves[b] = half;
+      rows[r].fixed_units[b] = units[r] * static_cast<float>(task_.v.int16->unit);
     }
-    std::int32_t half = 0;
-    for (std::size_t i = 0; i < kLanes; ++i) half += sum[i] / 2;
-    row.halves[b] = half;
-    row.fixed_units[b] = unit * static_cast<float>(task_.v.int16->unit);
   }
 
   /// Asks for a share of the next tile's keys.
