@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from tq_hb.cli._gate_caches import Layer, Widths
-from tq_hb.cli._gate_run import Job, Outcome, smallest, with_exceptions
+from tq_hb.cli._gate_run import Job, Outcome, smallest, with_worst_layers_excepted
 from tq_hb.cli._gate_stats import (
     CAPTURED,
     OURS,
@@ -150,15 +150,15 @@ class EightLayers(Job):
 def test_the_worst_quarter_of_the_layers_may_be_exceptions():
     errors = (0.0, 0.5, 0.1, 0.0, 0.9, 0.0, 0.0, 0.2)
     outcomes = [outcome(8, 8, 1e-3), outcome(8, 6, 9e-3, errors=errors), outcome(6, 6, 2e-2, errors=errors)]
-    tried = list(with_exceptions(EightLayers(), outcomes))
+    tried = list(with_worst_layers_excepted(EightLayers(), outcomes))
     assert [setting.name for setting in tried] == ["8/6, layers 11 14 at 8/8", "6/6, layers 11 14 at 8/8"]
-    assert list(with_exceptions(EightLayers(), outcomes[1:])) == []
+    assert list(with_worst_layers_excepted(EightLayers(), outcomes[1:])) == []
 
 
 def test_exceptions_that_are_no_smaller_are_not_tried():
     outcomes = [outcome(8, 5, 1e-3), outcome(6, 6, 9e-3)]
     # 6/6 with two of eight layers at 8/8 takes as many bytes as 13 bits everywhere.
-    assert list(with_exceptions(EightLayers(), outcomes)) == []
+    assert list(with_worst_layers_excepted(EightLayers(), outcomes)) == []
 
 
 def test_the_store_gives_back_what_it_was_given(tmp_path):

@@ -193,7 +193,7 @@ class CaptureJob(Job):
         return _measured_attention("captured", arrays)
 
 
-def with_exceptions(job: Job, outcomes: Sequence[Outcome]) -> Iterator[Widths]:
+def with_worst_layers_excepted(job: Job, outcomes: Sequence[Outcome]) -> Iterator[Widths]:
     """Return the settings just below the smallest one that passes, each with its worst layers as exceptions.
 
     The layers are those whose attention outputs are furthest from exact ones on the same inputs. Only settings whose

@@ -63,6 +63,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "compare (default none)",
     )
     parser.add_argument("--no-needles", action="store_true", help="leave out the text with numbers to find again")
+    parser.add_argument("--no-exceptions", action="store_true", help="try no setting with its worst layers at 8/8 bits")
     parser.add_argument("--capture", type=Path, metavar="FILE", help="write q, k and v of the first text, and end")
     parser.add_argument("--threads", type=int, metavar="N", help="default: all that this process may use")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: build/gate/MODEL")
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     job, about = _prepare(args, console)
     if job is None:
         return 0
-    outcomes = _measure(job, _settings(pairs, choices, job), console)
+    outcomes = _measure(job, _settings(pairs, choices, job), with_exceptions=not args.no_exceptions, console=console)
     from tq_hb.cli._gate_report import make_report
 
     report = {
@@ -201,11 +202,11 @@ def _check_means(k_means: Sequence[Any], job: Job, source: str) -> None:
             )
 
 
-def _measure(job: Job, settings: list[Widths], console: Console) -> list[Outcome]:
+def _measure(job: Job, settings: list[Widths], *, with_exceptions: bool, console: Console) -> list[Outcome]:
     """Measure the settings, then those with exceptions that may be smaller than the smallest one that passes."""
     from rich.progress import Progress, TimeElapsedColumn
 
-    from tq_hb.cli._gate_run import with_exceptions
+    from tq_hb.cli._gate_run import with_worst_layers_excepted
 
     with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True) as progress:
 
@@ -216,7 +217,7 @@ def _measure(job: Job, settings: list[Widths], console: Console) -> list[Outcome
             return outcomes
 
         outcomes = measure(settings)
-        more = list(with_exceptions(job, outcomes))
+        more = list(with_worst_layers_excepted(job, outcomes)) if with_exceptions else []
         return sorted([*outcomes, *(measure(more) if more else ())], key=lambda outcome: -outcome.bytes_per_token)
 
 
@@ -256,6 +257,9 @@ def _shown_arguments(args: argparse.Namespace) -> list[str]:
         shown += ["--widths", args.widths]
     for choice in args.k_mean or ():
         shown += ["--k-mean", choice]
-    if args.no_needles:
-        shown.append("--no-needles")
+    shown += [
+        option
+        for option, is_set in {"--no-needles": args.no_needles, "--no-exceptions": args.no_exceptions}.items()
+        if is_set
+    ]
     return shown
