@@ -337,9 +337,7 @@ class CommandEncoder:
             p,
             # The core refuses a call without any.
             num_queries=max(1, queries.shape[0]) if len(queries.shape) == 3 else 1,
-            offers_group=self._device.offers(
-                policy.AttendKernel.GROUP, p.head_dim, packing, p.codebook_bits, width
-            ),
+            offers_group=self._device.offers(policy.AttendKernel.GROUP, p.head_dim, packing, p.codebook_bits, width),
             multiprocessors=self._device.num_multiprocessors,
             nwg=nwg,
             tmp_bytes=None if storage is None else storage.nbytes,
