@@ -1,7 +1,8 @@
 """What each cpu kernel takes: every instruction set that runs here, in fixed point and in float32, in turns.
 
-Writes ``bench/results/cpu_kernels.json``: median times, and the share of a plain read of the same codes and norms.
-``python -m bench.tables`` makes the table of ``docs/cpu.md`` from it.
+Writes ``bench/results/cpu_kernels.json``: median times, and the share of a plain read of the same codes and norms; and
+what a call takes where there is next to nothing to attend to. ``python -m bench.tables`` makes the tables of
+``docs/cpu.md`` from it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tq_hb import _core
 from tq_hb.cli._sampling import PlainRead, buffers_to_stay_cold, sample
 
 _TOKENS = 4096
+_FEW_TOKENS = 32
 # Query heads, KV heads, head size.
 _SHAPES = ((16, 16, 256), (16, 8, 256), (16, 4, 256), (16, 2, 256), (16, 8, 128), (16, 2, 512))
 _FORMS = ((5, "byte"), (5, "plane"), (6, "byte"), (6, "plane"), (8, "byte"))
@@ -55,6 +57,38 @@ def contenders(
     return calls, nbytes
 
 
+def short_call(heads: int, kv_heads: int, head_dim: int, samples: int) -> dict[str, float]:
+    """Return what attending to few tokens takes at 8 bits: the op by itself, and a call of the cache."""
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((heads, head_dim), dtype=np.float32)
+    k = rng.standard_normal((_FEW_TOKENS, kv_heads, head_dim), dtype=np.float32)
+    cache = tq_hb.KVCache(kv_heads, head_dim, capacity=_FEW_TOKENS, device="cpu")
+    cache.append(k, k)
+    device = tq_hb.Device("cpu")
+    codes, norms = (device.array(np.ascontiguousarray(x.swapaxes(0, 1))) for x in tq_hb.quantize(k, 8, device="cpu"))
+    buffers = [device.array(q), codes, norms, codes, norms, device.empty(q.shape, np.float32)]
+    tmp = device.empty(tq_hb.tmp_buffer_bytes(heads, head_dim) // 4, np.float32)
+    params = tq_hb.FlashAttnVecTqHbParams(
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        kv_seq_len=_FEW_TOKENS,
+        kv_capacity=_FEW_TOKENS,
+        scale=head_dim**-0.5,
+        fuse_fwht_pre=1,
+    )
+    inside = []
+
+    def op(_: int) -> None:
+        encoder = device.encoder()
+        encoder.flash_attn_vec_tq_hb_with_fused_undo(*buffers, tmp, params)
+        encoder.commit_and_wait()
+        inside.append(encoder.gpu_time)
+
+    timings = sample({"op": op, "call": lambda _: cache.attend(q)}, samples)
+    return {"op_us": 1e6 * float(np.median(inside)), "call_us": timings["call"].median_us}
+
+
 def main() -> None:
     """Measure every shape in every form, on one thread."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -62,6 +96,9 @@ def main() -> None:
     samples = parser.parse_args().samples
     tq_hb.set_num_threads(1)
     results: list[dict[str, Any]] = []
+    for heads, kv_heads, head_dim in _SHAPES:
+        shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "bits": 8, "tokens": _FEW_TOKENS}
+        results.append({**shape, **short_call(heads, kv_heads, head_dim, 10 * samples)})
     for (heads, kv_heads, head_dim), (bits, packing) in itertools.product(_SHAPES, _FORMS):
         shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "bits": bits, "packing": packing}
         print(shape, flush=True)
