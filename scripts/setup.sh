@@ -113,7 +113,8 @@ make_metal_sim() {
 
 # The tests run for 64-bit ARM, too, where the distribution has a cross compiler.
 make_arm64() {
-  command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64-static >/dev/null && [ -d /usr/src/googletest ] ||
+  command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64-static >/dev/null &&
+    [ -d /usr/src/googletest ] ||
     install_packages "g++-aarch64-linux-gnu qemu-user-static googletest" "" \
       "a cross compiler for 64-bit ARM, QEMU or GoogleTest's sources are missing"
 }
