@@ -6,6 +6,8 @@
 namespace tq_hb {
 namespace {
 
+constexpr unsigned kMostTableBits = 6;
+
 struct FloatLevels {
   Vec vectors[4];
 };
@@ -39,10 +41,10 @@ class FloatLookup {
   FloatLevels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
     const Codes codes = CodeReader<kBits, kPlane, kHeadDim>::at(row, chunk);
     const __m256i index = folded_index(codes);
-    const __m256i folded = _mm256_xor_si256(kBits == 8 ? codes.low : codes.bit4, codes.sign);
+    const __m256i choice = _mm256_xor_si256(codes.bit4, codes.sign);
     __m256i bytes[4];
 #pragma GCC unroll 4
-    for (std::size_t plane = 0; plane < 4; ++plane) bytes[plane] = byte_of(plane, index, folded);
+    for (std::size_t plane = 0; plane < 4; ++plane) bytes[plane] = byte_of(plane, index, choice);
     bytes[3] = _mm256_xor_si256(bytes[3], _mm256_and_si256(codes.sign, _mm256_set1_epi8(static_cast<char>(0x80))));
     return join_floats(bytes);
   }
@@ -54,15 +56,11 @@ class FloatLookup {
     return _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<const __m256i*>(tables_[plane][table])), index);
   }
 
-  __m256i byte_of(std::size_t plane, __m256i index, __m256i folded) const noexcept {
-    if constexpr (kTables == 1) return entry(plane, 0, index);
-    if constexpr (kTables == 2) return _mm256_blendv_epi8(entry(plane, 0, index), entry(plane, 1, index), folded);
-    if constexpr (kTables == 8) {
-      const auto pair = [&](std::size_t i) {
-        return _mm256_blendv_epi8(entry(plane, i, index), entry(plane, i + 1, index), up<3>(folded));
-      };
-      const auto four = [&](std::size_t i) { return _mm256_blendv_epi8(pair(i), pair(i + 2), up<2>(folded)); };
-      return _mm256_blendv_epi8(four(0), four(4), up<1>(folded));
+  __m256i byte_of(std::size_t plane, __m256i index, __m256i choice) const noexcept {
+    if constexpr (kTables == 1) {
+      return entry(plane, 0, index);
+    } else {
+      return _mm256_blendv_epi8(entry(plane, 0, index), entry(plane, 1, index), choice);
     }
   }
 

@@ -4,6 +4,7 @@
 //
 //   FloatLookup<bits, plane, dim>   FloatLookup(levels), .at(row, chunk) -> FloatLevels{Vec vectors[4]}: of every 16
 //                                   codes, vector i has those from 4 * i on, 128 bits after 128 bits
+//   kMostTableBits                  wider codes are looked up one by one, since so many tables would be slower
 #pragma once
 
 #include "cpu/float32_path.h"
@@ -44,11 +45,27 @@ struct ByteTableDecoder {
     }
   }
 
+  /// One level after the other, into the same places.
+  static void decode_one_by_one(const HeadRows& side, const Tile& tile, float* rows) noexcept {
+    for (std::size_t t = 0; t < tile.count; ++t) {
+      const std::uint8_t* row = side.codes + tile.slots[t] * side.row_bytes;
+      float* out = rows + t * kHeadDim;
+      for (std::size_t chunk = 0; chunk < kHeadDim; chunk += kChunk) {
+#pragma GCC unroll 64
+        for (std::size_t j = 0; j < kChunk; ++j) out[chunk + place_of_level(j)] = side.levels[row[chunk + j]];
+      }
+    }
+  }
+
   static void decode(const HeadRows& side, const Tile& tile, float* rows) noexcept {
     const bool plane = side.high_bits != 0;
     if (side.cbits == 5) return plane ? decode_as<5, true>(side, tile, rows) : decode_as<5, false>(side, tile, rows);
     if (side.cbits == 6) return plane ? decode_as<6, true>(side, tile, rows) : decode_as<6, false>(side, tile, rows);
-    return decode_as<8, false>(side, tile, rows);
+    if constexpr (kMostTableBits == 8) {
+      decode_as<8, false>(side, tile, rows);
+    } else {
+      decode_one_by_one(side, tile, rows);
+    }
   }
 
   static void order(float* out, std::size_t count) noexcept { order_columns<kChunk>(out, count); }

@@ -6,6 +6,8 @@
 namespace tq_hb {
 namespace {
 
+constexpr unsigned kMostTableBits = 8;
+
 struct FloatLevels {
   Vec vectors[4];
 };
