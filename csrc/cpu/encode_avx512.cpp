@@ -58,7 +58,8 @@ inline __m512i descend_from(__m512i node, __m512i keys, const SearchTree& tree, 
   } else {
     // The first four levels lie in one register.
     constexpr std::size_t kFirst = kLevel < 4 ? 0 : 1 << kLevel, kCount = kLevel < 4 ? 16 : 1 << kLevel;
-    right[kLevel] = _mm512_cmpgt_epi32_mask(keys, look_up<kFirst, kCount>(tree, node, right));
+    const __m512i boundaries = look_up<kFirst, kCount>(tree, node, right);
+    right[kLevel] = _mm512_cmpgt_epi32_mask(keys, boundaries);
     const __m512i left = _mm512_add_epi32(node, node);
     return descend_from<kLevels, kLevel + 1>(_mm512_mask_add_epi32(left, right[kLevel], left, _mm512_set1_epi32(1)),
                                              keys, tree, right);
