@@ -27,6 +27,7 @@ import torch
 import tq_hb
 from bench import harness
 from bench.formats import RIVALS, Floats, Format
+from bench.quality_tables import complete_texts
 from bench.rope import RotatingMean
 from tq_hb.cli._gate_caches import Decoded, FloatCache, Layer, Setting, Widths
 from tq_hb.cli._gate_replay import replay, replay_reference
@@ -298,12 +299,14 @@ def main() -> None:
 
 
 def plot(results: list[dict[str, Any]]) -> bytes:
-    """Draw KL against bits per value, a panel per model, the mean over the texts."""
+    """Draw KL against bits per value, a panel per model, the mean over the texts that all settings have."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(MODELS), sharey=True), MODELS, strict=True):
         rows = [row for row in results if row["part"] == "formats" and row["model"] == name]
+        complete = complete_texts(rows)
+        rows = [row for row in rows if row["text"] in complete]
         float_bytes = _float_bytes(name)
         lines: dict[str, dict[float, list[float]]] = {}
         for row in rows:

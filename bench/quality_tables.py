@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -24,28 +25,31 @@ _POSITIONED = ("short mean", "whole mean", "turning mean, 1", "turning mean, 64"
 
 
 def formats() -> str:
-    """Return KL and agreement of tq_hb's widths and of other formats, per model, the mean over the texts."""
+    """Return KL of tq_hb's widths and of other formats per model and text, the rest over the texts that all have."""
     rows = []
     texts = dict.fromkeys(row["text"] for row in _results("formats"))
     for name, model in _MODELS.items():
+        complete = complete_texts(_results("formats", name))
         groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for row in _results("formats", name):
             groups.setdefault((row["setting"], row["variant"]), []).append(row)
         for (setting, variant), group in sorted(groups.items(), key=lambda item: -item[1][0]["bytes_per_token"]):
-            own = group[0]["family"] == "tq_hb"
-            what = f"tq_hb {setting}" + ("" if variant == "plain" else f", mean {_MEANS[variant]}")
+            if group[0]["family"] == "tq_hb":
+                what = f"tq_hb {setting}" + ("" if variant == "plain" else f", mean {_MEANS[variant]}")
+            else:
+                what = setting + ("" if variant == "plain" else ", rotated")
+            whole = [row for row in group if row["text"] in complete]
             rows.append(
                 (
-                    f"{model}: {what if own else setting + (', rotated' if variant == 'rotated' else '')}",
+                    f"{model}: {what}",
                     f"{32 * group[0]['bytes_per_token'] / _FLOAT_BYTES[name]:.3g}",
                     *(next((f"{1e3 * r['mean_kl']:.3g}" for r in group if r["text"] == text), "") for text in texts),
-                    f"{1e3 * _mean(row['mean_kl'] for row in group):.3g}",
-                    f"{1e3 * _mean(row['p99_kl'] for row in group):.3g}",
-                    f"{_mean(row['top1_agreement'] for row in group):.1%}",
-                    f"{_mean(row['perplexity'] / row['reference_perplexity'] - 1 for row in group):+.2%}",
+                    f"{1e3 * _mean(row['p99_kl'] for row in whole):.3g}",
+                    f"{_mean(row['top1_agreement'] for row in whole):.1%}",
+                    f"{_mean(row['perplexity'] / row['reference_perplexity'] - 1 for row in whole):+.2%}",
                 )
             )
-    header = ("K and V", "bits", *(f"KL, {text}" for text in texts), "KL", "p99 KL", "top-1", "perplexity")
+    header = ("K and V", "bits", *(f"KL, {text}" for text in texts), "p99 KL", "top-1", "perplexity")
     return _table("quality", header, rows)
 
 
@@ -156,6 +160,12 @@ def _hard(wanted: Callable[[str], bool]) -> str:
         )
     bits = (f"cosine, {bits}/{bits}" for bits in (5, 6, 8))
     return _table("hard_keys", ("keys", "row norm", "kurtosis", "energy of the mean", *bits), rows)
+
+
+def complete_texts(rows: Sequence[dict[str, Any]]) -> set[str]:
+    """Return the texts that most settings have been measured on: only there can they be compared."""
+    counts = Counter(row["text"] for row in rows)
+    return {text for text, count in counts.items() if count == max(counts.values())}
 
 
 TABLES: dict[str, Callable[[], str]] = {
