@@ -21,7 +21,7 @@ import tq_hb  # noqa: E402
 
 quality = pytest.importorskip("bench.quality", reason="the benchmarks are not beside the tests")
 
-from bench import hard_keys  # noqa: E402
+from bench import hard_keys, quality_tables  # noqa: E402
 from bench.formats import Q8  # noqa: E402
 from bench.rope import RotatingMean  # noqa: E402
 
@@ -111,3 +111,14 @@ def test_hard_keys_are_hard_until_they_are_centred():
         assert turning["prefill", bits]["nmse"] > 3 * plain["none", bits]["nmse"]
     assert (biased["none", 5]["holds"], plain["none", 8]["holds"]) == (False, True)
     assert biased["none", 8]["statistics"]["kurtosis"] > 20
+
+
+def test_only_texts_that_every_setting_has_are_averaged():
+    rows = [{"text": text, "setting": n} for text, count in (("a", 3), ("b", 2), ("c", 3)) for n in range(count)]
+    assert quality_tables.complete_texts(rows) == {"a", "c"}
+
+
+def test_tables_without_results_say_what_to_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality_tables.harness, "RESULTS", tmp_path)
+    for make in quality_tables.TABLES.values():
+        assert make().startswith("Not measured yet: `python -m bench.")
