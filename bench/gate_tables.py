@@ -11,7 +11,7 @@ from bench import harness, markdown
 
 GATES = harness.ROOT / "docs" / "gates"
 _MODELS = {"gate_gemma": "gemma-3-270m", "gate_smollm2": "smollm2-135m"}
-_FIGURES = {
+_FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "kl_mean": ("mean KL / 10⁻³", lambda value: f"{1e3 * value:.2g}"),
     "kl_p99": ("p99 KL / 10⁻³", lambda value: f"{1e3 * value:.2g}"),
     "flips": ("argmax changed", lambda value: f"{value:.1%}"),
@@ -25,14 +25,17 @@ def gate(folder: str) -> str:
     """Return one model's settings on the text where each figure is worst, and which gates they pass."""
     report: dict[str, Any] = json.loads((GATES / folder / "gate.json").read_text())
     gates = [gate["name"] for gate in report["gates"]]
+    wanted = report["reference_needles"]
     rows = []
     for row in report["settings"]:
-        figures = [show(row["worst"][name]["value"]) for name, (_, show) in _FIGURES.items()]
-        wanted = report["reference_needles"]
-        lost = sum(had and not has for had, has in zip(wanted, row["needles"], strict=True))
+        cells = [show(row["worst"][name]["value"]) for name, (_, show) in _FIGURES.items()]
+        if wanted:
+            lost = sum(had and not has for had, has in zip(wanted, row["needles"], strict=True))
+            cells.append(f"{lost} of {sum(wanted)}")
         passed = ["yes" if row["let_through"][name] else "no" for name in gates]
-        rows.append([row["name"], f"{row['bytes_per_token']:,.0f}", *figures, f"{lost} of {sum(wanted)}", *passed])
-    header = ["K/V bits", "bytes per token", *(heading for heading, _ in _FIGURES.values()), "needles lost", *gates]
+        rows.append([row["name"], f"{row['bytes_per_token']:,.0f}", *cells, *passed])
+    headings = [heading for heading, _ in _FIGURES.values()] + (["needles lost"] if wanted else [])
+    header = ["K/V bits", "bytes per token", *headings, *gates]
     source = f"`docs/gates/{folder}/gate.json`, written by `{report['command']}`"
     return f"{markdown.table(header, rows)}\n{source}; [gate.md](gates/{folder}/gate.md) has every text and layer.\n"
 

@@ -40,7 +40,7 @@ class Text:
 
 def own_texts(tokenizer: Any, length: int) -> list[Text]:
     """Return the first `length` tokens of a licence, of documentation and of code."""
-    return [_cut(tokenizer, name, source, read(), length) for name, (source, read) in _KINDS.items()]
+    return [_cut(tokenizer, name, source, read(), length) for name, (source, read) in KINDS.items()]
 
 
 def user_text(tokenizer: Any, path: Path, length: int) -> Text:
@@ -70,7 +70,7 @@ def read_text(path: Path) -> str:
 
 def own_content(kind: str) -> str:
     """Return all of our text of a kind: "licence", "documentation" or "code"."""
-    return _KINDS[kind][1]()
+    return KINDS[kind][1]()
 
 
 def beginning(tokenizer: Any, content: str, length: int) -> torch.Tensor:
@@ -116,7 +116,7 @@ def needle_text(tokenizer: Any, length: int) -> Text:
         # The last token is the full stop.
         answers.append(tuple(range(len(tokens), len(tokens) + len(answer) - 1)))
         tokens += [*answer, *end_of_line]
-    return Text("needles", _KINDS["documentation"][0], torch.tensor([tokens]), tuple(answers), depths)
+    return Text("needles", KINDS["documentation"][0], torch.tensor([tokens]), tuple(answers), depths)
 
 
 _FACTS = (
@@ -150,11 +150,12 @@ def _code() -> str:
     return Path(spec.origin).read_text(encoding="utf-8")
 
 
-_KINDS: dict[str, tuple[str, Callable[[], str]]] = {
+KINDS: dict[str, tuple[str, Callable[[], str]]] = {
     "licence": ("numpy's licences, with those of what its wheels contain", _licence),
     "documentation": ("the Python language's help topics", _documentation),
     "code": ("the source of Python's argparse", _code),
 }
+"""Our texts: what each is, for reports, and what reads it."""
 
 
 def _cut(tokenizer: Any, name: str, source: str, content: str, length: int) -> Text:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from tq_hb.cli._gate_caches import Widths
     from tq_hb.cli._gate_run import Job, Outcome
+    from tq_hb.cli._gate_texts import Text
 
 WIDTHS = "8/8,8/6,6/8,8/5,5/8,6/6,6/5,5/6,5/5"
 
@@ -48,10 +49,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument(
         "--text",
-        type=Path,
         action="append",
-        metavar="FILE",
-        help="what to replay (default: licence, documentation, code)",
+        metavar="FILE|licence|documentation|code",
+        help="what to replay, a file or a text of ours (default: all three of ours)",
     )
     parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="of each text (default 2048)")
     parser.add_argument("--widths", default=WIDTHS, metavar="K/V,...", help=f"bits to try (default {WIDTHS})")
@@ -117,7 +117,7 @@ def _prepare(args: argparse.Namespace, console: Console) -> tuple[Job | None, di
     from tq_hb.cli._gate_capture import capture, load_capture, save_capture
     from tq_hb.cli._gate_run import CaptureJob, ModelJob
     from tq_hb.cli._gate_store import Store
-    from tq_hb.cli._gate_texts import needle_text, own_texts, user_text
+    from tq_hb.cli._gate_texts import needle_text
     from tq_hb.cli._machine import describe
     from tq_hb.cli._models import load
     from tq_hb.cli._output import commit
@@ -133,10 +133,7 @@ def _prepare(args: argparse.Namespace, console: Console) -> tuple[Job | None, di
     with console.status("loading") as status:
         loaded = load(args.model, lambda step: status.update(f"loading {args.model}: {step}"))
         tokenizer = loaded.tokenizer
-        if args.text:
-            texts = [user_text(tokenizer, file, args.tokens) for file in args.text]
-        else:
-            texts = own_texts(tokenizer, args.tokens)
+        texts = _texts(tokenizer, args)
         if args.capture is not None:
             status.update("capturing")
             save_capture(args.capture, capture(loaded.model, loaded.name, texts[0].tokens, lambda _: None))
@@ -155,6 +152,14 @@ def _prepare(args: argparse.Namespace, console: Console) -> tuple[Job | None, di
         ],
         "needle_depths": None if args.no_needles else texts[-1].depths,
     }
+
+
+def _texts(tokenizer: Any, args: argparse.Namespace) -> list[Text]:
+    from tq_hb.cli._gate_texts import KINDS, own_texts, user_text
+
+    names = args.text or list(KINDS)
+    own = {text.name: text for text in own_texts(tokenizer, args.tokens)} if KINDS.keys() & set(names) else {}
+    return [own[name] if name in own else user_text(tokenizer, Path(name), args.tokens) for name in names]
 
 
 def _choices(args: argparse.Namespace) -> tuple[list[tuple[int, int]], list[str]]:
@@ -250,7 +255,7 @@ def _directory(args: argparse.Namespace) -> Path:
 
 def _shown_arguments(args: argparse.Namespace) -> list[str]:
     """Return the arguments that the results depend on."""
-    shown = [args.model, *(part for file in args.text or () for part in ("--text", str(file)))]
+    shown = [args.model, *(part for text in args.text or () for part in ("--text", text))]
     if args.tokens != 2048:
         shown += ["--tokens", str(args.tokens)]
     if args.widths != WIDTHS:
