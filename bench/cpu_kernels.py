@@ -66,7 +66,7 @@ def short_call(heads: int, kv_heads: int, head_dim: int, samples: int) -> dict[s
     cache.append(k, k)
     device = tq_hb.Device("cpu")
     codes, norms = (device.array(np.ascontiguousarray(x.swapaxes(0, 1))) for x in tq_hb.quantize(k, 8, device="cpu"))
-    buffers = [device.array(q), codes, norms, codes, norms, device.empty(q.shape, np.float32)]
+    queries, output = device.array(q), device.empty(q.shape, np.float32)
     tmp = device.empty(tq_hb.tmp_buffer_bytes(heads, head_dim) // 4, np.float32)
     params = tq_hb.FlashAttnVecTqHbParams(
         num_heads=heads,
@@ -81,7 +81,7 @@ def short_call(heads: int, kv_heads: int, head_dim: int, samples: int) -> dict[s
 
     def op(_: int) -> None:
         encoder = device.encoder()
-        encoder.flash_attn_vec_tq_hb_with_fused_undo(*buffers, tmp, params)
+        encoder.flash_attn_vec_tq_hb_with_fused_undo(queries, codes, norms, codes, norms, output, tmp, params)
         encoder.commit_and_wait()
         inside.append(encoder.gpu_time)
 
@@ -97,8 +97,9 @@ def main() -> None:
     tq_hb.set_num_threads(1)
     results: list[dict[str, Any]] = []
     for heads, kv_heads, head_dim in _SHAPES:
-        shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "bits": 8, "tokens": _FEW_TOKENS}
-        results.append({**shape, **short_call(heads, kv_heads, head_dim, 10 * samples)})
+        print("short calls", heads, kv_heads, head_dim, flush=True)
+        few = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "bits": 8, "tokens": _FEW_TOKENS}
+        results.append({**few, **short_call(heads, kv_heads, head_dim, 10 * samples)})
     for (heads, kv_heads, head_dim), (bits, packing) in itertools.product(_SHAPES, _FORMS):
         shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "bits": bits, "packing": packing}
         print(shape, flush=True)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from tq_hb import _core, gpu_arrays, policy
 from tq_hb.cache_format import CacheFormat
