@@ -11,6 +11,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from bench import gate_tables, harness, metal_tables, quality_tables
@@ -145,9 +146,9 @@ def _bytes(result: dict[str, Any]) -> tuple[str, str]:
     return str(nbytes["byte"]), str(nbytes["plane"])
 
 
-def cpu_kernels() -> str:
+def cpu_kernels(name: str = "cpu_kernels") -> str:
     """Return what every cpu kernel takes, and in brackets its share of a plain read."""
-    report = harness.read("cpu_kernels")
+    report = harness.read(name)
     results = [result for result in report["results"] if "rows" in result]
     names = list(results[0]["rows"])
     rows = [
@@ -158,28 +159,28 @@ def cpu_kernels() -> str:
         )
         for result in results
     ]
-    return table(("heads / KV heads / D", "bits", *names), rows) + _source(report, "cpu_kernels") + _machine(report)
+    return table(("heads / KV heads / D", "bits", *names), rows) + _source(report, name) + _machine(report)
 
 
-def cpu_append() -> str:
+def cpu_append(name: str = "cpu_append") -> str:
     """Return how many thousand tokens a core appends in a second, with the op and with the method."""
-    report = harness.read("cpu_append")
+    report = harness.read(name)
     names = list(report["results"][0]["rows"])
     rows = [
         (
             f"{result['kv_heads']} / {result['head_dim']}",
             f"{result['bits']}" + (" in planes" if result["packing"] == "plane" else ""),
-            *(f"{1e3 * result['tokens'] / result['rows'][name]['median_us']:,.0f}" for name in names),
+            *(f"{1e3 * result['tokens'] / result['rows'][row]['median_us']:,.0f}" for row in names),
         )
         for result in report["results"]
     ]
     where = f": {report['machine']['processor']}, one thread, load average {report['load_average'][0]:.1f}.\n"
-    return table(("KV heads / D", "bits", *names), rows) + _source(report, "cpu_append") + where
+    return table(("KV heads / D", "bits", *names), rows) + _source(report, name) + where
 
 
-def cpu_short() -> str:
+def cpu_short(name: str = "cpu_kernels") -> str:
     """Return what attending to few tokens takes on the cpu."""
-    report = harness.read("cpu_kernels")
+    report = harness.read(name)
     results = [result for result in report["results"] if "op_us" in result]
     rows = [
         (
@@ -190,7 +191,7 @@ def cpu_short() -> str:
         for result in results
     ]
     header = ("heads / KV heads / D", f"the op over {results[0]['tokens']} tokens", "`KVCache.attend`")
-    return table(header, rows) + _source(report, "cpu_kernels") + _machine(report)
+    return table(header, rows) + _source(report, name) + _machine(report)
 
 
 def cuda_attend() -> str:
@@ -258,6 +259,11 @@ _TABLES: dict[str, Callable[[], str]] = {
     "cpu_append": cpu_append,
     "cpu_kernels": cpu_kernels,
     "cpu_short": cpu_short,
+    # Of another machine, whose files were copied here under these names.
+    "cpu_append_avx512": partial(cpu_append, "cpu_append_avx512"),
+    "cpu_kernels_avx512": partial(cpu_kernels, "cpu_kernels_avx512"),
+    "cpu_short_avx512": partial(cpu_short, "cpu_kernels_avx512"),
+    "peers_cpu_avx512": partial(peers_tables.every_shape, "peers_cpu_avx512"),
     "cuda_attend": cuda_attend,
     "memory": memory,
     "metal_bounds": metal_tables.bounds,

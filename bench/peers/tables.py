@@ -35,9 +35,9 @@ def _heads(result: Result) -> str:
     return f"{result['heads']} / {result['kv_heads']} / {result['head_dim']}"
 
 
-def every_shape() -> str:
+def every_shape(name: str = "peers_cpu") -> str:
     """Return tq_hb's times per shape, and in brackets how many times longer the fastest peer takes."""
-    report = harness.read("peers_cpu")
+    report = harness.read(name)
     header = ("heads / KV heads / D", "tokens", "threads", "fastest peer", *map(_header, _NAMES), "8 bits, of read")
     rows = [
         (
@@ -45,12 +45,12 @@ def every_shape() -> str:
             f"{result['tokens']:,}",
             str(result["threads"]),
             f"{result['fastest_peer']}, {result['rows'][result['fastest_peer']]['median_us']:,.0f}",
-            *(f"{result['rows'][name]['median_us']:,.0f} ({result['ratio'][name]:.2f})" for name in _NAMES),
+            *(f"{result['rows'][form]['median_us']:,.0f} ({result['ratio'][form]:.2f})" for form in _NAMES),
             f"{result['rows'][name_of(8, 'byte', 'default')]['share_of_read']:.2f}",
         )
         for result in _measured(report)
     ]
-    return table(header, rows) + _source(report)
+    return table(header, rows) + _source(report, name)
 
 
 def every_peer() -> str:
@@ -126,11 +126,11 @@ def _count(results: Sequence[Result], group: int, threads: int) -> int:
     return sum(_group(result) == group and result["threads"] == threads for result in results)
 
 
-def _source(report: dict[str, Any]) -> str:
+def _source(report: dict[str, Any], name: str = "peers_cpu") -> str:
     machine, account = report["machine"], report["results"][0]
     versions = ", ".join(account["libraries"].values())
     where = f"{machine['processor']}, {machine['isa']}, load average {report['load_average'][0]:.1f}, {versions}"
-    return f"\n`bench/results/peers_cpu.json`, written by `{report['command']}`: {where}.\n"
+    return f"\n`bench/results/{name}.json`, written by `{report['command']}`: {where}.\n"
 
 
 def _skipped(report: dict[str, Any]) -> str:
