@@ -122,7 +122,8 @@ def test_several_tokens_at_a_time_are_as_one_at_a_time(tiny, text):
     for chunk in (1, 100):
         unquantised = replay_reference(tiny.model, tokens, ignore, chunk=chunk)
         hidden[chunk] = replay(tiny.model, tokens, Widths(6, 6), unquantised, ignore, chunk=chunk).hidden
-    np.testing.assert_allclose(hidden[1], hidden[100], atol=1e-3)
+    # The rounding of the products themselves may move a value over a boundary, to another code.
+    np.testing.assert_allclose(hidden[1], hidden[100], atol=2e-2)
 
 
 class Pretender(Widths):
@@ -190,6 +191,11 @@ class Head:
         return self._head
 
 
+def is_clear(log_probabilities):
+    likeliest = log_probabilities.topk(2, -1).values
+    return likeliest[:, 0] - likeliest[:, 1] > 5e-6
+
+
 @pytest.mark.parametrize(("softcap", "bias"), [(None, False), (3.0, True)])
 @pytest.mark.parametrize("error", [1e-3, 1e-1, 3.0])
 def test_scores_agree_with_their_definitions_in_float64(softcap, bias, error):
@@ -204,13 +210,16 @@ def test_scores_agree_with_their_definitions_in_float64(softcap, bias, error):
     for scored, hidden in zip(scores, others, strict=True):
         q = logits64(model, hidden).log_softmax(-1)
         kl = (p.exp() * (p - q)).sum(-1).numpy()
-        np.testing.assert_allclose(scored.kl, kl, rtol=2e-4, atol=1e-9)
+        np.testing.assert_allclose(scored.kl, kl, rtol=2e-4, atol=1e-8)
         column = targets[:, None]
         np.testing.assert_allclose(scored.nll, -q.gather(1, column)[:, 0], atol=2e-5)
         np.testing.assert_allclose(scored.reference_nll, -p.gather(1, column)[:, 0], atol=2e-5)
-        assert (scored.same_top1 == (q.argmax(-1) == p.argmax(-1)).numpy()).all()
-        assert (scored.right == (q.argmax(-1) == targets).numpy()).all()
-        assert scored.reference_right[:50].all()
+        # Where the two likeliest are closer than float32 tells them apart, either may be said to be it.
+        clear = (is_clear(p) & is_clear(q)).numpy()
+        assert clear.any()
+        assert (scored.same_top1 == (q.argmax(-1) == p.argmax(-1)).numpy())[clear].all()
+        assert (scored.right == (q.argmax(-1) == targets).numpy())[clear].all()
+        assert scored.reference_right[:50][is_clear(p)[:50].numpy()].all()
     assert (scores[1].kl == 0).all()
 
 

@@ -278,7 +278,8 @@ def run_layers(
 
 def _sampled(start: int, stop: int) -> torch.Tensor:
     """Return the positions from `start` to `stop` that are compared with exact attention."""
-    return torch.arange(start + (SAMPLED_EVERY - 1 - start) % SAMPLED_EVERY, stop, SAMPLED_EVERY)
+    first = start + (SAMPLED_EVERY - 1 - start) % SAMPLED_EVERY
+    return torch.arange(min(first, stop), stop, SAMPLED_EVERY)
 
 
 def _cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
