@@ -101,7 +101,10 @@ struct Workspace {
 /// Returns what undoes that scaling, or NaN if the query is not finite.
 double prepare_query(const float* q, std::size_t head_dim, bool rotate, float* out) noexcept {
   const float largest = largest_magnitude(q, head_dim);
-  if (!std::isfinite(largest)) return std::numeric_limits<double>::quiet_NaN();
+  if (!std::isfinite(largest)) {
+    std::fill_n(out, head_dim, 0.0f);  // its products are made with those of the others, and thrown away
+    return std::numeric_limits<double>::quiet_NaN();
+  }
   // Clamped so that the factor itself is a normal float32.
   const int exponent = largest > 0.0f ? std::clamp(std::ilogb(largest), -126, 126) : 0;
   const float factor = std::ldexp(1.0f, -exponent);
