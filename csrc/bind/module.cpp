@@ -6,6 +6,7 @@
 #include "core/bits.h"
 #include "core/codebook.h"
 #include "core/codec.h"
+#include "core/codec_constants.h"
 #include "core/packing.h"
 #include "core/params.h"
 #include "cpu/device.h"

@@ -55,6 +55,7 @@ struct Field {
   std::variant<TqU32 Args::*, TqF32 Args::*> member;
   bool is_required;
   const char* doc;
+  PyObject* key = PyUnicode_InternFromString(name);  ///< as keyword arguments are spelt; lives as long as the process
 
   py::object get(const Args& args) const {
     return std::visit([&](auto pointer) { return py::cast(args.*pointer); }, member);
@@ -104,12 +105,11 @@ Args make(const Params<Args>& params, const py::kwargs& values) {
   Args args = params.defaults;
   std::size_t used = 0;
   for (const Field<Args>& field : params.fields) {
-    const bool is_given = values.contains(field.name);
-    used += is_given ? 1 : 0;
+    PyObject* value = PyDict_GetItemWithError(values.ptr(), field.key);
+    if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    used += value != nullptr ? 1 : 0;
     // Without a value, the conversion to the field's type says what is missing.
-    if (is_given || field.is_required) {
-      field.set(params.name, args, is_given ? py::object(values[field.name]) : py::none());
-    }
+    if (value != nullptr || field.is_required) field.set(params.name, args, value != nullptr ? value : Py_None);
   }
   if (used == values.size()) return args;
   for (const auto& item : values) {

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "core/bits.h"
+#include "core/codec_constants.h"
 #include "core/error.h"
 #include "core/layout.h"
 

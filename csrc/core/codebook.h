@@ -51,7 +51,4 @@ std::vector<std::string> codebook_names();
 /// Parses "lloyd_max" or "mlx_native".
 CodebookName parse_codebook_name(const std::string& op, const std::string& name);
 
-/// +1 or -1 for each of the 512 coordinates; a smaller head takes the first head_dim of them.
-const float* sign_table() noexcept;
-
 }  // namespace tq_hb

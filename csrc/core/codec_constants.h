@@ -1,5 +1,5 @@
-// Numbers of the codec that every implementation shares. Constants only: files with their own instruction-set flags
-// include this.
+// Numbers of the codec that every implementation shares. Nothing that is compiled again for each includer: files with
+// their own instruction-set flags include this.
 #pragma once
 
 #include <cstddef>
@@ -28,5 +28,8 @@ constexpr float inverse_sqrt_head_dim(std::size_t head_dim) noexcept {
       return 0.0441941731f;
   }
 }
+
+/// +1 or -1 for each of the 512 coordinates; a smaller head takes the first head_dim of them.
+const float* sign_table() noexcept;
 
 }  // namespace tq_hb

@@ -25,6 +25,31 @@ void for_each_block(std::size_t head_dim, unsigned cbits, const Visit& visit) no
   }
 }
 
+/// Packs one block of a plane, so many bytes at a time as a Word has. Its parts are 64-bit integers: what a shift
+/// brings in from the next byte is outside the mask.
+template <unsigned kWidth, unsigned kShift, class Word>
+inline std::size_t pack_words(const std::uint8_t* codes, std::size_t begin, std::size_t bytes,
+                              std::uint8_t* plane) noexcept {
+  constexpr std::uint64_t kMask = 0x0101010101010101u * ((1u << kWidth) - 1);
+  for (; begin + sizeof(Word) <= bytes; begin += sizeof(Word)) {
+    Word packed{};
+    for (unsigned field = 0; field * kWidth < 8; ++field) {
+      Word part;
+      std::memcpy(&part, codes + field * bytes + begin, sizeof(part));
+      packed |= ((part >> kShift) & kMask) << (field * kWidth);
+    }
+    std::memcpy(plane + begin, &packed, sizeof(packed));
+  }
+  return begin;
+}
+
+template <unsigned kWidth, unsigned kShift>
+void pack_block(const std::uint8_t* codes, std::size_t bytes, std::uint8_t* plane) noexcept {
+  typedef std::uint64_t Pair __attribute__((vector_size(16)));
+  const std::size_t done = pack_words<kWidth, kShift, Pair>(codes, 0, bytes, plane);
+  pack_words<kWidth, kShift, std::uint64_t>(codes, done, bytes, plane);
+}
+
 }  // namespace
 
 Packing parse_packing(const std::string& op, const std::string& name) {
@@ -34,19 +59,12 @@ Packing parse_packing(const std::string& op, const std::string& name) {
 }
 
 void pack_row(const std::uint8_t* codes, std::size_t head_dim, unsigned cbits, std::uint8_t* planes) noexcept {
-  // Eight bytes at a time: what a shift brings in from the next byte is outside the mask.
-  using Word = std::uint64_t;
   for_each_block(head_dim, cbits, [&](Plane plane, std::size_t first, std::size_t bytes, std::size_t offset) {
-    const Word mask = 0x0101010101010101u * ((1u << plane.width) - 1);
-    for (std::size_t b = 0; b < bytes; b += sizeof(Word)) {
-      Word packed = 0;
-      for (unsigned field = 0; field * plane.width < 8; ++field) {
-        Word part;
-        std::memcpy(&part, codes + first + field * bytes + b, sizeof(part));
-        packed |= ((part >> plane.shift) & mask) << (field * plane.width);
-      }
-      std::memcpy(planes + offset + b, &packed, sizeof(packed));
-    }
+    const std::uint8_t* source = codes + first;
+    std::uint8_t* target = planes + offset;
+    if (plane.width == kNibbleBits) return pack_block<kNibbleBits, 0>(source, bytes, target);
+    if (plane.width == 1) return pack_block<1, kNibbleBits>(source, bytes, target);
+    pack_block<2, kNibbleBits>(source, bytes, target);
   });
 }
 

@@ -9,6 +9,7 @@
 
 #include "core/codec.h"
 #include "core/query_range.h"
+#include "core/spec_cache.h"
 #include "cpu/int16_levels.h"
 #include "cpu/isa.h"
 
@@ -31,7 +32,6 @@ std::size_t range_length(std::size_t visible, std::size_t num_kv_heads) {
   return (clamped + kAttendTile - 1) / kAttendTile * kAttendTile;
 }
 
-/// The codebook repeated over all 256 byte values: indices above its width wrap.
 struct LevelTable {
   explicit LevelTable(const Codebook& codebook) {
     for (unsigned code = 0; code < 256; ++code) levels[code] = codebook.levels[code & (codebook.num_levels() - 1)];
@@ -39,10 +39,16 @@ struct LevelTable {
   alignas(64) float levels[256];
 };
 
+/// The codebook repeated over all 256 byte values: indices above its width wrap.
+const float* repeated_levels(const Codebook& codebook) {
+  static SpecCache<const Codebook*, LevelTable> cache;
+  return cache.get(&codebook, [&] { return LevelTable(codebook); }).levels;
+}
+
 /// K or V of all heads.
 struct Side {
   Side(const Buffer& packed, const Buffer& norms_in, const Codebook& codebook, const AttendOp& op)
-      : levels(codebook),
+      : levels(repeated_levels(codebook)),
         codes(packed.data<const std::uint8_t>()),
         norms(norms_in.data<const float>()),
         capacity(op.args.kv_capacity),
@@ -54,11 +60,10 @@ struct Side {
 
   HeadRows head(std::size_t kv_head) const {
     const std::size_t first = kv_head * capacity;
-    return {
-        codes + first * bytes, norms + first * norms_per_row(head_dim), levels.levels, bytes, high_bits, cbits, &int16};
+    return {codes + first * bytes, norms + first * norms_per_row(head_dim), levels, bytes, high_bits, cbits, &int16};
   }
 
-  LevelTable levels;
+  const float* levels;
   const std::uint8_t* codes;
   const float* norms;
   std::size_t capacity, head_dim, bytes;
@@ -96,10 +101,10 @@ struct Workspace {
   Scratch<RowScratch> scratch;
 };
 
-/// Copies a query head, rotated if asked, scaled by a power of two so that nothing can overflow.
+/// Copies a query head, rotated by a kernel if there is one, scaled by a power of two so that nothing can overflow.
 ///
 /// Returns what undoes that scaling, or NaN if the query is not finite.
-double prepare_query(const float* q, std::size_t head_dim, bool rotate, float* out) noexcept {
+double prepare_query(const float* q, std::size_t head_dim, const IsaKernel* rotating, float* out) noexcept {
   const float largest = largest_magnitude(q, head_dim);
   if (!std::isfinite(largest)) {
     std::fill_n(out, head_dim, 0.0f);  // its products are made with those of the others, and thrown away
@@ -109,7 +114,7 @@ double prepare_query(const float* q, std::size_t head_dim, bool rotate, float* o
   const int exponent = largest > 0.0f ? std::clamp(std::ilogb(largest), -126, 126) : 0;
   const float factor = std::ldexp(1.0f, -exponent);
   for (std::size_t j = 0; j < head_dim; ++j) out[j] = q[j] * factor;
-  if (rotate) rotate_row(out, head_dim);
+  if (rotating != nullptr) rotating->rotate(out, head_dim);
   return std::ldexp(1.0, exponent);
 }
 
@@ -178,8 +183,8 @@ QueryBlock::QueryBlock(const AttendOp& op, const IsaKernel& kernel, float row_sc
     const std::size_t at = query * args.num_heads + row / rows_ * group_ + row % group_;
     memory_.bias[row] = op.score_bias ? static_cast<double>(op.score_bias->data<const float>()[at]) : 0.0;
     float* placed = memory_.q + row * head_dim_;
-    const double undo =
-        prepare_query(op.q.data<const float>() + at * head_dim_, head_dim_, args.fuse_fwht_pre == 1, placed);
+    const double undo = prepare_query(op.q.data<const float>() + at * head_dim_, head_dim_,
+                                      args.fuse_fwht_pre == 1 ? &kernel : nullptr, placed);
     if (!in_int16_ && kernel.place_query != nullptr) {
       float natural[kMaxHeadDim];
       std::copy_n(placed, head_dim_, natural);
@@ -272,7 +277,7 @@ void QueryBlock::merge(std::size_t row, std::size_t head, float* out, float* lse
   }
   const float inverse = static_cast<float>(1.0 / (sum * static_cast<double>(kHeadroom)));
   for (std::size_t j = 0; j < head_dim_; ++j) out[j] *= inverse;
-  if (op_.fused_undo) unrotate_row(out, head_dim_);
+  if (op_.fused_undo) kernel_.unrotate(out, head_dim_);
   if (lse != nullptr) *lse = static_cast<float>(max + std::log(sum));
 }
 

@@ -15,6 +15,19 @@ constexpr std::size_t kQueryRows = 8;
 /// Sums of two blocks of coordinates, each with its own norm, at most.
 constexpr std::size_t kMaxNormBlocks = 2;
 
+/// The negative half of 256 levels by parabolas: value 8 * s + r is near
+///
+///   start[s] + part(slope[s] - part(bend[s], r), r),  where part(x, r) = floor(x * r / 8).
+///
+/// The first levels are too far apart for that: those of kTabulated segments, whose slope and bend are 0.
+struct Int16Parabolas {
+  static constexpr std::size_t kSegments = 16, kSteps = 8, kTabulated = 2;
+
+  alignas(32) std::int16_t start[kSegments];
+  alignas(32) std::int16_t slope[kSegments];
+  alignas(32) std::int16_t bend[kSegments];  ///< of 8 bits
+};
+
 /// A codebook in fixed point: level i is (values[i] + 1/2) * unit, so that ~values[i] stands for its negative, which
 /// every codebook has as well.
 struct Int16Levels {
@@ -25,6 +38,7 @@ struct Int16Levels {
 
   alignas(64) std::int16_t values[256];
   double unit;
+  Int16Parabolas parabolas;  ///< where a code has 8 bits
 };
 
 /// K or V of one KV head.
@@ -79,6 +93,9 @@ struct AttendTask {
 
 struct IsaKernel {
   const char* isa;
+  /// The codec's rotation of one row and its inverse, in place.
+  void (*rotate)(float* row, std::size_t head_dim) noexcept;
+  void (*unrotate)(float* row, std::size_t head_dim) noexcept;
   /// In float32: strict.
   void (*attend)(const AttendTask& task) noexcept;
   /// Puts one row of q into the order in which `attend` takes it; null where that is the order of coordinates.

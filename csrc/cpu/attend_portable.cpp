@@ -1,9 +1,11 @@
+#include "core/codec.h"
 #include "cpu/float32_path.h"
 
 namespace tq_hb {
 
 const IsaKernel& attend_kernel_portable() noexcept {
-  static const IsaKernel kernel{"portable", attend_in_float32<ScalarDecoder>, nullptr, nullptr, nullptr};
+  static const IsaKernel kernel{"portable", rotate_row, unrotate_row, attend_in_float32<ScalarDecoder>,
+                                nullptr,    nullptr,    nullptr};
   return kernel;
 }
 

@@ -51,7 +51,6 @@ void quantize(const TqHadamardQuantizeArgs& args, const QuantizeTarget& target, 
   same.codebook = target.codebook;
   same.tree = &search_tree(*target.codebook);
   same.cbits = cbits;
-  same.signs = sign_table();
   for_each_run(pool, (tokens - skipped) * heads, [&](std::size_t begin, std::size_t end) {
     const std::size_t first = begin + skipped * heads;
     std::uint8_t* packed[kRowsPerTask];
@@ -100,7 +99,10 @@ void dequantize(const DequantizeOp& op, ThreadPool& pool) {
 
 void fwht(const FwhtOp& op, ThreadPool& pool) {
   const std::size_t head_dim = op.data.shape().back();
-  const auto transform = op.kind == Fwht::kPremult ? rotate_row : op.kind == Fwht::kUndo ? unrotate_row : transform_row;
+  const IsaKernel& kernel = attend_kernel();
+  const auto transform = op.kind == Fwht::kPremult ? kernel.rotate
+                         : op.kind == Fwht::kUndo  ? kernel.unrotate
+                                                   : transform_row;
   for_each_row(pool, op.data.size() / head_dim,
                [&](std::size_t row) { transform(op.data.data<float>() + row * head_dim, head_dim); });
 }

@@ -6,8 +6,6 @@
 namespace tq_hb {
 namespace {
 
-constexpr std::size_t kRadix = 8;
-
 inline Vec load_quarters(const float* const* rows, std::size_t offset) noexcept {
   return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[0] + offset)), _mm_loadu_ps(rows[4] + offset),
                               1);

@@ -6,8 +6,6 @@
 namespace tq_hb {
 namespace {
 
-constexpr std::size_t kRadix = 16;
-
 inline Vec load_quarters(const float* const* rows, std::size_t offset) noexcept {
   __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(rows[0] + offset));
   v = _mm512_insertf32x4(v, _mm_loadu_ps(rows[4] + offset), 1);

@@ -28,7 +28,6 @@ struct EncodeTask {
   const Codebook* codebook;  ///< read by the portable encoder alone
   const SearchTree* tree;    ///< the same, for the others
   unsigned cbits;
-  const float* signs;          ///< sign_table()
   std::uint8_t* const* codes;  ///< [rows]: where a row's codes go, one byte each
   float* const* norms;         ///< [rows]
 };

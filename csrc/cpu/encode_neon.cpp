@@ -6,8 +6,6 @@
 namespace tq_hb {
 namespace {
 
-constexpr std::size_t kRadix = 16;
-
 typedef std::uint32_t Words __attribute__((vector_size(16)));
 
 inline Vec load_quarters(const float* const* rows, std::size_t offset) noexcept {

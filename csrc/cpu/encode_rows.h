@@ -4,7 +4,6 @@
 // squares then need no shuffles; rows become lanes, and codes become rows, in blocks of four columns. A file that
 // includes this one is compiled without contraction and defines before:
 //
-//   kRadix                      coordinates that a pass over the rows transforms among each other in registers
 //   load_quarters(p, offset)    the four floats at p[0] + offset, p[4] + offset, ..., 128 bits after 128 bits
 //   store_quarters(p, offset, v)  its inverse, for bytes
 //   unpack_low(a, b), unpack_high(a, b)                a0 b0 a1 b1 and a2 b2 a3 b3 of every four floats
@@ -17,8 +16,8 @@
 #include "core/bits.h"
 #include "core/codec_constants.h"
 #include "core/layout.h"
+#include "cpu/butterflies.h"
 #include "cpu/encode_kernel.h"
-#include "cpu/simd.h"
 
 namespace tq_hb {
 namespace {
@@ -33,21 +32,6 @@ inline void transpose(Vec (&v)[4]) noexcept {
   v[3] = unpack_high_pairs(high01, high23);
 }
 
-/// Butterflies of strides 1, 2, ... kCount / 2.
-template <std::size_t kCount>
-inline void butterflies(Vec (&v)[kCount]) noexcept {
-#pragma GCC unroll 4
-  for (std::size_t stride = 1; stride < kCount; stride *= 2) {
-#pragma GCC unroll 16
-    for (std::size_t i = 0; i < kCount; ++i) {
-      if (i & stride) continue;
-      const Vec sum = v[i] + v[i + stride];
-      v[i + stride] = v[i] - v[i + stride];
-      v[i] = sum;
-    }
-  }
-}
-
 /// Magnitudes as integers, which have their order.
 inline IntVec magnitude_bits(Vec x) noexcept {
   return load_as<IntVec>(&x) & 0x7FFFFFFF;
@@ -60,7 +44,8 @@ inline Vec flush_tiny(Vec y) noexcept {
 
 /// Reads the rows, with their signs, and transforms every kRadix coordinates among each other.
 template <std::size_t kHeadDim>
-inline void read_rows(const float* const (&rows)[kLanes], const float* signs, Vec* y) noexcept {
+inline void read_rows(const float* const (&rows)[kLanes], Vec* y) noexcept {
+  const float* signs = sign_table();
   for (std::size_t first = 0; first < kHeadDim; first += kRadix) {
     Vec block[kRadix];
 #pragma GCC unroll 4
@@ -76,28 +61,6 @@ inline void read_rows(const float* const (&rows)[kLanes], const float* signs, Ve
 #pragma GCC unroll 16
     for (std::size_t i = 0; i < kRadix; ++i) y[first + i] = block[i];
   }
-}
-
-/// The butterflies from stride kStride on, the scale and the flush of tiny values.
-template <std::size_t kHeadDim, std::size_t kStride>
-inline void finish_rotation(Vec* y) noexcept {
-  constexpr std::size_t kRest = kHeadDim / kStride;
-  constexpr std::size_t kCount = kRest < kRadix ? kRest : kRadix;
-  constexpr bool kLast = kCount == kRest;
-  constexpr float kScale = inverse_sqrt_head_dim(kHeadDim);
-  for (std::size_t start = 0; start < kHeadDim; start += kCount * kStride) {
-    for (std::size_t first = start; first < start + kStride; ++first) {
-      Vec block[kCount];
-#pragma GCC unroll 16
-      for (std::size_t i = 0; i < kCount; ++i) block[i] = y[first + i * kStride];
-      butterflies(block);
-#pragma GCC unroll 16
-      for (std::size_t i = 0; i < kCount; ++i) {
-        y[first + i * kStride] = kLast ? flush_tiny(block[i] * kScale) : block[i];
-      }
-    }
-  }
-  if constexpr (!kLast) finish_rotation<kHeadDim, kStride * kCount>(y);
 }
 
 /// Sums of squares of one norm block, in the format's order.
@@ -159,8 +122,9 @@ std::uint32_t encode_batch(const EncodeTask& task, std::size_t first, std::size_
   const float* src[kLanes];
   for (std::size_t i = 0; i < kLanes; ++i) src[i] = task.src + (first + (i < count ? i : 0)) * kHeadDim;
   Vec y[kHeadDim];
-  read_rows<kHeadDim>(src, task.signs, y);
-  finish_rotation<kHeadDim, kRadix>(y);
+  read_rows<kHeadDim>(src, y);
+  transform_vectors<kHeadDim, kRadix>(
+      y, [](Vec x, std::size_t) { return flush_tiny(x * inverse_sqrt_head_dim(kHeadDim)); });
 
   float norms[kBlocks][kLanes];
   std::uint32_t refused = 0;

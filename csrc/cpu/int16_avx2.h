@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "core/layout.h"
+#include "cpu/attend_kernel.h"
 #include "cpu/simd.h"
 
 namespace tq_hb {
@@ -185,7 +186,7 @@ inline __m256i folded_index(const Codes& codes) noexcept {
 template <unsigned kBits, bool kPlane, std::size_t kHeadDim>
 class Lookup {
  public:
-  explicit Lookup(const std::int16_t* levels) noexcept : first_(levels), second_(levels + 16) {}
+  explicit Lookup(const Int16Levels& levels) noexcept : first_(levels.values), second_(levels.values + 16) {}
 
   Levels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
     const Codes codes = CodeReader<kBits, kPlane, kHeadDim>::at(row, chunk);
@@ -202,31 +203,51 @@ class Lookup {
   ByteTables first_, second_;
 };
 
+/// A table for 128 levels would be eight of 16 entries and the blends between them. Parabolas take half as long.
 template <bool kPlane, std::size_t kHeadDim>
 class Lookup<8, kPlane, kHeadDim> {
  public:
-  explicit Lookup(const std::int16_t* levels) noexcept
-      : tables_{ByteTables(levels),      ByteTables(levels + 16), ByteTables(levels + 32), ByteTables(levels + 48),
-                ByteTables(levels + 64), ByteTables(levels + 80), ByteTables(levels + 96), ByteTables(levels + 112)} {}
+  explicit Lookup(const Int16Levels& levels) noexcept
+      : tabulated_(levels.values),
+        start_(levels.parabolas.start),
+        slope_(levels.parabolas.slope),
+        bend_(ByteTables(levels.parabolas.bend).low) {}
 
   [[gnu::always_inline]] Levels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
+    const __m256i zero = _mm256_setzero_si256();
     const Codes codes = CodeReader<8, false, kHeadDim>::at(row, chunk);
-    const __m256i index = folded_index(codes);
-    const __m256i folded = _mm256_xor_si256(codes.low, codes.sign);
-    const __m256i bit4 = up<3>(folded), bit5 = up<2>(folded), bit6 = up<1>(folded);
-    return unfold(choose(four(0, index, bit4, bit5), four(4, index, bit4, bit5), bit6), codes.sign);
+    const __m256i index = _mm256_xor_si256(codes.low, codes.sign);
+    const __m256i segment = _mm256_and_si256(_mm256_srli_epi16(index, 3), _mm256_set1_epi8(15));
+    const __m256i is_tabulated = _mm256_sub_epi8(index, _mm256_set1_epi8(kTabulatedLevels));
+    const Halves start = choose(look_up(start_, segment), look_up(tabulated_, index), is_tabulated);
+    const Halves slope = look_up(slope_, segment);
+    const __m256i bend = _mm256_shuffle_epi8(bend_, segment);
+    const __m256i step = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(steps()), index);
+    return {value(_mm256_unpacklo_epi8(start.low, start.high), _mm256_unpacklo_epi8(slope.low, slope.high),
+                  _mm256_unpacklo_epi8(bend, zero), _mm256_unpacklo_epi8(zero, step),
+                  _mm256_unpacklo_epi8(codes.sign, codes.sign)),
+            value(_mm256_unpackhi_epi8(start.low, start.high), _mm256_unpackhi_epi8(slope.low, slope.high),
+                  _mm256_unpackhi_epi8(bend, zero), _mm256_unpackhi_epi8(zero, step),
+                  _mm256_unpackhi_epi8(codes.sign, codes.sign))};
   }
 
  private:
-  // Inlined, since a call would pass vectors through memory.
-  [[gnu::always_inline]] Halves two(std::size_t i, __m256i index, __m256i bit4) const noexcept {
-    return choose(look_up(tables_[i], index), look_up(tables_[i + 1], index), bit4);
-  }
-  [[gnu::always_inline]] Halves four(std::size_t i, __m256i index, __m256i bit4, __m256i bit5) const noexcept {
-    return choose(two(i, index, bit4), two(i + 2, index, bit4), bit5);
+  static constexpr char kTabulatedLevels = Int16Parabolas::kTabulated * Int16Parabolas::kSteps;
+
+  /// Of an index the step within its segment, in units of 1/8 of a byte's range.
+  static __m128i steps() noexcept {
+    constexpr std::int64_t kSteps = static_cast<std::int64_t>(0xE0C0A08060402000u);
+    return _mm_set1_epi64x(kSteps);
   }
 
-  ByteTables tables_[8];
+  /// See Int16Parabolas. Steps are eighths of 16 bits.
+  static __m256i value(__m256i start, __m256i slope, __m256i bend, __m256i step, __m256i sign) noexcept {
+    const __m256i bent = _mm256_sub_epi16(slope, _mm256_mulhi_epu16(bend, step));
+    return _mm256_xor_si256(_mm256_add_epi16(start, _mm256_mulhi_epu16(bent, step)), sign);
+  }
+
+  ByteTables tabulated_, start_, slope_;
+  __m256i bend_;
 };
 
 }  // namespace

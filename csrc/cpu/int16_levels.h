@@ -6,6 +6,9 @@
 
 namespace tq_hb {
 
+/// How often a level of a normal distribution's codebook occurs, but for a factor.
+double frequency_of(double level);
+
 /// The codebook's levels; made at the first call.
 const Int16Levels& int16_levels(const Codebook& codebook);
 

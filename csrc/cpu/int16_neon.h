@@ -4,6 +4,7 @@
 #include <arm_neon.h>
 
 #include "core/layout.h"
+#include "cpu/attend_kernel.h"
 #include "cpu/simd.h"
 
 namespace tq_hb {
@@ -123,7 +124,7 @@ struct CodeReader<kBits, true, kHeadDim> {
 template <unsigned kBits, bool kPlane, std::size_t kHeadDim>
 class Lookup {
  public:
-  explicit Lookup(const std::int16_t* levels) noexcept : tables_(levels) {}
+  explicit Lookup(const Int16Levels& levels) noexcept : tables_(levels.values) {}
 
   Levels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
     const uint8x16_t codes = vandq_u8(CodeReader<kBits, kPlane, kHeadDim>::at(row, chunk), vdupq_n_u8(63));
@@ -138,7 +139,7 @@ class Lookup {
 template <bool kPlane, std::size_t kHeadDim>
 class Lookup<8, kPlane, kHeadDim> {
  public:
-  explicit Lookup(const std::int16_t* levels) noexcept : first_(levels), second_(levels + 64) {}
+  explicit Lookup(const Int16Levels& levels) noexcept : first_(levels.values), second_(levels.values + 64) {}
 
   Levels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
     const uint8x16_t codes = vld1q_u8(row + chunk * kChunk);

@@ -47,7 +47,8 @@ inline std::size_t place_of(std::size_t j) noexcept {
 
 void quantize_query(const float* q, std::size_t head_dim, std::int16_t* values, double* units,
                     std::int32_t* halves) noexcept {
-  constexpr std::size_t kPairs = 2 * kSumLanes;  // coordinates whose products go to the lanes of one vector
+  constexpr std::size_t kPairs = 2 * kLanes;  // coordinates whose products go to the lanes of one vector of sums
+  static_assert(kLanes == kSumLanes, "a product of 32 bits for every float");
   const std::size_t block_dim = head_dim < kNormBlock ? head_dim : kNormBlock;
   for (std::size_t first = 0; first < head_dim; first += block_dim) {
     float placed[kNormBlock];
@@ -56,20 +57,23 @@ void quantize_query(const float* q, std::size_t head_dim, std::int16_t* values, 
     float unit = 1e-30f;
     for (std::size_t part = 0; part < block_dim; part += kDotPart) {
       const std::size_t end = part + kDotPart < block_dim ? part + kDotPart : block_dim;
-      float sums[kPairs] = {}, largest[kPairs] = {};
+      Vec sums[2] = {}, largest{};
       for (std::size_t j = part; j < end; j += kPairs) {
-        for (std::size_t i = 0; i < kPairs; ++i) {
-          const float magnitude = fabsf(placed[j + i]);
-          sums[i] += magnitude;
-          largest[i] = magnitude > largest[i] ? magnitude : largest[i];
+        for (std::size_t i = 0; i < 2; ++i) {
+          const Vec value = magnitude(load(placed + j + i * kLanes));
+          sums[i] += value;
+          largest = max(largest, value);
         }
       }
-      float sum = 0.0f, single = 0.0f;
-      for (std::size_t i = 0; i < kPairs; ++i) {
-        const float lane = sums[i] + sums[i ^ kLaneStep];
-        sum = lane > sum ? lane : sum;
-        single = largest[i] > single ? largest[i] : single;
+      float lanes[kPairs];
+      __builtin_memcpy(lanes, sums, sizeof(lanes));
+      Vec pairs{};
+      for (std::size_t i = 0; i < kPairs; i += kLanes) {
+        Vec partners;
+        for (std::size_t lane = 0; lane < kLanes; ++lane) partners[lane] = lanes[(i + lane) ^ kLaneStep];
+        pairs = max(pairs, load(lanes + i) + partners);
       }
+      const float sum = max_of_lanes(pairs), single = max_of_lanes(largest);
       unit = single / 32766.0f > unit ? single / 32766.0f : unit;
       unit = sum / Int16Levels::kBudget > unit ? sum / Int16Levels::kBudget : unit;
     }
@@ -257,7 +261,7 @@ struct Format {
 
   /// Scores of all rows and the kKeyGroup keys of a tile from `first` on.
   static void score(const AttendTask& task, const Tile& tile, const Rows& keys, std::size_t first) noexcept {
-    const RowLookup lookup(task.k.int16->values);
+    const RowLookup lookup(*task.k.int16);
     // Memory for the queries ends on a whole group: see kQueryRows.
     if (task.rows == 1) return score_fused<1>(task, tile, keys, first, lookup);
     if (task.rows == 2) return score_fused<2>(task, tile, keys, first, lookup);
@@ -268,7 +272,7 @@ struct Format {
 
   /// Adds weights * values of one chunk of columns to all rows' outputs.
   static void add(const AttendTask& task, const Rows& values, std::size_t pairs, std::size_t chunk) noexcept {
-    const RowLookup lookup(task.v.int16->values);
+    const RowLookup lookup(*task.v.int16);
     const CodedPairs<RowLookup> coded{lookup, values, chunk};
     if (task.rows == 1) return add_rows<kHeadDim, 1>(task, chunk, 0, pairs, coded);
     if (task.rows == 2) return add_rows<kHeadDim, 2>(task, chunk, 0, pairs, coded);

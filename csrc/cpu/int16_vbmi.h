@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "core/layout.h"
+#include "cpu/attend_kernel.h"
 #include "cpu/simd.h"
 
 namespace tq_hb {
@@ -163,7 +164,7 @@ struct CodeReader<kBits, true, kHeadDim> {
 template <unsigned kBits, bool kPlane, std::size_t kHeadDim>
 class Lookup {
  public:
-  explicit Lookup(const std::int16_t* levels) noexcept : tables_(levels) {}
+  explicit Lookup(const Int16Levels& levels) noexcept : tables_(levels.values) {}
 
   Levels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
     const __m512i codes = CodeReader<kBits, kPlane, kHeadDim>::at(row, chunk);
@@ -178,7 +179,7 @@ class Lookup {
 template <bool kPlane, std::size_t kHeadDim>
 class Lookup<8, kPlane, kHeadDim> {
  public:
-  explicit Lookup(const std::int16_t* levels) noexcept : first_(levels), second_(levels + 64) {}
+  explicit Lookup(const Int16Levels& levels) noexcept : first_(levels.values), second_(levels.values + 64) {}
 
   Levels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
     const __m512i codes = _mm512_loadu_si512(row + chunk * kChunk);

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,8 +26,7 @@ from tq_hb.staging import Outstanding, Staging
 from tq_hb.visibility import Placement
 
 
-@dataclass(frozen=True)
-class _Buffers:
+class _Buffers(NamedTuple):
     """Arguments and results of a call on the device, with a leading axis if they are for several sequences."""
 
     q: _core.Buffer

@@ -295,8 +295,7 @@ class BatchedKVCache:
             call.run(self._outstanding)
             nodes, precision = call.encoder.nodes, call.encoder.precision
             for slot, run, start, end in zip(chosen, runs, [0, *ends], ends, strict=False):
-                cache = self._caches[slot]
-                cache._last_plan = cache._plan(nodes[start:end], precision, run)
+                self._caches[slot]._launched = nodes[start:end], precision, run
         return call.results()
 
     def reset(self, slot: int) -> None:

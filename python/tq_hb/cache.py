@@ -27,6 +27,8 @@ _MIN_GROWTH = 64
 
 _Run = tuple[_core.FlashAttnVecTqHbParams, policy.Dispatch]
 _RawNode = tuple[str, str, tuple[int, int, int], tuple[int, int, int], int]
+# Nodes and precision of an attention call, and how it ran; None if there were no keys to attend to.
+_Launched = tuple[Sequence[_RawNode], str, _Run | None]
 
 _caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
 
@@ -141,7 +143,7 @@ class KVCache:
     def _set_up(self, form: CacheFormat, capacity: int, *, grows: bool, window: int | None) -> None:
         self._form, self._grows, self._window = form, grows, window
         self._len = self._offset = 0
-        self._last_plan: Plan | None = None
+        self._launched: _Launched | None = None
         self._outstanding = Outstanding()
         self._allocate(capacity)
         self._lock = threading.RLock()
@@ -314,7 +316,7 @@ class KVCache:
         >>> cache.last_plan.backend, len(cache.last_plan.kernels)
         ('cpu', 2)
         """
-        return self._last_plan
+        return None if self._launched is None else self._plan(*self._launched)
 
     def __repr__(self) -> str:
         form = self._form
@@ -485,7 +487,7 @@ class KVCache:
             other = KVCache._make(self._form, self._capacity, grows=self._grows, window=self._window)
             for mine, its in ((self._k, other._k), (self._v, other._v)):
                 its.copy_from(mine, self._capacity)
-            other._len, other._offset, other._last_plan = self._len, self._offset, self._last_plan
+            other._len, other._offset, other._launched = self._len, self._offset, self._launched
             return other
 
     def __copy__(self) -> KVCache:
@@ -571,7 +573,7 @@ class KVCache:
             self._outstanding.enter(self._form.device._core, call.stream)
             run = self._record_attend(op, call, 0, q_offset)
             call.run(self._outstanding)
-            self._last_plan = self._plan(call.encoder.nodes, call.encoder.precision, run)
+            self._launched = call.encoder.nodes, call.encoder.precision, run
         return call.results()
 
     def _record_attend(self, op: str, call: AttentionCall, index: int, q_offset: int | None) -> _Run | None:
@@ -588,13 +590,12 @@ class KVCache:
             params.validate(op)
             call.leave_empty(index)
             return None
-        form, core = self._form, self._form.device._core
         dispatch = policy.plan_attention(
             op,
             params,
             num_queries=call.num_queries,
-            offers_group=core.offers(policy.AttendKernel.GROUP, form.head_dim, form.packing, form.k_bits, form.v_bits),
-            multiprocessors=core.num_multiprocessors,
+            offers_group=self._form.offers_group,
+            multiprocessors=self._form.num_multiprocessors,
         )
         sides = (self._k.packed, self._k.norms, self._v.packed, self._v.norms)
         call.record(index, sides, params, dispatch, placement)

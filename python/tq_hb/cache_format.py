@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from tq_hb.options import (
     invalid,
     norms_shape,
 )
+from tq_hb.policy import AttendKernel
 from tq_hb.staging import Staging
 
 Slots = slice | npt.NDArray[np.int64]
@@ -78,6 +80,16 @@ class CacheFormat:
         """Bytes of codes and norms of K and V, all heads."""
         norms = 2 * 4 * _core.norms_per_row(self.head_dim)
         return self.num_kv_heads * (self.row_bytes(self.k_bits) + self.row_bytes(self.v_bits) + norms)
+
+    @cached_property
+    def offers_group(self) -> bool:
+        """Whether the device has a kernel that serves query heads of a group together."""
+        return self.device._core.offers(AttendKernel.GROUP, self.head_dim, self.packing, self.k_bits, self.v_bits)
+
+    @cached_property
+    def num_multiprocessors(self) -> int:
+        """How many the device has; 0 where that is not known."""
+        return self.device._core.num_multiprocessors
 
     def norms_shape(self, capacity: int) -> tuple[int, ...]:
         """Shape of the norms of K, or of V."""

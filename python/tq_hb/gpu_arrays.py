@@ -7,7 +7,9 @@ on the caller's stream, and what a call returns is allocated by that library.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Hashable
+from functools import lru_cache
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +27,12 @@ _ALIGNMENT = 16  # of a kernel's loads
 
 def library(x: Array) -> str:
     """Top-level package of the array's class, or "torch" or "mlx" if it derives from one of theirs."""
-    packages = [base.__module__.partition(".")[0] for base in type(x).__mro__]
+    return _library_of(cast(Hashable, type(x)))
+
+
+@lru_cache(maxsize=64)
+def _library_of(kind: type) -> str:
+    packages = [base.__module__.partition(".")[0] for base in kind.__mro__]
     return next((package for package in packages if package in ("torch", "mlx")), packages[0])
 
 

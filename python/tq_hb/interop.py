@@ -26,6 +26,9 @@ Rows = Float32Array | _core.Buffer
 
 _library = gpu_arrays.library
 
+# numpy puts a dtype's name together anew whenever it is asked for.
+_FLOAT_NAMES = {np.float16: "float16", np.float32: "float32", np.float64: "float64"}
+
 
 def borrow(op: str, field: str, x: Array) -> tuple[npt.NDArray[Any], bool]:
     """View an array in host memory as a numpy array without copying.
@@ -58,8 +61,8 @@ def _exportable(x: Array) -> Array:
     return x.detach()  # torch exports no tensor that still records gradients
 
 
-def _is_float(array: npt.NDArray[Any]) -> bool:
-    return array.dtype.name in ("float16", "float32", "float64", "bfloat16")
+def _dtype_name(array: npt.NDArray[Any]) -> str:
+    return _FLOAT_NAMES.get(array.dtype.type) or array.dtype.name
 
 
 def as_rows(op: str, field: str, x: Array, device: _core.Device) -> Rows:
@@ -77,7 +80,9 @@ def as_float32(op: str, field: str, x: Array) -> Float32Array:
     array, is_bfloat16 = borrow(op, field, x)
     if is_bfloat16:
         return (np.ascontiguousarray(array).astype(np.uint32) << 16).view(np.float32)
-    if not _is_float(array):
+    if array.dtype == np.float32:
+        return _contiguous(array)
+    if _dtype_name(array) not in (*_FLOAT_NAMES.values(), "bfloat16"):
         raise invalid(op, field, "must have dtype float16, bfloat16, float32 or float64", array.dtype)
     with np.errstate(all="ignore"):
         return _contiguous(array.astype(np.float32, copy=False))
@@ -125,7 +130,7 @@ def _borrow_writable(op: str, field: str, x: Array) -> tuple[npt.NDArray[Any], s
         raise invalid(op, field, "must be writable (mlx arrays are not; use tq_hb.empty)", "an mlx array")
     array, is_bfloat16 = borrow(op, field, x)
     _check_layout(op, field, array)
-    return array, "bfloat16" if is_bfloat16 else array.dtype.name
+    return array, "bfloat16" if is_bfloat16 else _dtype_name(array)
 
 
 def require_rows(op: str, field: str, rows: Rows, *, as_query: bool = False) -> None:
@@ -158,12 +163,14 @@ def result_dtype(op: str, field: str, x: Array) -> str:
         name = gpu_arrays.dtype_name(x)
     else:
         array, is_bfloat16 = borrow(op, field, x)
-        name = "bfloat16" if is_bfloat16 else array.dtype.name
+        name = "bfloat16" if is_bfloat16 else _dtype_name(array)
     return "float32" if name == "float64" else name
 
 
 def like(x: Array, result: npt.NDArray[Any], dtype: str = "float32") -> Array:
     """Return a host's ``result`` in the library of ``x``, as ``dtype``; what it cannot hold becomes infinite."""
+    if dtype == "float32" and isinstance(x, np.ndarray):
+        return result
     with np.errstate(all="ignore"):
         return _like(x, result, dtype)
 

@@ -6,16 +6,14 @@ A position counts the tokens that a cache has seen. The op counts slots by age, 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
-from typing import SupportsIndex, cast
+from typing import NamedTuple, SupportsIndex, cast
 
 from tq_hb.options import invalid
 
 _MAX_POSITION = 2**63 - 1
 
 
-@dataclass(frozen=True)
-class Held:
+class Held(NamedTuple):
     """What a cache holds: the positions from ``offset - length`` up to ``offset``, position p in slot p % capacity.
 
     Only a ring, which has a ``window``, may hold less than it has seen.
@@ -32,8 +30,7 @@ class Held:
         return self.offset - self.length
 
 
-@dataclass(frozen=True)
-class Placement:
+class Placement(NamedTuple):
     """Keys and queries as the attention op takes them."""
 
     kv_seq_len: int

@@ -3,6 +3,7 @@
 
 #include "core/bits.h"
 #include "core/codebook.h"
+#include "core/codec_constants.h"
 #include "expect_error.h"
 
 namespace tq_hb {

@@ -68,7 +68,6 @@ Encoded encode_with(EncodeRows& encode, const std::vector<float>& rows, std::siz
   task.codebook = &codebook;
   task.tree = &search_tree(codebook);
   task.cbits = codebook.cbits;
-  task.signs = sign_table();
   task.codes = codes.data();
   task.norms = row_norms.data();
   out.refused = encode(task);
@@ -322,6 +321,26 @@ TEST(Rotation, KeepsNormsAndInverts) {
     EXPECT_NEAR(norm_of(turned), norm_of(row), 1e-5 * norm_of(row));
     unrotate_row(turned.data(), head_dim);
     for (std::size_t j = 0; j < head_dim; ++j) EXPECT_NEAR(turned[j], row[j], 1e-5);
+  }
+}
+
+TEST(EveryRotation, GivesTheBitsOfTheCodecs) {
+  std::mt19937 random(7);
+  std::normal_distribution<float> normal;
+  for (const IsaKernel* kernel : available_kernels()) {
+    for (const std::size_t head_dim : {64u, 128u, 256u, 512u}) {
+      for (const float scale : {1.0f, 1e-40f, 1e37f, 0.0f}) {
+        std::vector<float> row(head_dim);
+        for (float& x : row) x = scale * normal(random);
+        for (const bool inverse : {false, true}) {
+          std::vector<float> expected = row, turned = row;
+          (inverse ? unrotate_row : rotate_row)(expected.data(), head_dim);
+          (inverse ? kernel->unrotate : kernel->rotate)(turned.data(), head_dim);
+          EXPECT_EQ(std::memcmp(turned.data(), expected.data(), head_dim * sizeof(float)), 0)
+              << kernel->isa << ' ' << head_dim << ' ' << scale << ' ' << inverse;
+        }
+      }
+    }
   }
 }
 

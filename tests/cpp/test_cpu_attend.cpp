@@ -6,6 +6,7 @@
 
 #include "cache_case.h"
 #include "cpu/device.h"
+#include "cpu/int16_levels.h"
 
 namespace tq_hb {
 namespace {
@@ -275,6 +276,26 @@ TEST(CpuAttend, KeepsThePromiseOfDefaultPrecision) {
         }
       }
     }
+  }
+}
+
+TEST(Int16Levels, ParabolasStayNearTheTable) {
+  const auto part = [](int x, int step) { return x * step / static_cast<int>(Int16Parabolas::kSteps); };
+  for (const CodebookName name : {CodebookName::kLloydMax, CodebookName::kMlxNative}) {
+    const Int16Levels& levels = int16_levels(find_codebook("test", name, 8));
+    const Int16Parabolas& fit = levels.parabolas;
+    double error = 0.0, energy = 0.0;
+    for (std::size_t code = Int16Parabolas::kTabulated * Int16Parabolas::kSteps; code < 128; ++code) {
+      const std::size_t s = code / Int16Parabolas::kSteps;
+      const int step = static_cast<int>(code % Int16Parabolas::kSteps);
+      const double value = fit.start[s] + part(fit.slope[s] - part(fit.bend[s], step), step);
+      EXPECT_NEAR(value, levels.values[code], 6.0) << code;
+      // Of a unit normal distribution's values, which is what the levels are for.
+      const double level = (levels.values[code] + 0.5) * levels.unit, weight = std::exp(-level * level / 3.0);
+      error += weight * std::pow((value - levels.values[code]) * levels.unit, 2);
+      energy += weight;
+    }
+    EXPECT_LT(std::sqrt(error / energy), 1.5e-4);
   }
 }
 
