@@ -21,6 +21,15 @@ inline void relax() noexcept {
 #endif
 }
 
+/// -1 where the system does not tell.
+inline int current_processor() noexcept {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
 std::atomic<ThreadPool*> g_pool{nullptr};
 // Survives the pool of a parent process, so that a forked child keeps its setting.
 std::atomic<unsigned> g_num_threads{0};
@@ -40,6 +49,7 @@ struct ThreadPool::Job {
 
   const TaskRef* task = nullptr;
   std::size_t count = 0;
+  int processor = -1;  // that the caller was on
   std::atomic<std::size_t> next{0};
   std::atomic<std::size_t> unfinished{0};
   std::atomic<unsigned> workers{0};
@@ -105,6 +115,10 @@ void ThreadPool::start() {
 }
 
 void ThreadPool::start_workers() {
+#if defined(__linux__)
+  // As a new thread inherits them. Of a system with more processors than a cpu_set_t has, none are known.
+  if (workers_.empty() && sched_getaffinity(0, sizeof(processors_), &processors_) != 0) CPU_ZERO(&processors_);
+#endif
   while (workers_.size() + 1 < num_threads()) {
     const std::uint64_t seen = generation_.load(std::memory_order_relaxed);
     try {
@@ -147,6 +161,7 @@ void ThreadPool::parallel_for(std::size_t count, TaskRef task) {
     job = &free_job();
     job->task = &task;
     job->count = count;
+    job->processor = current_processor();
     job->next.store(0, std::memory_order_relaxed);
     job->unfinished.store(count, std::memory_order_relaxed);
     job_ = job;
@@ -163,6 +178,21 @@ void ThreadPool::parallel_for(std::size_t count, TaskRef task) {
   }
 }
 
+void ThreadPool::leave(int processor) const noexcept {
+#if defined(__linux__)
+  // Linux may wake a worker on the very processor that wakes it, though another one is idle: until the next tick,
+  // milliseconds later, the two would take turns. Where the call fails the system goes on choosing.
+  if (processor < 0 || current_processor() != processor) return;
+  cpu_set_t others = processors_;
+  CPU_CLR(processor, &others);
+  if (CPU_COUNT(&others) + 1 >= static_cast<int>(num_threads())) {
+    static_cast<void>(sched_setaffinity(0, sizeof(others), &others));
+  }
+#else
+  static_cast<void>(processor);
+#endif
+}
+
 void ThreadPool::work(std::uint64_t seen) {
   for (;;) {
     for (int spins = 0; spins < kSpins && generation_.load(std::memory_order_acquire) == seen; ++spins) relax();
@@ -175,6 +205,7 @@ void ThreadPool::work(std::uint64_t seen) {
       job = job_;
       job->workers.fetch_add(1, std::memory_order_relaxed);
     }
+    leave(job->processor);
     job->run();
     job->workers.fetch_sub(1, std::memory_order_release);
   }

@@ -1,4 +1,5 @@
 #include <atomic>
+#include <chrono>
 #include <thread>
 #include <vector>
 
@@ -48,6 +49,38 @@ TEST(ThreadPool, ServesSeveralCallersAtOnceAndACallFromInsideACall) {
   for (std::thread& caller : callers) caller.join();
   EXPECT_EQ(runs.load(), 4 * 100 * 4 * 3);
 }
+
+#if defined(__linux__)
+TEST(ThreadPool, WorkersDoNotStayOnTheCallersProcessor) {
+  cpu_set_t before;
+  ASSERT_EQ(sched_getaffinity(0, sizeof(before), &before), 0);
+  if (CPU_COUNT(&before) < 2) GTEST_SKIP() << "there is one processor";
+  ThreadPool pool;
+  pool.set_num_threads(2);
+  pool.start();
+  for (int processor = 0; processor < CPU_SETSIZE; ++processor) {
+    if (!CPU_ISSET(processor, &before)) continue;
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(processor, &one);
+    ASSERT_EQ(sched_setaffinity(0, sizeof(one), &one), 0);
+    const std::thread::id caller = std::this_thread::get_id();
+    std::atomic<int> elsewhere{0}, here{0};
+    for (int call = 0; call < 20; ++call) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));  // for the worker to go to sleep
+      pool.parallel_for(200, [&](std::size_t) {
+        if (std::this_thread::get_id() != caller) ++(sched_getcpu() == processor ? here : elsewhere);
+        const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(10);
+        while (std::chrono::steady_clock::now() < end) {
+        }
+      });
+    }
+    EXPECT_EQ(here.load(), 0) << processor;
+    EXPECT_GT(elsewhere.load(), 0) << processor;
+  }
+  ASSERT_EQ(sched_setaffinity(0, sizeof(before), &before), 0);
+}
+#endif
 
 TEST(ThreadPool, CanBeResizedBetweenCalls) {
   ThreadPool pool;
