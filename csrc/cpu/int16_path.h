@@ -182,14 +182,27 @@ inline void finish_scores(const AttendTask& task, const Tile& tile, std::size_t 
 /// The rows of a tile's keys or values.
 using Rows = const std::uint8_t* [kAttendTile];
 
+/// Rows that are needed next. They are asked for one by one between other work: a processor has room for a dozen
+/// requests, and stops at what goes beyond.
+struct Upcoming {
+  void prefetch(std::size_t t) const noexcept { prefetch_row(rows[t], bytes); }
+
+  const Rows& rows;
+  std::size_t bytes;  ///< of one row; 0 if nothing comes
+};
+
 /// Pairs of rows, of one chunk of columns: of every 16 columns, vector i has those from 4 * i on, as pairs.
 struct PairLevels {
   Sums vectors[4];
 };
 
-template <class RowLookup>
+/// While all chunks are looked up, all upcoming rows are asked for.
+template <std::size_t kHeadDim, class RowLookup>
 struct CodedPairs {
   [[gnu::always_inline]] PairLevels at(std::size_t p) const noexcept {
+    constexpr std::size_t kShare = kAttendTile * kChunk / kHeadDim, kPairs = kAttendTile / 2;
+    const std::size_t first = chunk * kShare;
+    for (std::size_t t = first + p * kShare / kPairs; t < first + (p + 1) * kShare / kPairs; ++t) upcoming.prefetch(t);
     const Levels even = lookup.at(rows[2 * p], chunk);
     const Levels odd = lookup.at(rows[2 * p + 1], chunk);
     PairLevels pair;
@@ -200,6 +213,7 @@ struct CodedPairs {
   const RowLookup& lookup;
   const Rows& rows;
   std::size_t chunk;
+  const Upcoming& upcoming;
 };
 
 struct DecodedPairs {
@@ -255,25 +269,23 @@ template <unsigned kBits, bool kPlane, std::size_t kHeadDim>
 struct Format {
   using RowLookup = Lookup<kBits, kPlane, kHeadDim>;
 
-  static void prefetch(const std::uint8_t* row) noexcept {
-    prefetch_row(row, kPlane ? kHeadDim * kBits / 8 : kHeadDim);
-  }
-
   /// Scores of all rows and the kKeyGroup keys of a tile from `first` on.
-  static void score(const AttendTask& task, const Tile& tile, const Rows& keys, std::size_t first) noexcept {
+  static void score(const AttendTask& task, const Tile& tile, const Rows& keys, std::size_t first,
+                    const Upcoming& upcoming) noexcept {
     const RowLookup lookup(*task.k.int16);
     // Memory for the queries ends on a whole group: see kQueryRows.
-    if (task.rows == 1) return score_fused<1>(task, tile, keys, first, lookup);
-    if (task.rows == 2) return score_fused<2>(task, tile, keys, first, lookup);
-    if (task.rows <= 4) return score_fused<4>(task, tile, keys, first, lookup);
-    if (task.rows <= 8) return score_fused<8>(task, tile, keys, first, lookup);
-    score_decoded(task, tile, keys, first, lookup);
+    if (task.rows == 1) return score_fused<1>(task, tile, keys, first, lookup, upcoming);
+    if (task.rows == 2) return score_fused<2>(task, tile, keys, first, lookup, upcoming);
+    if (task.rows <= 4) return score_fused<4>(task, tile, keys, first, lookup, upcoming);
+    if (task.rows <= 8) return score_fused<8>(task, tile, keys, first, lookup, upcoming);
+    score_decoded(task, tile, keys, first, lookup, upcoming);
   }
 
   /// Adds weights * values of one chunk of columns to all rows' outputs.
-  static void add(const AttendTask& task, const Rows& values, std::size_t pairs, std::size_t chunk) noexcept {
+  static void add(const AttendTask& task, const Rows& values, std::size_t pairs, std::size_t chunk,
+                  const Upcoming& upcoming) noexcept {
     const RowLookup lookup(*task.v.int16);
-    const CodedPairs<RowLookup> coded{lookup, values, chunk};
+    const CodedPairs<kHeadDim, RowLookup> coded{lookup, values, chunk, upcoming};
     if (task.rows == 1) return add_rows<kHeadDim, 1>(task, chunk, 0, pairs, coded);
     if (task.rows == 2) return add_rows<kHeadDim, 2>(task, chunk, 0, pairs, coded);
     PairLevels levels[kAttendTile / 2];
@@ -286,9 +298,10 @@ struct Format {
  private:
   template <std::size_t kRows>
   static void score_fused(const AttendTask& task, const Tile& tile, const Rows& keys, std::size_t first,
-                          const RowLookup& lookup) noexcept {
+                          const RowLookup& lookup, const Upcoming& upcoming) noexcept {
     DotSums<kHeadDim> dots;
     for (std::size_t t = 0; t < kKeyGroup; ++t) {
+      upcoming.prefetch(first + t);
       const CodedRow<RowLookup> key{lookup, keys[first + t]};
       multiply_key<kHeadDim, kRows>(key, not_hoisted(task.q_int16.values), t, dots);
     }
@@ -296,9 +309,10 @@ struct Format {
   }
 
   static void score_decoded(const AttendTask& task, const Tile& tile, const Rows& keys, std::size_t first,
-                            const RowLookup& lookup) noexcept {
+                            const RowLookup& lookup, const Upcoming& upcoming) noexcept {
     alignas(64) std::int16_t levels[kKeyGroup][kHeadDim];
     for (std::size_t t = 0; t < kKeyGroup; ++t) {
+      upcoming.prefetch(first + t);
 #pragma GCC unroll 1
       for (std::size_t part = 0; part < kHeadDim; part += kPartDim<kHeadDim>) {
 #pragma GCC unroll 8
@@ -325,7 +339,7 @@ struct FormatCalls {
   template <unsigned kBits, bool kPlane>
   static constexpr FormatCalls of() noexcept {
     using Rows = Format<kBits, kPlane, kHeadDim>;
-    return {Rows::prefetch, Rows::score, Rows::add};
+    return {Rows::score, Rows::add};
   }
   static FormatCalls of(const HeadRows& side) noexcept {
     const bool plane = side.high_bits != 0;
@@ -334,9 +348,10 @@ struct FormatCalls {
     return of<8, false>();
   }
 
-  void (*prefetch)(const std::uint8_t* row) noexcept;
-  void (*score)(const AttendTask& task, const Tile& tile, const Rows& keys, std::size_t first) noexcept;
-  void (*add)(const AttendTask& task, const Rows& values, std::size_t pairs, std::size_t first) noexcept;
+  void (*score)(const AttendTask& task, const Tile& tile, const Rows& keys, std::size_t first,
+                const Upcoming& upcoming) noexcept;
+  void (*add)(const AttendTask& task, const Rows& values, std::size_t pairs, std::size_t chunk,
+              const Upcoming& upcoming) noexcept;
 };
 
 template <std::size_t kHeadDim>
@@ -353,20 +368,22 @@ class Int16Path {
       keys[t] = row(task_.k, tile.slots[t]);
       values_[t] = row(task_.v, tile.slots[t]);
     }
-    for (std::size_t first = 0; first < tile.count; first += kKeyGroup) {
-      for (std::size_t t = first; t < first + kKeyGroup; ++t) v_.prefetch(values_[t]);
-      k_.score(task_, tile, keys, first);
-    }
+    const Upcoming values{values_, task_.v.row_bytes};
+    for (std::size_t first = 0; first < tile.count; first += kKeyGroup) k_.score(task_, tile, keys, first, values);
   }
 
   void accumulate(const Tile& tile) noexcept {
     // Two pairs at a time: keys beyond the last have a weight of 0.
     const std::size_t pairs = (tile.count + 3) / 4 * 2;
     fix_weights(tile);
-    for (std::size_t chunk = 0; chunk < kHeadDim / kChunk; ++chunk) {
-      v_.add(task_, values_, pairs, chunk);
-      prefetch_keys(tile, chunk);
+    const bool is_last = tile.first_age + kTile >= task_.first_age + task_.count;
+    Rows next;
+    for (std::size_t t = 0; t < kTile; ++t) {
+      const std::size_t slot = tile.slots[t] + kTile;
+      next[t] = row(task_.k, slot < task_.capacity ? slot : slot - task_.capacity);
     }
+    const Upcoming keys{next, is_last ? 0 : task_.k.row_bytes};
+    for (std::size_t chunk = 0; chunk < kHeadDim / kChunk; ++chunk) v_.add(task_, values_, pairs, chunk, keys);
   }
 
   void finish() noexcept { order_columns<kChunk>(task_.out, task_.rows * kHeadDim); }
@@ -433,16 +450,6 @@ class Int16Path {
       for (std::size_t i = 0; i < kLanes; ++i) half += sum[i] / 2;
       rows[r].halves[b] = half;
       rows[r].fixed_units[b] = units[r] * static_cast<float>(task_.v.int16->unit);
-    }
-  }
-
-  /// Asks for a share of the next tile's keys.
-  void prefetch_keys(const Tile& tile, std::size_t chunk) noexcept {
-    constexpr std::size_t kShare = kTile * kChunk / kHeadDim;
-    if (tile.first_age + kTile >= task_.first_age + task_.count) return;
-    for (std::size_t t = chunk * kShare; t < (chunk + 1) * kShare; ++t) {
-      const std::size_t slot = tile.slots[t] + kTile;
-      k_.prefetch(row(task_.k, slot < task_.capacity ? slot : slot - task_.capacity));
     }
   }
 
