@@ -380,7 +380,7 @@ class Int16Path {
     Rows next;
     for (std::size_t t = 0; t < kTile; ++t) {
       const std::size_t slot = tile.slots[t] + kTile;
-      next[t] = row(task_.k, slot < task_.capacity ? slot : slot - task_.capacity);
+      next[t] = is_last ? nullptr : row(task_.k, slot < task_.capacity ? slot : slot - task_.capacity);
     }
     const Upcoming keys{next, is_last ? 0 : task_.k.row_bytes};
     for (std::size_t chunk = 0; chunk < kHeadDim / kChunk; ++chunk) v_.add(task_, values_, pairs, chunk, keys);
