@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -114,11 +115,16 @@ def takes_turn(round_number: int, rounds: int, count: int) -> bool:
 
 
 def sample(timers: Mapping[str, Timer], budget_s: float, most: int) -> dict[str, Timing]:
-    """Take samples in turns, within about `budget_s` seconds and at most `most` of each."""
+    """Take samples in turns, within about `budget_s` seconds and at most `most` of each.
+
+    The order changes from round to round, so that what one contender leaves behind does not always meet the same other.
+    """
     counts = shares({name: timer.sample_s for name, timer in timers.items()}, budget_s, most)
     rounds = max(counts.values())
+    order, shuffled = list(timers), random.Random(0)
     for round_number in range(rounds):
-        for name, timer in timers.items():
+        shuffled.shuffle(order)
+        for name in order:
             if takes_turn(round_number, rounds, counts[name]):
-                timer.take_sample()
+                timers[name].take_sample()
     return {name: timer.timing() for name, timer in timers.items()}
