@@ -10,7 +10,11 @@ from typing import Any
 from bench import harness, markdown
 
 GATES = harness.ROOT / "docs" / "gates"
-_MODELS = {"gate_gemma": "gemma-3-270m", "gate_smollm2": "smollm2-135m"}
+_MODELS = {
+    "gate_gemma": "gemma-3-270m",
+    "gate_gemma_mean_key": "gemma-3-270m-mean-key",
+    "gate_smollm2": "smollm2-135m",
+}
 _FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "kl_mean": ("mean KL / 10⁻³", lambda value: f"{1e3 * value:.2g}"),
     "kl_p99": ("p99 KL / 10⁻³", lambda value: f"{1e3 * value:.2g}"),
