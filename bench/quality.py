@@ -299,7 +299,7 @@ def main() -> None:
 
 
 def plot(results: list[dict[str, Any]]) -> bytes:
-    """Draw KL against bits per value, a panel per model, the mean over the texts that all settings have."""
+    """Draw KL against bits per value, a panel per model, the geometric mean over the texts that all settings have."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), layout="constrained")
@@ -308,24 +308,29 @@ def plot(results: list[dict[str, Any]]) -> bytes:
         complete = complete_texts(rows)
         rows = [row for row in rows if row["text"] in complete]
         float_bytes = _float_bytes(name)
-        lines: dict[str, dict[float, list[float]]] = {}
+        lines: dict[tuple[str, str], dict[float, list[float]]] = {}
         for row in rows:
-            label = f"tq_hb, {row['variant']}" if row["family"] == "tq_hb" else f"{row['setting']}, {row['variant']}"
+            kind = "tq_hb" if row["family"] == "tq_hb" else row["setting"]
             bits = 32 * row["bytes_per_token"] / float_bytes
-            lines.setdefault(label, {}).setdefault(bits, []).append(row["mean_kl"])
-        for label, points in lines.items():
-            own = label.startswith("tq_hb")
+            lines.setdefault((kind, row["variant"]), {}).setdefault(bits, []).append(row["mean_kl"])
+        colours: dict[str, str] = {}
+        for (kind, variant), points in lines.items():
+            own, label = kind == "tq_hb", f"{kind}, {variant}"
+            # A rival's colour is the same with and without a rotation.
+            colour = colours.setdefault(label if own else kind, f"C{len(colours)}")
             axes.plot(
                 list(points),
-                [np.mean(values) for values in points.values()],
+                [np.exp(np.mean(np.log(values))) for values in points.values()],
                 linestyle="-" if own else "none",
-                marker="o" if own else "^" if label.endswith("rotated") else "v",
+                marker="o" if own else "^" if variant == "rotated" else "v",
+                fillstyle="none" if not own and variant != "rotated" else "full",
+                color=colour,
                 label=label,
             )
         axes.set(title=name, xlabel="bits per value of K and V", yscale="log")
         axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    figure.axes[0].set_ylabel("mean KL from the float32 cache, nats")
+    figure.axes[0].set_ylabel("KL from the float32 cache, nats")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150)
     return content.getvalue()
