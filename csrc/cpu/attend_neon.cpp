@@ -1,7 +1,7 @@
+#include "core/codec.h"
 #include "cpu/float32_path.h"
 #include "cpu/int16_neon.h"
 // Its primitives come first.
-#include "core/codec.h"
 #include "cpu/int16_path.h"
 
 namespace tq_hb {
