@@ -98,8 +98,17 @@ TEST(ThreadPool, CanBeResizedBetweenCalls) {
   }
 }
 
+// g++ and clang say it in different ways.
+#if defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define TQ_UNDER_THREAD_SANITIZER
+#endif
+#elif defined(__SANITIZE_THREAD__)
+#define TQ_UNDER_THREAD_SANITIZER
+#endif
+
 TEST(ThreadPool, AForkedChildGetsWorkersOfItsOwn) {
-#if defined(__SANITIZE_THREAD__)
+#if defined(TQ_UNDER_THREAD_SANITIZER)
   GTEST_SKIP() << "ThreadSanitizer ends a child that starts threads after a fork of several";
 #endif
   ThreadPool::instance().set_num_threads(3);
