@@ -136,21 +136,22 @@ struct CodeReader<kBits, true, kHeadDim> {
   static constexpr unsigned kHighBits = kBits - kNibbleBits;
   static constexpr std::size_t kLowBytes = kBlock * kNibbleBits / 8, kHighBytes = kBlock * kHighBits / 8;
 
-  /// For every chunk of a block and every high bit, where the bit lies in the high plane's bytes.
-  struct Masks {
-    constexpr Masks() noexcept {
+  /// For every chunk of a block and every high bit, how far the bit is from the top of its byte in the high plane. The
+  /// bytes that share a 32-bit lane have it in the same place.
+  struct Shifts {
+    constexpr Shifts() noexcept {
       for (std::size_t chunk = 0; chunk < kChunks; ++chunk) {
         for (unsigned bit = 0; bit < kHighBits; ++bit) {
-          for (std::size_t i = 0; i < kChunk; ++i) {
-            const std::size_t field = (chunk * kChunk + i) / kHighBytes;
-            bytes[chunk][bit][i] = static_cast<std::uint8_t>(1u << (field * kHighBits + bit));
+          for (std::size_t lane = 0; lane < kChunk / 4; ++lane) {
+            const std::size_t field = (chunk * kChunk + 4 * lane) / kHighBytes;
+            counts[chunk][bit][lane] = static_cast<std::uint32_t>(7 - (field * kHighBits + bit));
           }
         }
       }
     }
-    alignas(32) std::uint8_t bytes[kChunks][kHighBits][kChunk] = {};
+    alignas(32) std::uint32_t counts[kChunks][kHighBits][kChunk / 4] = {};
   };
-  static constexpr Masks kMasks{};
+  static constexpr Shifts kShifts{};
 
   static __m256i high_plane(const std::uint8_t* bytes) noexcept {
     if constexpr (kHighBytes == 8) {
@@ -162,9 +163,9 @@ struct CodeReader<kBits, true, kHeadDim> {
     }
   }
 
-  static __m256i is_set(__m256i high, std::size_t chunk, unsigned bit) noexcept {
-    const __m256i mask = _mm256_load_si256(reinterpret_cast<const __m256i*>(kMasks.bytes[chunk][bit]));
-    return _mm256_cmpeq_epi8(_mm256_and_si256(high, mask), mask);
+  /// The bytes with a high bit in their bit 7.
+  static __m256i to_top(__m256i high, std::size_t chunk, unsigned bit) noexcept {
+    return _mm256_sllv_epi32(high, _mm256_load_si256(reinterpret_cast<const __m256i*>(kShifts.counts[chunk][bit])));
   }
 
   static Codes at(const std::uint8_t* row, std::size_t chunk) noexcept {
@@ -174,8 +175,7 @@ struct CodeReader<kBits, true, kHeadDim> {
     __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + block * kLowBytes + byte));
     if (in_upper_nibbles) low = _mm256_srli_epi16(low, kNibbleBits);
     const __m256i high = high_plane(row + kHeadDim * kNibbleBits / 8 + block * kHighBytes);
-    const __m256i sign = is_set(high, within, kHighBits - 1);
-    return {low, kHighBits == 1 ? sign : is_set(high, within, 0), sign};
+    return {low, to_top(high, within, 0), top_set(to_top(high, within, kHighBits - 1))};
   }
 };
 
