@@ -203,7 +203,7 @@ class Lookup {
   ByteTables first_, second_;
 };
 
-/// A table for 128 levels would be eight of 16 entries and the blends between them. Parabolas take half as long.
+/// A table for 128 levels would be eight of 16 entries and the blends between them. Parabolas take fewer steps.
 template <bool kPlane, std::size_t kHeadDim>
 class Lookup<8, kPlane, kHeadDim> {
  public:

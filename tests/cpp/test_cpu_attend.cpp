@@ -289,13 +289,13 @@ TEST(Int16Levels, ParabolasStayNearTheTable) {
       const std::size_t s = code / Int16Parabolas::kSteps;
       const int step = static_cast<int>(code % Int16Parabolas::kSteps);
       const double value = fit.start[s] + part(fit.slope[s] - part(fit.bend[s], step), step);
-      EXPECT_NEAR(value, levels.values[code], 6.0) << code;
+      EXPECT_NEAR(value, levels.values[code], 5.0) << code;
       // Of a unit normal distribution's values, which is what the levels are for.
       const double level = (levels.values[code] + 0.5) * levels.unit, weight = std::exp(-level * level / 3.0);
       error += weight * std::pow((value - levels.values[code]) * levels.unit, 2);
       energy += weight;
     }
-    EXPECT_LT(std::sqrt(error / energy), 1.5e-4);
+    EXPECT_LT(std::sqrt(error / energy), 1e-4);
   }
 }
 

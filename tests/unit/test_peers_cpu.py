@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,17 @@ def test_samples_are_taken_while_threads_are_awake():
     assert timings["a"].samples == 4
     assert log.count("wake") == log.count("sleep") == 5  # once to find out how long a call takes
     assert 0 < timings["a"].lower_decile_us <= timings["a"].median_us
+
+
+def test_the_order_of_turns_changes():
+    log: list[str] = []
+    timers = {name: timing.Timer(lambda name=name: log.append(name)) for name in "abc"}
+    log.clear()
+
+    timing.sample(timers, budget_s=1.0, most=6)
+
+    predecessors = {a for a, b in pairwise(log) if b == "a" and a != "a"}
+    assert predecessors == {"b", "c"}
 
 
 def test_copies_take_turns_whoever_calls():
