@@ -5,6 +5,8 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <new>
+#include <type_traits>
 #include <vector>
 
 #include "core/codec.h"
@@ -71,20 +73,27 @@ struct Side {
   const Int16Levels& int16;
 };
 
-/// Memory that only ever grows, and is written before it is read, so that nobody has to clear it.
+/// Memory that only ever grows, and is written before it is read, so that nobody has to clear it. It starts on a cache
+/// line: the widest vectors would else lie across two each.
 template <class T>
 class Scratch {
  public:
   void reserve(std::size_t count) {
     if (count <= capacity_) return;
-    memory_.reset(new T[count]);
+    memory_.reset(static_cast<T*>(::operator new(count * sizeof(T), kCacheLine)));
     capacity_ = count;
   }
   T* operator+(std::size_t i) const noexcept { return memory_.get() + i; }
-  T& operator[](std::size_t i) const noexcept { return memory_[i]; }
+  T& operator[](std::size_t i) const noexcept { return memory_.get()[i]; }
 
  private:
-  std::unique_ptr<T[]> memory_;
+  static_assert(std::is_trivially_default_constructible_v<T> && std::is_trivially_destructible_v<T>);
+  static constexpr std::align_val_t kCacheLine{64};
+  struct Delete {
+    void operator()(T* memory) const noexcept { ::operator delete(memory, kCacheLine); }
+  };
+
+  std::unique_ptr<T, Delete> memory_;
   std::size_t capacity_ = 0;
 };
 
