@@ -241,6 +241,7 @@ void QueryBlock::attend_unit(std::size_t unit, const Side& k, const Side& v) {
   task.first_slot = (op_.args.ring_start + task.first_age) % capacity;
   task.count = std::min(range_, keys_.end - task.first_age);
   task.capacity = capacity;
+  task.end_age = keys_.end;
   task.softcap = static_cast<double>(op_.args.softcap);
   task.v_scale = row_scale_ * kHeadroom;
   task.scratch = memory_.scratch + unit * rows_;

@@ -82,6 +82,7 @@ struct AttendTask {
   std::size_t rows;
   std::size_t head_dim;
   std::size_t first_age, first_slot, count, capacity;
+  std::size_t end_age;  ///< of all ranges of the KV head: keys before it are worth fetching
   double softcap;       ///< 0 for none
   float v_scale;        ///< what a V norm is multiplied by
   RowScratch* scratch;  ///< [rows]

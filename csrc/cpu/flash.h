@@ -19,17 +19,67 @@ constexpr std::size_t kNormBlocks = kHeadDim < kNormBlock ? 1 : kHeadDim / kNorm
 template <std::size_t kHeadDim>
 constexpr std::size_t kBlockDim = kHeadDim / kNormBlocks<kHeadDim>;
 
-/// Asks for a row ahead of its use. Into the second cache level: rows a power of two apart share places in the first.
-inline void prefetch_row(const std::uint8_t* row, std::size_t bytes) noexcept {
-#pragma GCC unroll 8
-  for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
-}
-
 /// Some consecutive keys. The slots beyond the last are its own, so that a path may work on more keys than there are.
 struct Tile {
   std::size_t slots[kAttendTile];
+  bool in_sequence;  ///< every slot is the one before it and 1
   std::size_t first_age;
   std::size_t count;
+};
+
+/// The codes of a tile's keys or values, or of those of the next.
+struct TileRows {
+  /// Into the second cache level: rows a power of two apart share places in the first. Rows are asked for one by one
+  /// between other work: a processor has room for a dozen requests, and stops at what goes beyond.
+  void prefetch(std::size_t t) const noexcept {
+#pragma GCC unroll 8
+    for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at[t] + i, 0, 2);
+  }
+
+  const std::uint8_t* at[kAttendTile];
+  std::size_t bytes;  ///< of one; 0 if there are none
+};
+
+inline const std::uint8_t* row_of(const HeadRows& side, std::size_t slot) noexcept {
+  return side.codes + slot * side.row_bytes;
+}
+
+/// The rows of a tile of kTile.
+template <std::size_t kTile>
+inline TileRows rows_of(const HeadRows& side, const Tile& tile) noexcept {
+  TileRows rows;
+  rows.bytes = side.row_bytes;
+  for (std::size_t t = 0; t < kTile; ++t) rows.at[t] = row_of(side, tile.slots[t]);
+  return rows;
+}
+
+/// The keys of the tile that follows, which may belong to the next range: a thread mostly takes that up, too.
+template <std::size_t kTile>
+inline TileRows keys_after(const AttendTask& task, const Tile& tile) noexcept {
+  TileRows next;
+  const bool is_last = tile.first_age + kTile >= task.end_age;
+  next.bytes = is_last ? 0 : task.k.row_bytes;
+  for (std::size_t t = 0; t < kTile; ++t) {
+    const std::size_t slot = tile.slots[t] + kTile;
+    next.at[t] = is_last ? nullptr : row_of(task.k, slot < task.capacity ? slot : slot - task.capacity);
+  }
+  return next;
+}
+
+/// The norms of a tile's keys or values.
+template <std::size_t kTile, std::size_t kBlocks>
+struct TileNorms {
+  TileNorms(const HeadRows& side, const Tile& tile) noexcept {
+    for (std::size_t b = 0; b < kBlocks; ++b) {
+      const float* norms = side.norms + tile.slots[0] * kBlocks + b;
+      if (tile.in_sequence) {
+        for (std::size_t t = 0; t < kTile; ++t) of_block[b][t] = norms[t * kBlocks];
+      } else {
+        for (std::size_t t = 0; t < kTile; ++t) of_block[b][t] = side.norms[tile.slots[t] * kBlocks + b];
+      }
+    }
+  }
+  alignas(64) float of_block[kBlocks][kTile];
 };
 
 /// The keys of a tile that one row sees: end is not.
@@ -72,9 +122,7 @@ inline double masked_maximum(const AttendTask& task, std::size_t r, const Tile& 
     const Doubles scores = load_as<Doubles>(row.scores + t);
     maxima = scores > maxima ? scores : maxima;
   }
-  double max = maxima[0];
-  for (std::size_t i = 1; i < kDoubles; ++i) max = maxima[i] > max ? maxima[i] : max;
-  return max;
+  return max_of_lanes(maxima);
 }
 
 /// Turns scaled scores into weights, and every row's maximum and sum into those that include them.
@@ -97,12 +145,9 @@ void update_softmax(const AttendTask& task, const Tile& tile) noexcept {
     for (std::size_t i = 0; i < rows; ++i) {
       RowScratch& row = task.scratch[first + i];
       const double max = task.max[first + i] > -static_cast<double>(INFINITY) ? task.max[first + i] : 0.0;
-      for (std::size_t t = 0; t < kTile; t += kDoubles) {
-        store(row.weights + t, __builtin_convertvector(load_as<Doubles>(row.scores + t) - max, DoublesAsFloats));
-      }
       sums[i] = Vec{};
       for (std::size_t t = 0; t < kTile; t += kLanes) {
-        const Vec weights = exp_of_negative(load(row.weights + t));
+        const Vec weights = exp_of_negative(differences(row.scores + t, max));
         store(row.weights + t, weights);
         sums[i] += weights;
       }
@@ -144,11 +189,14 @@ void attend_range(const AttendTask& task) noexcept {
   for (std::size_t done = 0; done < task.count; done += Path::kTile) {
     tile.first_age = task.first_age + done;
     tile.count = task.count - done < Path::kTile ? task.count - done : Path::kTile;
-    for (std::size_t t = 0; t < tile.count; ++t) {
-      tile.slots[t] = slot;
-      slot = slot + 1 == task.capacity ? 0 : slot + 1;
+    // Those that end before the ring does follow each other.
+    const std::size_t before_wrap = task.capacity - slot;
+    tile.in_sequence = tile.count == Path::kTile && before_wrap >= Path::kTile;
+    for (std::size_t t = 0; t < Path::kTile; ++t) {
+      const std::size_t key = t < tile.count ? t : tile.count - 1;
+      tile.slots[t] = key < before_wrap ? slot + key : key - before_wrap;
     }
-    for (std::size_t t = tile.count; t < kAttendTile; ++t) tile.slots[t] = tile.slots[tile.count - 1];
+    slot = tile.count < before_wrap ? slot + tile.count : tile.count - before_wrap;
     path.score(tile);
     update_softmax<Path::kTile>(task, tile);
     path.accumulate(tile);

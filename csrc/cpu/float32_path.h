@@ -49,7 +49,7 @@ template <std::size_t kHeadDim, unsigned kHighBits>
 void decode_planes(const HeadRows& side, const Tile& tile, float* rows) noexcept {
   for (std::size_t t = 0; t < tile.count; ++t) {
     std::uint32_t codes[kHeadDim / 4];
-    join_planes<kHeadDim, kHighBits>(side.codes + tile.slots[t] * side.row_bytes, codes);
+    join_planes<kHeadDim, kHighBits>(row_of(side, tile.slots[t]), codes);
     look_up<kHeadDim>(reinterpret_cast<const std::uint8_t*>(codes), side.levels, rows + t * kHeadDim);
   }
 }
@@ -65,7 +65,7 @@ struct ScalarDecoder {
         return decode_planes<kHeadDim, 2>(side, tile, rows);
       default:
         for (std::size_t t = 0; t < tile.count; ++t) {
-          look_up<kHeadDim>(side.codes + tile.slots[t] * side.row_bytes, side.levels, rows + t * kHeadDim);
+          look_up<kHeadDim>(row_of(side, tile.slots[t]), side.levels, rows + t * kHeadDim);
         }
     }
   }
@@ -107,18 +107,15 @@ class Float32Path {
   explicit Float32Path(const AttendTask& task) noexcept : task_(task) {}
 
   void score(const Tile& tile) noexcept {
-    for (std::size_t t = 0; t < tile.count; ++t) prefetch(task_.v, tile.slots[t]);
+    const TileRows values = rows_of<kTile>(task_.v, tile);
+    for (std::size_t t = 0; t < tile.count; ++t) values.prefetch(t);
     Decoder::decode(task_.k, tile, rows_);
     for_each_group<2>(task_.rows, [&](auto rows, std::size_t r) { score_rows<decltype(rows)::value>(tile, r); });
   }
 
   void accumulate(const Tile& tile) noexcept {
-    if (tile.first_age + kTile < task_.first_age + task_.count) {
-      for (std::size_t t = 0; t < kTile; ++t) {
-        const std::size_t slot = tile.slots[t] + kTile;
-        prefetch(task_.k, slot < task_.capacity ? slot : slot - task_.capacity);
-      }
-    }
+    const TileRows keys = keys_after<kTile>(task_, tile);
+    for (std::size_t t = 0; t < kTile; ++t) keys.prefetch(t);
     Decoder::decode(task_.v, tile, rows_);
     for_each_group<2>(task_.rows, [&](auto rows, std::size_t r) { accumulate_rows<decltype(rows)::value>(tile, r); });
   }
@@ -127,10 +124,6 @@ class Float32Path {
 
  private:
   static constexpr std::size_t kBlocks = kNormBlocks<kHeadDim>;
-
-  static void prefetch(const HeadRows& side, std::size_t slot) noexcept {
-    prefetch_row(side.codes + slot * side.row_bytes, side.row_bytes);
-  }
 
   /// Scaled scores of kRows rows from `r` on; those of keys that a row does not see mean nothing.
   template <std::size_t kRows>

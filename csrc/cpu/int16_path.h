@@ -84,8 +84,7 @@ void quantize_query(const float* q, std::size_t head_dim, std::int16_t* values, 
       store(values + first + j, __builtin_convertvector(value, ShortVec));
       total += value;
     }
-    std::int32_t sum = 0;
-    for (std::size_t i = 0; i < kLanes; ++i) sum += total[i];
+    const std::int32_t sum = sum_of_lanes(total);
     const std::int32_t parts = static_cast<std::int32_t>(block_dim > kDotPart ? block_dim / kDotPart : 1);
     const std::int32_t divisor = parts << kSumShift;
     units[first / block_dim] = static_cast<double>(unit) * divisor;
@@ -154,42 +153,28 @@ inline void multiply_key(const Key& key, const std::int16_t* q, std::size_t t, D
   }
 }
 
+template <std::size_t kHeadDim>
+using KeyNorms = TileNorms<kAttendTile, kNormBlocks<kHeadDim>>;
+
 /// Scores of `rows` rows from `r` on and kKeyGroup keys of a tile from `first` on, out of their dot products.
 template <std::size_t kHeadDim>
-inline void finish_scores(const AttendTask& task, const Tile& tile, std::size_t first, std::size_t r, std::size_t rows,
-                          const DotSums<kHeadDim>& dots) noexcept {
-  constexpr std::size_t kBlocks = kNormBlocks<kHeadDim>;
-  for (std::size_t b = 0; b < kBlocks; ++b) {
-    double norms[kKeyGroup];
-    for (std::size_t t = 0; t < kKeyGroup; ++t) {
-      norms[t] = static_cast<double>(task.k.norms[tile.slots[first + t] * kBlocks + b]);
-    }
+inline void finish_scores(const AttendTask& task, const KeyNorms<kHeadDim>& norms, std::size_t first, std::size_t r,
+                          std::size_t rows, const DotSums<kHeadDim>& dots) noexcept {
+  for (std::size_t b = 0; b < kNormBlocks<kHeadDim>; ++b) {
     for (std::size_t k = 0; k < rows; ++k) {
       const std::size_t at = (r + k) * kMaxNormBlocks + b;
       std::int32_t totals[kKeyGroup];
       add_across(dots.sums[b][k], totals);
       for (std::size_t t = 0; t < kKeyGroup; t += kDoubles) {
         const DoublesAsInts sums = load_as<DoublesAsInts>(totals + t) + task.q_int16.halves[at];
-        const Doubles share =
-            __builtin_convertvector(sums, Doubles) * task.q_int16.units[at] * load_as<Doubles>(norms + t);
+        const Doubles norm = __builtin_convertvector(load_as<DoublesAsFloats>(norms.of_block[b] + first + t), Doubles);
+        const Doubles share = __builtin_convertvector(sums, Doubles) * task.q_int16.units[at] * norm;
         double* scores = task.scratch[r + k].scores + first + t;
         store(scores, b == 0 ? share : load_as<Doubles>(scores) + share);
       }
     }
   }
 }
-
-/// The rows of a tile's keys or values.
-using Rows = const std::uint8_t* [kAttendTile];
-
-/// Rows that are needed next. They are asked for one by one between other work: a processor has room for a dozen
-/// requests, and stops at what goes beyond.
-struct Upcoming {
-  void prefetch(std::size_t t) const noexcept { prefetch_row(rows[t], bytes); }
-
-  const Rows& rows;
-  std::size_t bytes;  ///< of one row; 0 if nothing comes
-};
 
 /// Pairs of rows, of one chunk of columns: of every 16 columns, vector i has those from 4 * i on, as pairs.
 struct PairLevels {
@@ -203,17 +188,17 @@ struct CodedPairs {
     constexpr std::size_t kShare = kAttendTile * kChunk / kHeadDim, kPairs = kAttendTile / 2;
     const std::size_t first = chunk * kShare;
     for (std::size_t t = first + p * kShare / kPairs; t < first + (p + 1) * kShare / kPairs; ++t) upcoming.prefetch(t);
-    const Levels even = lookup.at(rows[2 * p], chunk);
-    const Levels odd = lookup.at(rows[2 * p + 1], chunk);
+    const Levels even = lookup.at(rows.at[2 * p], chunk);
+    const Levels odd = lookup.at(rows.at[2 * p + 1], chunk);
     PairLevels pair;
     interleave(even.first, odd.first, pair.vectors[0], pair.vectors[1]);
     interleave(even.second, odd.second, pair.vectors[2], pair.vectors[3]);
     return pair;
   }
   const RowLookup& lookup;
-  const Rows& rows;
+  const TileRows& rows;
   std::size_t chunk;
-  const Upcoming& upcoming;
+  const TileRows& upcoming;
 };
 
 struct DecodedPairs {
@@ -270,20 +255,20 @@ struct Format {
   using RowLookup = Lookup<kBits, kPlane, kHeadDim>;
 
   /// Scores of all rows and the kKeyGroup keys of a tile from `first` on.
-  static void score(const AttendTask& task, const Tile& tile, const Rows& keys, std::size_t first,
-                    const Upcoming& upcoming) noexcept {
+  static void score(const AttendTask& task, const KeyNorms<kHeadDim>& norms, const TileRows& keys, std::size_t first,
+                    const TileRows& upcoming) noexcept {
     const RowLookup lookup(*task.k.int16);
     // Memory for the queries ends on a whole group: see kQueryRows.
-    if (task.rows == 1) return score_fused<1>(task, tile, keys, first, lookup, upcoming);
-    if (task.rows == 2) return score_fused<2>(task, tile, keys, first, lookup, upcoming);
-    if (task.rows <= 4) return score_fused<4>(task, tile, keys, first, lookup, upcoming);
-    if (task.rows <= 8) return score_fused<8>(task, tile, keys, first, lookup, upcoming);
-    score_decoded(task, tile, keys, first, lookup, upcoming);
+    if (task.rows == 1) return score_fused<1>(task, norms, keys, first, lookup, upcoming);
+    if (task.rows == 2) return score_fused<2>(task, norms, keys, first, lookup, upcoming);
+    if (task.rows <= 4) return score_fused<4>(task, norms, keys, first, lookup, upcoming);
+    if (task.rows <= 8) return score_fused<8>(task, norms, keys, first, lookup, upcoming);
+    score_decoded(task, norms, keys, first, lookup, upcoming);
   }
 
   /// Adds weights * values of one chunk of columns to all rows' outputs.
-  static void add(const AttendTask& task, const Rows& values, std::size_t pairs, std::size_t chunk,
-                  const Upcoming& upcoming) noexcept {
+  static void add(const AttendTask& task, const TileRows& values, std::size_t pairs, std::size_t chunk,
+                  const TileRows& upcoming) noexcept {
     const RowLookup lookup(*task.v.int16);
     const CodedPairs<kHeadDim, RowLookup> coded{lookup, values, chunk, upcoming};
     if (task.rows == 1) return add_rows<kHeadDim, 1>(task, chunk, 0, pairs, coded);
@@ -297,19 +282,19 @@ struct Format {
 
  private:
   template <std::size_t kRows>
-  static void score_fused(const AttendTask& task, const Tile& tile, const Rows& keys, std::size_t first,
-                          const RowLookup& lookup, const Upcoming& upcoming) noexcept {
+  static void score_fused(const AttendTask& task, const KeyNorms<kHeadDim>& norms, const TileRows& keys,
+                          std::size_t first, const RowLookup& lookup, const TileRows& upcoming) noexcept {
     DotSums<kHeadDim> dots;
     for (std::size_t t = 0; t < kKeyGroup; ++t) {
       upcoming.prefetch(first + t);
-      const CodedRow<RowLookup> key{lookup, keys[first + t]};
+      const CodedRow<RowLookup> key{lookup, keys.at[first + t]};
       multiply_key<kHeadDim, kRows>(key, not_hoisted(task.q_int16.values), t, dots);
     }
-    finish_scores(task, tile, first, 0, task.rows, dots);
+    finish_scores(task, norms, first, 0, task.rows, dots);
   }
 
-  static void score_decoded(const AttendTask& task, const Tile& tile, const Rows& keys, std::size_t first,
-                            const RowLookup& lookup, const Upcoming& upcoming) noexcept {
+  static void score_decoded(const AttendTask& task, const KeyNorms<kHeadDim>& norms, const TileRows& keys,
+                            std::size_t first, const RowLookup& lookup, const TileRows& upcoming) noexcept {
     alignas(64) std::int16_t levels[kKeyGroup][kHeadDim];
     for (std::size_t t = 0; t < kKeyGroup; ++t) {
       upcoming.prefetch(first + t);
@@ -317,7 +302,7 @@ struct Format {
       for (std::size_t part = 0; part < kHeadDim; part += kPartDim<kHeadDim>) {
 #pragma GCC unroll 8
         for (std::size_t j = part; j < part + kPartDim<kHeadDim>; j += kChunk) {
-          const Levels looked_up = lookup.at(keys[first + t], j / kChunk);
+          const Levels looked_up = lookup.at(keys.at[first + t], j / kChunk);
           store(levels[t] + j, looked_up.first);
           store(levels[t] + j + kChunk / 2, looked_up.second);
         }
@@ -329,7 +314,7 @@ struct Format {
       for (std::size_t t = 0; t < kKeyGroup; ++t) {
         multiply_key<kHeadDim, kQueryRows>(DecodedRow{levels[t]}, not_hoisted(q), t, dots);
       }
-      finish_scores(task, tile, first, r, task.rows - r < kQueryRows ? task.rows - r : kQueryRows, dots);
+      finish_scores(task, norms, first, r, task.rows - r < kQueryRows ? task.rows - r : kQueryRows, dots);
     }
   }
 };
@@ -338,8 +323,8 @@ template <std::size_t kHeadDim>
 struct FormatCalls {
   template <unsigned kBits, bool kPlane>
   static constexpr FormatCalls of() noexcept {
-    using Rows = Format<kBits, kPlane, kHeadDim>;
-    return {Rows::score, Rows::add};
+    using Calls = Format<kBits, kPlane, kHeadDim>;
+    return {Calls::score, Calls::add};
   }
   static FormatCalls of(const HeadRows& side) noexcept {
     const bool plane = side.high_bits != 0;
@@ -348,10 +333,10 @@ struct FormatCalls {
     return of<8, false>();
   }
 
-  void (*score)(const AttendTask& task, const Tile& tile, const Rows& keys, std::size_t first,
-                const Upcoming& upcoming) noexcept;
-  void (*add)(const AttendTask& task, const Rows& values, std::size_t pairs, std::size_t chunk,
-              const Upcoming& upcoming) noexcept;
+  void (*score)(const AttendTask& task, const KeyNorms<kHeadDim>& norms, const TileRows& keys, std::size_t first,
+                const TileRows& upcoming) noexcept;
+  void (*add)(const AttendTask& task, const TileRows& values, std::size_t pairs, std::size_t chunk,
+              const TileRows& upcoming) noexcept;
 };
 
 template <std::size_t kHeadDim>
@@ -363,45 +348,32 @@ class Int16Path {
       : task_(task), k_(FormatCalls<kHeadDim>::of(task.k)), v_(FormatCalls<kHeadDim>::of(task.v)) {}
 
   void score(const Tile& tile) noexcept {
-    Rows keys;
-    for (std::size_t t = 0; t < kTile; ++t) {
-      keys[t] = row(task_.k, tile.slots[t]);
-      values_[t] = row(task_.v, tile.slots[t]);
+    const TileRows keys = rows_of<kTile>(task_.k, tile);
+    const KeyNorms<kHeadDim> norms(task_.k, tile);
+    values_ = rows_of<kTile>(task_.v, tile);
+    for (std::size_t first = 0; first < tile.count; first += kKeyGroup) {
+      k_.score(task_, norms, keys, first, values_);
     }
-    const Upcoming values{values_, task_.v.row_bytes};
-    for (std::size_t first = 0; first < tile.count; first += kKeyGroup) k_.score(task_, tile, keys, first, values);
   }
 
   void accumulate(const Tile& tile) noexcept {
     // Two pairs at a time: keys beyond the last have a weight of 0.
     const std::size_t pairs = (tile.count + 3) / 4 * 2;
     fix_weights(tile);
-    const bool is_last = tile.first_age + kTile >= task_.first_age + task_.count;
-    Rows next;
-    for (std::size_t t = 0; t < kTile; ++t) {
-      const std::size_t slot = tile.slots[t] + kTile;
-      next[t] = is_last ? nullptr : row(task_.k, slot < task_.capacity ? slot : slot - task_.capacity);
-    }
-    const Upcoming keys{next, is_last ? 0 : task_.k.row_bytes};
-    for (std::size_t chunk = 0; chunk < kHeadDim / kChunk; ++chunk) v_.add(task_, values_, pairs, chunk, keys);
+    const TileRows next = keys_after<kTile>(task_, tile);
+    for (std::size_t chunk = 0; chunk < kHeadDim / kChunk; ++chunk) v_.add(task_, values_, pairs, chunk, next);
   }
 
   void finish() noexcept { order_columns<kChunk>(task_.out, task_.rows * kHeadDim); }
 
  private:
-  static constexpr std::size_t kBlocks = kNormBlocks<kHeadDim>;
-  static const std::uint8_t* row(const HeadRows& side, std::size_t slot) noexcept {
-    return side.codes + slot * side.row_bytes;
-  }
-
   /// Puts weight * norm of every row into fixed point, block by block.
   void fix_weights(const Tile& tile) noexcept {
-    for (std::size_t b = 0; b < kBlocks; ++b) {
-      alignas(64) float norms[kTile];
-      for (std::size_t t = 0; t < kTile; ++t) norms[t] = task_.v.norms[tile.slots[t] * kBlocks + b] * task_.v_scale;
+    const TileNorms<kTile, kNormBlocks<kHeadDim>> norms(task_.v, tile);
+    for (std::size_t b = 0; b < kNormBlocks<kHeadDim>; ++b) {
       for (std::size_t first = 0; first < task_.rows; first += kLanes) {
         const std::size_t rows = task_.rows - first < kLanes ? task_.rows - first : kLanes;
-        fix_rows(task_.scratch + first, task_.seen + first, rows, b, norms, tile);
+        fix_rows(task_.scratch + first, task_.seen + first, rows, b, norms.of_block[b], tile);
       }
     }
   }
@@ -413,7 +385,7 @@ class Int16Path {
     Vec sums[kLanes], largest[kLanes];
     for (std::size_t r = 0; r < count; ++r) {
       for (std::size_t t = 0; t < kTile; t += kLanes) {
-        store(weights[r] + t, load(rows[r].weights + t) * load(norms + t));
+        store(weights[r] + t, load(rows[r].weights + t) * (load(norms + t) * task_.v_scale));
       }
       // 0 times a norm that is not finite is no 0.
       const Span seen = seen_of(ranges[r], tile);
@@ -446,16 +418,14 @@ class Int16Path {
         store(rows[r].fixed_weights[b] + t, __builtin_convertvector(fixed, ShortVec));
         sum += fixed;
       }
-      std::int32_t half = 0;
-      for (std::size_t i = 0; i < kLanes; ++i) half += sum[i] / 2;
-      rows[r].halves[b] = half;
+      rows[r].halves[b] = sum_of_lanes(sum) / 2;
       rows[r].fixed_units[b] = units[r] * static_cast<float>(task_.v.int16->unit);
     }
   }
 
   const AttendTask& task_;
   FormatCalls<kHeadDim> k_, v_;
-  Rows values_;
+  TileRows values_;
 };
 
 void attend_int16(const AttendTask& task) noexcept {

@@ -7,6 +7,11 @@
 #include <cstddef>
 #include <cstdint>
 
+// Where the extension has no good way to put vectors together.
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 namespace tq_hb {
 namespace {
 
@@ -44,13 +49,43 @@ inline void store(T* target, V vec) noexcept {
   __builtin_memcpy(target, &vec, sizeof(vec));
 }
 
-inline float sum_of_lanes(Vec vec) noexcept {
-  float lanes[kLanes];
-  store(lanes, vec);
-  for (std::size_t half = kLanes / 2; half > 0; half /= 2) {
-    for (std::size_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+/// As many doubles as a vector has floats, less the same value each.
+inline Vec differences(const double* doubles, double subtrahend) noexcept {
+  const auto part = [&](std::size_t i) {
+    return __builtin_convertvector(load_as<Doubles>(doubles + i) - subtrahend, DoublesAsFloats);
+  };
+#if defined(__AVX512F__)
+  return _mm512_insertf32x8(_mm512_castps256_ps512(part(0)), part(kDoubles), 1);
+#elif defined(__AVX__)
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(part(0)), part(kDoubles), 1);
+#else
+  return part(0);
+#endif
+}
+
+template <class T, std::size_t kCount>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kCount * sizeof(T))));
+};
+
+/// Joins the halves of a vector until one value is left.
+template <class T, std::size_t kCount, class Join>
+inline T fold_lanes(typename VectorOf<T, kCount>::type vec, const Join& join) noexcept {
+  if constexpr (kCount == 2) {
+    return join(vec[0], vec[1]);
+  } else {
+    using Half = typename VectorOf<T, kCount / 2>::type;
+    const T* lanes = reinterpret_cast<const T*>(&vec);
+    return fold_lanes<T, kCount / 2>(join(load_as<Half>(lanes), load_as<Half>(lanes + kCount / 2)), join);
   }
-  return lanes[0];
+}
+
+inline float sum_of_lanes(Vec vec) noexcept {
+  return fold_lanes<float, kLanes>(vec, [](auto a, auto b) { return a + b; });
+}
+
+inline std::int32_t sum_of_lanes(IntVec vec) noexcept {
+  return fold_lanes<std::int32_t, kLanes>(vec, [](auto a, auto b) { return a + b; });
 }
 
 inline Vec max(Vec a, Vec b) noexcept {
@@ -58,12 +93,11 @@ inline Vec max(Vec a, Vec b) noexcept {
 }
 
 inline float max_of_lanes(Vec vec) noexcept {
-  float lanes[kLanes];
-  store(lanes, vec);
-  for (std::size_t half = kLanes / 2; half > 0; half /= 2) {
-    for (std::size_t j = 0; j < half; ++j) lanes[j] = lanes[j] > lanes[j + half] ? lanes[j] : lanes[j + half];
-  }
-  return lanes[0];
+  return fold_lanes<float, kLanes>(vec, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+inline double max_of_lanes(Doubles vec) noexcept {
+  return fold_lanes<double, kDoubles>(vec, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 inline Vec magnitude(Vec x) noexcept {
