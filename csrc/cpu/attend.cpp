@@ -21,7 +21,7 @@ namespace {
 constexpr std::size_t kMinRange = 128;
 constexpr std::size_t kMaxRange = 1024;
 // Enough units of work for many threads to share evenly, few enough that merging them costs nothing.
-constexpr std::size_t kTargetUnits = 64;
+constexpr std::size_t kTargetUnits = 32;
 // Queries that share the decoding of a key. Scratch is kept for these alone, however many there are in all.
 constexpr std::size_t kQueryBlock = 8;
 // Keeps sums of 2^24 values whose norms are as large as float32 goes finite; undone when they are divided.
