@@ -34,23 +34,27 @@ std::size_t range_length(std::size_t visible, std::size_t num_kv_heads) {
   return (clamped + kAttendTile - 1) / kAttendTile * kAttendTile;
 }
 
-struct LevelTable {
-  explicit LevelTable(const Codebook& codebook) {
-    for (unsigned code = 0; code < 256; ++code) levels[code] = codebook.levels[code & (codebook.num_levels() - 1)];
+LevelTable make_level_table(const Codebook& codebook) {
+  LevelTable table;
+  for (unsigned code = 0; code < 256; ++code) {
+    table.levels[code] = codebook.levels[code & (codebook.num_levels() - 1)];
+    std::uint32_t bits;
+    std::memcpy(&bits, &table.levels[code], sizeof(bits));
+    for (unsigned i = 0; i < sizeof(bits); ++i)
+      table.bytes[i][code] = static_cast<std::uint8_t>(bits >> (8 * i) & 0xff);
   }
-  alignas(64) float levels[256];
-};
+  return table;
+}
 
-/// The codebook repeated over all 256 byte values: indices above its width wrap.
-const float* repeated_levels(const Codebook& codebook) {
+const LevelTable& level_table(const Codebook& codebook) {
   static SpecCache<const Codebook*, LevelTable> cache;
-  return cache.get(&codebook, [&] { return LevelTable(codebook); }).levels;
+  return cache.get(&codebook, [&] { return make_level_table(codebook); });
 }
 
 /// K or V of all heads.
 struct Side {
   Side(const Buffer& packed, const Buffer& norms_in, const Codebook& codebook, const AttendOp& op)
-      : levels(repeated_levels(codebook)),
+      : levels(level_table(codebook)),
         codes(packed.data<const std::uint8_t>()),
         norms(norms_in.data<const float>()),
         capacity(op.args.kv_capacity),
@@ -62,10 +66,10 @@ struct Side {
 
   HeadRows head(std::size_t kv_head) const {
     const std::size_t first = kv_head * capacity;
-    return {codes + first * bytes, norms + first * norms_per_row(head_dim), levels, bytes, high_bits, cbits, &int16};
+    return {codes + first * bytes, norms + first * norms_per_row(head_dim), &levels, bytes, high_bits, cbits, &int16};
   }
 
-  const float* levels;
+  const LevelTable& levels;
   const std::uint8_t* codes;
   const float* norms;
   std::size_t capacity, head_dim, bytes;

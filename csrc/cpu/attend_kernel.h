@@ -41,11 +41,17 @@ struct Int16Levels {
   Int16Parabolas parabolas;  ///< where a code has 8 bits
 };
 
+/// A codebook in float32, repeated over all values of a byte: indices above its width wrap.
+struct LevelTable {
+  alignas(64) float levels[256];
+  alignas(64) std::uint8_t bytes[sizeof(float)][256];  ///< of the levels, the lowest first
+};
+
 /// K or V of one KV head.
 struct HeadRows {
   const std::uint8_t* codes;  ///< [capacity][row_bytes]
   const float* norms;         ///< [capacity][norms per row]
-  const float* levels;        ///< 256 entries: the codebook repeated, so a code needs no mask
+  const LevelTable* levels;   ///< read by attend alone
   std::size_t row_bytes;
   unsigned high_bits;        ///< width of the high plane: 1 or 2, or 0 where a code is a byte
   unsigned cbits;            ///< width of a code

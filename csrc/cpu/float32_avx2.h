@@ -28,15 +28,7 @@ inline FloatLevels join_floats(const __m256i (&bytes)[4]) noexcept {
 template <unsigned kBits, bool kPlane, std::size_t kHeadDim>
 class FloatLookup {
  public:
-  explicit FloatLookup(const float* levels) noexcept {
-    for (std::size_t i = 0; i < kTables * 16; ++i) {
-      std::uint8_t bytes[4];
-      __builtin_memcpy(bytes, levels + i, sizeof(bytes));
-      for (std::size_t plane = 0; plane < 4; ++plane) {
-        tables_[plane][i / 16][i % 16] = tables_[plane][i / 16][16 + i % 16] = bytes[plane];
-      }
-    }
-  }
+  explicit FloatLookup(const LevelTable& levels) noexcept : levels_(levels) {}
 
   FloatLevels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
     const Codes codes = CodeReader<kBits, kPlane, kHeadDim>::at(row, chunk);
@@ -50,21 +42,20 @@ class FloatLookup {
   }
 
  private:
-  static constexpr std::size_t kTables = std::size_t{1} << (kBits - 5);
-
   __m256i entry(std::size_t plane, std::size_t table, __m256i index) const noexcept {
-    return _mm256_shuffle_epi8(_mm256_load_si256(reinterpret_cast<const __m256i*>(tables_[plane][table])), index);
+    const auto* levels = reinterpret_cast<const __m128i*>(levels_.bytes[plane] + 16 * table);
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(levels)), index);
   }
 
   __m256i byte_of(std::size_t plane, __m256i index, __m256i choice) const noexcept {
-    if constexpr (kTables == 1) {
+    if constexpr (kBits == 5) {
       return entry(plane, 0, index);
     } else {
       return _mm256_blendv_epi8(entry(plane, 0, index), entry(plane, 1, index), choice);
     }
   }
 
-  alignas(32) std::uint8_t tables_[4][kTables][32];
+  const LevelTable& levels_;
 };
 
 }  // namespace

@@ -29,9 +29,9 @@ struct ByteTableDecoder {
 
   template <unsigned kBits, bool kPlane>
   static void decode_as(const HeadRows& side, const Tile& tile, float* rows) noexcept {
-    const FloatLookup<kBits, kPlane, kHeadDim> lookup(side.levels);
+    const FloatLookup<kBits, kPlane, kHeadDim> lookup(*side.levels);
     for (std::size_t t = 0; t < tile.count; ++t) {
-      const std::uint8_t* row = side.codes + tile.slots[t] * side.row_bytes;
+      const std::uint8_t* row = row_of(side, tile.slots[t]);
       float* out = rows + t * kHeadDim;
 #pragma GCC unroll 1
       for (std::size_t part = 0; part < kHeadDim; part += kPart) {
@@ -48,11 +48,11 @@ struct ByteTableDecoder {
   /// One level after the other, into the same places.
   static void decode_one_by_one(const HeadRows& side, const Tile& tile, float* rows) noexcept {
     for (std::size_t t = 0; t < tile.count; ++t) {
-      const std::uint8_t* row = side.codes + tile.slots[t] * side.row_bytes;
+      const std::uint8_t* row = row_of(side, tile.slots[t]);
       float* out = rows + t * kHeadDim;
       for (std::size_t chunk = 0; chunk < kHeadDim; chunk += kChunk) {
 #pragma GCC unroll 64
-        for (std::size_t j = 0; j < kChunk; ++j) out[chunk + place_of_level(j)] = side.levels[row[chunk + j]];
+        for (std::size_t j = 0; j < kChunk; ++j) out[chunk + place_of_level(j)] = side.levels->levels[row[chunk + j]];
       }
     }
   }

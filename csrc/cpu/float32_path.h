@@ -50,7 +50,7 @@ void decode_planes(const HeadRows& side, const Tile& tile, float* rows) noexcept
   for (std::size_t t = 0; t < tile.count; ++t) {
     std::uint32_t codes[kHeadDim / 4];
     join_planes<kHeadDim, kHighBits>(row_of(side, tile.slots[t]), codes);
-    look_up<kHeadDim>(reinterpret_cast<const std::uint8_t*>(codes), side.levels, rows + t * kHeadDim);
+    look_up<kHeadDim>(reinterpret_cast<const std::uint8_t*>(codes), side.levels->levels, rows + t * kHeadDim);
   }
 }
 
@@ -65,20 +65,23 @@ struct ScalarDecoder {
         return decode_planes<kHeadDim, 2>(side, tile, rows);
       default:
         for (std::size_t t = 0; t < tile.count; ++t) {
-          look_up<kHeadDim>(row_of(side, tile.slots[t]), side.levels, rows + t * kHeadDim);
+          look_up<kHeadDim>(row_of(side, tile.slots[t]), side.levels->levels, rows + t * kHeadDim);
         }
     }
   }
   static void order(float*, std::size_t) noexcept {}
 };
 
+/// Rows that share the loads of keys and values: as many as have their sums in registers.
+constexpr std::size_t kSharingRows = kLanes == 16 ? 4 : 2;
+
 /// Adds norm * dot(query, key) over one norm block to the scores of kRows rows and kKeys keys.
 ///
 /// Each pair has one accumulator, so its bits do not depend on what it shares a block with.
 template <std::size_t kHeadDim, std::size_t kRows, std::size_t kKeys>
-inline void score_block(const float* q, const float* keys, const float* const* norms, double* const* scores,
+inline void score_block(const float* q, const float* keys, const float* norms, double* const* scores,
                         std::size_t first) noexcept {
-  Vec sums[kRows][kKeys] = {};
+  Vec sums[kRows * kKeys] = {};
   for (std::size_t i = 0; i < kBlockDim<kHeadDim>; i += kLanes) {
     Vec key[kKeys];
 #pragma GCC unroll 8
@@ -87,14 +90,22 @@ inline void score_block(const float* q, const float* keys, const float* const* n
     for (std::size_t r = 0; r < kRows; ++r) {
       const Vec query = load(q + r * kHeadDim + i);
 #pragma GCC unroll 8
-      for (std::size_t k = 0; k < kKeys; ++k) sums[r][k] += query * key[k];
+      for (std::size_t k = 0; k < kKeys; ++k) sums[r * kKeys + k] += query * key[k];
     }
+  }
+  float totals[kRows * kKeys];
+  if constexpr (kRows * kKeys % kLanes == 0) {
+#pragma GCC unroll 8
+    for (std::size_t i = 0; i < kRows * kKeys; i += kLanes) store(totals + i, sums_of_lanes(sums + i));
+  } else {
+#pragma GCC unroll 8
+    for (std::size_t i = 0; i < kRows * kKeys; ++i) totals[i] = sum_of_lanes(sums[i]);
   }
 #pragma GCC unroll 8
   for (std::size_t r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (std::size_t k = 0; k < kKeys; ++k) {
-      scores[r][first + k] += static_cast<double>(sum_of_lanes(sums[r][k])) * static_cast<double>(*norms[k]);
+      scores[r][first + k] += static_cast<double>(totals[r * kKeys + k]) * static_cast<double>(norms[k]);
     }
   }
 }
@@ -110,14 +121,17 @@ class Float32Path {
     const TileRows values = rows_of<kTile>(task_.v, tile);
     for (std::size_t t = 0; t < tile.count; ++t) values.prefetch(t);
     Decoder::decode(task_.k, tile, rows_);
-    for_each_group<2>(task_.rows, [&](auto rows, std::size_t r) { score_rows<decltype(rows)::value>(tile, r); });
+    const TileNorms<kTile, kBlocks> norms(task_.k, tile);
+    for_each_group<kSharingRows>(task_.rows,
+                                 [&](auto rows, std::size_t r) { score_rows<decltype(rows)::value>(tile, norms, r); });
   }
 
   void accumulate(const Tile& tile) noexcept {
     const TileRows keys = keys_after<kTile>(task_, tile);
     for (std::size_t t = 0; t < kTile; ++t) keys.prefetch(t);
     Decoder::decode(task_.v, tile, rows_);
-    for_each_group<2>(task_.rows, [&](auto rows, std::size_t r) { accumulate_rows<decltype(rows)::value>(tile, r); });
+    for_each_group<kSharingRows>(task_.rows,
+                                 [&](auto rows, std::size_t r) { accumulate_rows<decltype(rows)::value>(tile, r); });
   }
 
   void finish() noexcept { Decoder::order(task_.out, task_.rows * kHeadDim); }
@@ -127,7 +141,7 @@ class Float32Path {
 
   /// Scaled scores of kRows rows from `r` on; those of keys that a row does not see mean nothing.
   template <std::size_t kRows>
-  void score_rows(const Tile& tile, std::size_t r) noexcept {
+  void score_rows(const Tile& tile, const TileNorms<kTile, kBlocks>& key_norms, std::size_t r) noexcept {
     constexpr std::size_t kKeys = 4;
     double* scores[kRows];
     for (std::size_t i = 0; i < kRows; ++i) {
@@ -135,8 +149,7 @@ class Float32Path {
       for (std::size_t t = 0; t < kTile; ++t) scores[i][t] = 0.0;
     }
     for (std::size_t b = 0; b < kBlocks; ++b) {
-      const float* norms[kTile];
-      for (std::size_t t = 0; t < tile.count; ++t) norms[t] = task_.k.norms + tile.slots[t] * kBlocks + b;
+      const float* norms = key_norms.of_block[b];
       const float* q = task_.q + r * kHeadDim + b * kBlockDim<kHeadDim>;
       const float* keys = rows_ + b * kBlockDim<kHeadDim>;
       std::size_t t = 0;

@@ -29,13 +29,7 @@ inline FloatLevels join_floats(const __m512i (&bytes)[4]) noexcept {
 template <unsigned kBits, bool kPlane, std::size_t kHeadDim>
 class FloatLookup {
  public:
-  explicit FloatLookup(const float* levels) noexcept {
-    for (std::size_t i = 0; i < kTables * 64; ++i) {
-      std::uint8_t bytes[4];
-      __builtin_memcpy(bytes, levels + i, sizeof(bytes));
-      for (std::size_t plane = 0; plane < 4; ++plane) tables_[plane][i] = bytes[plane];
-    }
-  }
+  explicit FloatLookup(const LevelTable& levels) noexcept : levels_(levels) {}
 
   FloatLevels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
     const __m512i codes = CodeReader<kBits, kPlane, kHeadDim>::at(row, chunk);
@@ -56,13 +50,11 @@ class FloatLookup {
   }
 
  private:
-  static constexpr std::size_t kTables = kBits < 8 ? 1 : 2;
-
   __m512i table(std::size_t plane, std::size_t first) const noexcept {
-    return _mm512_load_si512(tables_[plane] + first);
+    return _mm512_load_si512(levels_.bytes[plane] + first);
   }
 
-  alignas(64) std::uint8_t tables_[4][kTables * 64];
+  const LevelTable& levels_;
 };
 
 }  // namespace
