@@ -72,40 +72,41 @@ struct ScalarDecoder {
   static void order(float*, std::size_t) noexcept {}
 };
 
-/// Rows that share the loads of keys and values: as many as have their sums in registers.
-constexpr std::size_t kSharingRows = kLanes == 16 ? 4 : 2;
+// Sums that are in registers at once, of some rows and some keys or columns: of 16 vectors, or of 8 where there are 16
+// registers in all.
+constexpr std::size_t kSums = kLanes == 16 ? 16 : 8;
+constexpr std::size_t kSharingRows = kSums / 4;
 
-/// Adds norm * dot(query, key) over one norm block to the scores of kRows rows and kKeys keys.
+/// Scores of kRows rows and of kKeys keys from `first` on over one norm block, not yet scaled: norm * dot(query, key).
+/// They are added to those of the block before.
 ///
 /// Each pair has one accumulator, so its bits do not depend on what it shares a block with.
 template <std::size_t kHeadDim, std::size_t kRows, std::size_t kKeys>
-inline void score_block(const float* q, const float* keys, const float* norms, double* const* scores,
+inline void score_block(const float* q, const float* keys, const float* norms, bool is_first_block, RowScratch* rows,
                         std::size_t first) noexcept {
   Vec sums[kRows * kKeys] = {};
   for (std::size_t i = 0; i < kBlockDim<kHeadDim>; i += kLanes) {
     Vec key[kKeys];
-#pragma GCC unroll 8
-    for (std::size_t k = 0; k < kKeys; ++k) key[k] = load(keys + k * kHeadDim + i);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
+    for (std::size_t k = 0; k < kKeys; ++k) key[k] = load(keys + (first + k) * kHeadDim + i);
+#pragma GCC unroll 4
     for (std::size_t r = 0; r < kRows; ++r) {
       const Vec query = load(q + r * kHeadDim + i);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (std::size_t k = 0; k < kKeys; ++k) sums[r * kKeys + k] += query * key[k];
     }
   }
   float totals[kRows * kKeys];
-  if constexpr (kRows * kKeys % kLanes == 0) {
-#pragma GCC unroll 8
-    for (std::size_t i = 0; i < kRows * kKeys; i += kLanes) store(totals + i, sums_of_lanes(sums + i));
-  } else {
-#pragma GCC unroll 8
-    for (std::size_t i = 0; i < kRows * kKeys; ++i) totals[i] = sum_of_lanes(sums[i]);
-  }
-#pragma GCC unroll 8
+#pragma GCC unroll 4
+  for (std::size_t i = 0; i < kRows * kKeys; i += kLanes) store(totals + i, sums_of_lanes(sums + i));
+#pragma GCC unroll 4
   for (std::size_t r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (std::size_t k = 0; k < kKeys; ++k) {
-      scores[r][first + k] += static_cast<double>(totals[r * kKeys + k]) * static_cast<double>(norms[k]);
+#pragma GCC unroll 4
+    for (std::size_t k = 0; k < kKeys; k += 4) {
+      const Double4 total = __builtin_convertvector(load_as<Float4>(totals + r * kKeys + k), Double4);
+      const Double4 share = total * __builtin_convertvector(load_as<Float4>(norms + first + k), Double4);
+      double* scores = rows[r].scores + first + k;
+      store(scores, is_first_block ? share : load_as<Double4>(scores) + share);
     }
   }
 }
@@ -121,7 +122,7 @@ class Float32Path {
     const TileRows values = rows_of<kTile>(task_.v, tile);
     for (std::size_t t = 0; t < tile.count; ++t) values.prefetch(t);
     Decoder::decode(task_.k, tile, rows_);
-    const TileNorms<kTile, kBlocks> norms(task_.k, tile);
+    const Norms norms(task_.k, tile);
     for_each_group<kSharingRows>(task_.rows,
                                  [&](auto rows, std::size_t r) { score_rows<decltype(rows)::value>(tile, norms, r); });
   }
@@ -130,55 +131,52 @@ class Float32Path {
     const TileRows keys = keys_after<kTile>(task_, tile);
     for (std::size_t t = 0; t < kTile; ++t) keys.prefetch(t);
     Decoder::decode(task_.v, tile, rows_);
-    for_each_group<kSharingRows>(task_.rows,
-                                 [&](auto rows, std::size_t r) { accumulate_rows<decltype(rows)::value>(tile, r); });
+    const Norms norms(task_.v, tile);
+    for_each_group<kSharingRows>(
+        task_.rows, [&](auto rows, std::size_t r) { accumulate_rows<decltype(rows)::value>(tile, norms, r); });
   }
 
   void finish() noexcept { Decoder::order(task_.out, task_.rows * kHeadDim); }
 
  private:
   static constexpr std::size_t kBlocks = kNormBlocks<kHeadDim>;
+  using Norms = TileNorms<kTile, kBlocks>;
 
-  /// Scaled scores of kRows rows from `r` on; those of keys that a row does not see mean nothing.
+  /// Scaled scores of kRows rows from `r` on; those of keys that a row does not see mean nothing, nor do keys beyond
+  /// the tile's last, of which there is what an earlier tile left.
   template <std::size_t kRows>
-  void score_rows(const Tile& tile, const TileNorms<kTile, kBlocks>& key_norms, std::size_t r) noexcept {
-    constexpr std::size_t kKeys = 4;
-    double* scores[kRows];
-    for (std::size_t i = 0; i < kRows; ++i) {
-      scores[i] = task_.scratch[r + i].scores;
-      for (std::size_t t = 0; t < kTile; ++t) scores[i][t] = 0.0;
-    }
+  void score_rows(const Tile& tile, const Norms& norms, std::size_t r) noexcept {
+    constexpr std::size_t kKeys = kSums / kRows;
     for (std::size_t b = 0; b < kBlocks; ++b) {
-      const float* norms = key_norms.of_block[b];
-      const float* q = task_.q + r * kHeadDim + b * kBlockDim<kHeadDim>;
-      const float* keys = rows_ + b * kBlockDim<kHeadDim>;
-      std::size_t t = 0;
-      for (; t + kKeys <= tile.count; t += kKeys) {
-        score_block<kHeadDim, kRows, kKeys>(q, keys + t * kHeadDim, norms + t, scores, t);
-      }
-      for (; t < tile.count; ++t) {
-        score_block<kHeadDim, kRows, 1>(q, keys + t * kHeadDim, norms + t, scores, t);
+      const std::size_t at = b * kBlockDim<kHeadDim>;
+      const float* q = task_.q + r * kHeadDim + at;
+      for (std::size_t t = 0; t < tile.count; t += kKeys) {
+        score_block<kHeadDim, kRows, kKeys>(q, rows_ + at, norms.of_block[b], b == 0, task_.scratch + r, t);
       }
     }
     for (std::size_t i = 0; i < kRows; ++i) {
-      for (std::size_t t = 0; t < tile.count; ++t) scores[i][t] *= task_.q_scale[r + i];
+      for (std::size_t t = 0; t < kTile; ++t) task_.scratch[r + i].scores[t] *= task_.q_scale[r + i];
     }
   }
 
   /// Adds weights * values to the outputs of kRows rows from `r` on, some columns in registers at a time.
   template <std::size_t kRows>
-  void accumulate_rows(const Tile& tile, std::size_t r) noexcept {
+  void accumulate_rows(const Tile& tile, const Norms& norms, std::size_t r) noexcept {
     constexpr std::size_t kColumns = 4;  // vectors
     constexpr std::size_t kDim = kBlockDim<kHeadDim>;
     static_assert(kDim % (kColumns * kLanes) == 0);
     float* out = task_.out + r * kHeadDim;
     for (std::size_t b = 0; b < kBlocks; ++b) {
-      float factors[kRows][kTile] = {};  // of 0 for a key that is not seen, whose norm is never read
+      alignas(64) float factors[kRows][kTile];
       for (std::size_t i = 0; i < kRows; ++i) {
+        for (std::size_t t = 0; t < kTile; t += kLanes) {
+          const Vec norm = load(norms.of_block[b] + t) * task_.v_scale;
+          store(factors[i] + t, load(task_.scratch[r + i].weights + t) * norm);
+        }
+        // 0 times a norm that is not finite is no 0.
         const Span seen = seen_of(task_.seen[r + i], tile);
-        for (std::size_t t = seen.begin; t < seen.end; ++t) {
-          const float norm = task_.v.norms[tile.slots[t] * kBlocks + b];
-          factors[i][t] = task_.scratch[r + i].weights[t] * (norm * task_.v_scale);
+        if (seen.begin > 0 || seen.end < kTile) {
+          fill_outside<kTile>(factors[i], seen.begin < seen.end ? seen : Span{kTile, kTile}, 0.0f);
         }
       }
       for (std::size_t j = b * kDim; j < (b + 1) * kDim; j += kColumns * kLanes) {

@@ -32,6 +32,7 @@ typedef double Doubles __attribute__((vector_size(kDoubles * sizeof(double))));
 typedef float DoublesAsFloats __attribute__((vector_size(kDoubles * sizeof(float))));
 typedef std::int32_t DoublesAsInts __attribute__((vector_size(kDoubles * sizeof(std::int32_t))));
 typedef float Float4 __attribute__((vector_size(4 * sizeof(float))));
+typedef double Double4 __attribute__((vector_size(4 * sizeof(double))));
 
 template <class V, class T>
 inline V load_as(const T* source) noexcept {
