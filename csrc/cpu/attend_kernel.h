@@ -118,6 +118,10 @@ struct IsaKernel {
 const IsaKernel& attend_kernel_portable() noexcept;
 #if defined(TQ_HB_HAVE_X86_KERNELS)
 const IsaKernel& attend_kernel_avx2() noexcept;
+#if defined(TQ_HB_HAVE_AVXVNNI_KERNELS)
+/// AVX2 and AVX-VNNI, which multiplies and adds at once: its results are those of AVX2.
+const IsaKernel& attend_kernel_avxvnni() noexcept;
+#endif
 /// With VBMI and VNNI.
 const IsaKernel& attend_kernel_avx512() noexcept;
 #elif defined(TQ_HB_HAVE_NEON_KERNELS)

@@ -1,4 +1,4 @@
-// The primitives of int16_path.h in AVX2. A table of bytes has 16 entries here, so the sign of a level is folded
+// The primitives of int16_path.h in AVX2, and with AVX-VNNI. A table of bytes has 16 entries here, so the sign of a level is folded
 // away first, and what is left of a code beyond 4 bits chooses between tables.
 #pragma once
 
@@ -27,7 +27,11 @@ inline void interleave(Sums a, Sums b, Sums& low, Sums& high) noexcept {
 }
 
 inline Sums add_products(Sums sums, Sums a, Sums b) noexcept {
+#if defined(__AVXVNNI__)
+  return _mm256_dpwssd_avx_epi32(sums, a, b);
+#else
   return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
+#endif
 }
 
 inline Sums add(Sums a, Sums b) noexcept {

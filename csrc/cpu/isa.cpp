@@ -2,10 +2,22 @@
 
 #include <atomic>
 
+#if defined(TQ_HB_HAVE_AVXVNNI_KERNELS)
+#include <cpuid.h>
+#endif
+
 #include "core/error.h"
 
 namespace tq_hb {
 namespace {
+
+#if defined(TQ_HB_HAVE_AVXVNNI_KERNELS)
+/// Compilers have different names for it, or none.
+bool has_avxvnni() noexcept {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & (1u << 4)) != 0;
+}
+#endif
 
 struct Isa {
   const IsaKernel* attend;
@@ -22,6 +34,9 @@ std::vector<Isa> find_available() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
   if (avx2) available.push_back({&attend_kernel_avx2(), encode_rows_avx2});
+#if defined(TQ_HB_HAVE_AVXVNNI_KERNELS)
+  if (avx2 && has_avxvnni()) available.push_back({&attend_kernel_avxvnni(), encode_rows_avx2});
+#endif
   if (avx512) available.push_back({&attend_kernel_avx512(), encode_rows_avx512});
 #elif defined(TQ_HB_HAVE_NEON_KERNELS)
   available.push_back({&attend_kernel_neon(), encode_rows_neon});

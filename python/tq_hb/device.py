@@ -375,12 +375,14 @@ def set_num_threads(n: int) -> None:
 
 
 def cpu_isa() -> str:
-    """Instruction set of the cpu backend's kernels: ``"portable"``, ``"avx2"``, ``"avx512"`` or ``"neon"``.
+    """Instruction set of the cpu backend's kernels.
+
+    ``"portable"``, ``"avx2"``, ``"avxvnni"``, ``"avx512"`` or ``"neon"``.
 
     The fastest that the processor has, unless ``TQ_HB_CPU_ISA`` names another.
 
     >>> import tq_hb
-    >>> tq_hb.cpu_isa() in ("portable", "avx2", "avx512", "neon")
+    >>> tq_hb.cpu_isa() in ("portable", "avx2", "avxvnni", "avx512", "neon")
     True
     """
     _apply_cpu_settings()

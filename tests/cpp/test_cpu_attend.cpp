@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <limits>
 #include <string>
 #include <vector>
@@ -192,6 +193,21 @@ TEST(CpuAttend, GivesTheSameBitsForBothPackings) {
         }
       }
     }
+  }
+}
+
+TEST(CpuAttend, GivesTheBitsOfAvx2WithAvxVnni) {
+  const std::vector<std::string> isas = cpu_isas();
+  if (std::find(isas.begin(), isas.end(), "avxvnni") == isas.end()) GTEST_SKIP() << "no AVX-VNNI here";
+  for (const unsigned bits : {5u, 6u, 8u}) {
+    CacheCase test(9, 1, 128, 77, bits, bits);
+    test.precision = Precision::kDefault;
+    std::vector<std::vector<float>> results;
+    for (const char* isa : {"avx2", "avxvnni"}) {
+      const ForcedIsa forced(isa);
+      results.push_back(test.attend());
+    }
+    EXPECT_EQ(results[0], results[1]) << bits;
   }
 }
 
