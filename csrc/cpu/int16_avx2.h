@@ -1,5 +1,5 @@
-// The primitives of int16_path.h in AVX2, and with AVX-VNNI. A table of bytes has 16 entries here, so the sign of a level is folded
-// away first, and what is left of a code beyond 4 bits chooses between tables.
+// The primitives of int16_path.h in AVX2, and with AVX-VNNI. A table of bytes has 16 entries here, so the sign of a
+// level is folded away first, and what is left of a code beyond 4 bits chooses between tables.
 #pragma once
 
 #include <immintrin.h>
