@@ -51,8 +51,14 @@ struct ByteTableDecoder {
       const std::uint8_t* row = row_of(side, tile.slots[t]);
       float* out = rows + t * kHeadDim;
       for (std::size_t chunk = 0; chunk < kHeadDim; chunk += kChunk) {
-#pragma GCC unroll 64
-        for (std::size_t j = 0; j < kChunk; ++j) out[chunk + place_of_level(j)] = side.levels->levels[row[chunk + j]];
+#pragma GCC unroll 8
+        for (std::size_t j = 0; j < kChunk; j += 8) {
+          const std::uint64_t eight = load_as<std::uint64_t>(row + chunk + j);
+#pragma GCC unroll 8
+          for (std::size_t i = 0; i < 8; ++i) {
+            out[chunk + place_of_level(j + i)] = side.levels->levels[(eight >> (8 * i)) & 0xff];
+          }
+        }
       }
     }
   }
