@@ -22,7 +22,7 @@ constexpr std::size_t kBlockDim = kHeadDim / kNormBlocks<kHeadDim>;
 /// Some consecutive keys. The slots beyond the last are its own, so that a path may work on more keys than there are.
 struct Tile {
   std::size_t slots[kAttendTile];
-  bool in_sequence;  ///< every slot is the one before it and 1
+  bool in_sequence;  ///< every slot follows the one before it
   std::size_t first_age;
   std::size_t count;
 };
