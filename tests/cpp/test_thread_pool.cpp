@@ -98,13 +98,13 @@ TEST(ThreadPool, CanBeResizedBetweenCalls) {
   }
 }
 
-// g++ and clang say it in different ways.
-#if defined(__has_feature)
+// g++ says it in one way, clang in another, and some g++ know the other as well.
+#if defined(__SANITIZE_THREAD__)
+#define TQ_UNDER_THREAD_SANITIZER
+#elif defined(__has_feature)
 #if __has_feature(thread_sanitizer)
 #define TQ_UNDER_THREAD_SANITIZER
 #endif
-#elif defined(__SANITIZE_THREAD__)
-#define TQ_UNDER_THREAD_SANITIZER
 #endif
 
 TEST(ThreadPool, AForkedChildGetsWorkersOfItsOwn) {
