@@ -40,8 +40,9 @@ LevelTable make_level_table(const Codebook& codebook) {
     table.levels[code] = codebook.levels[code & (codebook.num_levels() - 1)];
     std::uint32_t bits;
     std::memcpy(&bits, &table.levels[code], sizeof(bits));
-    for (unsigned i = 0; i < sizeof(bits); ++i)
+    for (unsigned i = 0; i < sizeof(bits); ++i) {
       table.bytes[i][code] = static_cast<std::uint8_t>(bits >> (8 * i) & 0xff);
+    }
   }
   return table;
 }

@@ -89,45 +89,50 @@ inline std::int32_t sum_of_lanes(IntVec vec) noexcept {
   return fold_lanes<std::int32_t, kLanes>(vec, [](auto a, auto b) { return a + b; });
 }
 
+#if defined(__AVX__)
+// Of vectors 0, 4, ... what is left of each in 128 bits when its halves have been added until it has no more.
 #if defined(__AVX512F__)
-/// sum_of_lanes of each of as many vectors as there are lanes, by the same additions: every step leaves half as many
-/// vectors, of which each has what is left of two. In the last each sum is in its place.
-inline Vec sums_of_lanes(const Vec* vectors) noexcept {
+inline Vec quads_of(const Vec* vectors) noexcept {
   const auto eights = [&](std::size_t i) {
     const Vec a = vectors[i], b = vectors[i + 4];
     return _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
   };
-  const auto fours = [&](std::size_t i) {
-    const Vec a = eights(i), b = eights(i + 8);
-    return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
-  };
-  const auto twos = [&](std::size_t i) {
-    const Vec a = fours(i), b = fours(i + 1);
-    return _mm512_shuffle_ps(a, b, 0x44) + _mm512_shuffle_ps(a, b, 0xee);
-  };
-  const Vec a = twos(0), b = twos(2);
-  return _mm512_shuffle_ps(a, b, 0x88) + _mm512_shuffle_ps(a, b, 0xdd);
+  const Vec a = eights(0), b = eights(8);
+  return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
 }
-#elif defined(__AVX__)
-inline Vec sums_of_lanes(const Vec* vectors) noexcept {
-  const auto fours = [&](std::size_t i) {
-    const Vec a = vectors[i], b = vectors[i + 4];
-    return _mm256_permute2f128_ps(a, b, 0x20) + _mm256_permute2f128_ps(a, b, 0x31);
-  };
-  const auto twos = [&](std::size_t i) {
-    const Vec a = fours(i), b = fours(i + 1);
-    return _mm256_shuffle_ps(a, b, 0x44) + _mm256_shuffle_ps(a, b, 0xee);
-  };
-  const Vec a = twos(0), b = twos(2);
-  return _mm256_shuffle_ps(a, b, 0x88) + _mm256_shuffle_ps(a, b, 0xdd);
+
+template <int kChoice>
+inline Vec shuffle_quads(Vec a, Vec b) noexcept {
+  return _mm512_shuffle_ps(a, b, kChoice);
 }
 #else
+inline Vec quads_of(const Vec* vectors) noexcept {
+  const Vec a = vectors[0], b = vectors[4];
+  return _mm256_permute2f128_ps(a, b, 0x20) + _mm256_permute2f128_ps(a, b, 0x31);
+}
+
+template <int kChoice>
+inline Vec shuffle_quads(Vec a, Vec b) noexcept {
+  return _mm256_shuffle_ps(a, b, kChoice);
+}
+#endif
+#endif
+
+/// sum_of_lanes of each of as many vectors as there are lanes, by the same additions.
 inline Vec sums_of_lanes(const Vec* vectors) noexcept {
+#if defined(__AVX__)
+  const auto pairs = [&](std::size_t i) {
+    const Vec a = quads_of(vectors + i), b = quads_of(vectors + i + 1);
+    return shuffle_quads<0x44>(a, b) + shuffle_quads<0xee>(a, b);
+  };
+  const Vec a = pairs(0), b = pairs(2);
+  return shuffle_quads<0x88>(a, b) + shuffle_quads<0xdd>(a, b);
+#else
   Vec sums;
   for (std::size_t i = 0; i < kLanes; ++i) sums[i] = sum_of_lanes(vectors[i]);
   return sums;
-}
 #endif
+}
 
 inline Vec max(Vec a, Vec b) noexcept {
   return a > b ? a : b;

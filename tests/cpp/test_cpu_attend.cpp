@@ -196,6 +196,27 @@ TEST(CpuAttend, GivesTheSameBitsForBothPackings) {
   }
 }
 
+/// Rows that share the loads of a key do not share its sums.
+TEST(CpuAttend, GivesAHeadTheSameStrictBitsInAnyGroup) {
+  for (const std::string& isa : cpu_isas()) {
+    const ForcedIsa forced(isa);
+    for (const unsigned head_dim : {64u, 512u}) {
+      CacheCase group(7, 1, head_dim, 45), alone(1, 1, head_dim, 45);
+      group.precision = alone.precision = Precision::kStrict;
+      alone.k_packed = group.k_packed;
+      alone.v_packed = group.v_packed;
+      alone.k_norms = group.k_norms;
+      alone.v_norms = group.v_norms;
+      const std::vector<float> all = group.attend();
+      for (std::size_t head = 0; head < 7; ++head) {
+        std::copy_n(group.q.data<float>() + head * head_dim, head_dim, alone.q.data<float>());
+        const auto first = all.begin() + static_cast<std::ptrdiff_t>(head * head_dim);
+        EXPECT_EQ(alone.attend(), std::vector<float>(first, first + head_dim)) << isa << ' ' << head_dim << ' ' << head;
+      }
+    }
+  }
+}
+
 TEST(CpuAttend, GivesTheBitsOfAvx2WithAvxVnni) {
   const std::vector<std::string> isas = cpu_isas();
   if (std::find(isas.begin(), isas.end(), "avxvnni") == isas.end()) GTEST_SKIP() << "no AVX-VNNI here";
