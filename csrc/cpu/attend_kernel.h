@@ -19,7 +19,7 @@ constexpr std::size_t kMaxNormBlocks = 2;
 ///
 ///   start[s] + part(slope[s] - part(bend[s], r), r),  where part(x, r) = floor(x * r / 8).
 ///
-/// The first levels are too far apart for that: those of kTabulated segments, whose slope and bend are 0.
+/// The first levels are too far apart for that: those of kTabulated segments, whose start, slope and bend are 0.
 struct Int16Parabolas {
   static constexpr std::size_t kSegments = 16, kSteps = 8, kTabulated = 2;
 

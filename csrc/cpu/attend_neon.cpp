@@ -1,14 +1,15 @@
-#include "core/codec.h"
-#include "cpu/float32_path.h"
+#include "cpu/float32_neon.h"
 #include "cpu/int16_neon.h"
-// Its primitives come first.
+// Their primitives come first.
+#include "cpu/float32_lookup.h"
 #include "cpu/int16_path.h"
+#include "cpu/rotation.h"
 
 namespace tq_hb {
 
 const IsaKernel& attend_kernel_neon() noexcept {
-  static const IsaKernel kernel{"neon",  rotate_row,   unrotate_row,  attend_in_float32<ScalarDecoder>,
-                                nullptr, attend_int16, quantize_query};
+  static const IsaKernel kernel{"neon",      rotate_in_vectors, unrotate_in_vectors, attend_float32,
+                                place_query, attend_int16,      quantize_query};
   return kernel;
 }
 

@@ -8,11 +8,7 @@ namespace tq_hb {
 namespace {
 
 /// Vectors that are transformed among each other in registers, with as many left for what that takes.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr std::size_t kRadix = 16;
-#else
-constexpr std::size_t kRadix = 8;
-#endif
+constexpr std::size_t kRadix = kRegisters / 2;
 
 /// Butterflies of strides 1, 2, ... kCount / 2.
 template <std::size_t kCount>

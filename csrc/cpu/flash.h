@@ -32,7 +32,6 @@ struct TileRows {
   /// Into the second cache level: rows a power of two apart share places in the first. Rows are asked for one by one
   /// between other work: a processor has room for a dozen requests, and stops at what goes beyond.
   void prefetch(std::size_t t) const noexcept {
-#pragma GCC unroll 8
     for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at[t] + i, 0, 2);
   }
 

@@ -72,9 +72,8 @@ struct ScalarDecoder {
   static void order(float*, std::size_t) noexcept {}
 };
 
-// Sums that are in registers at once, of some rows and some keys or columns: of 16 vectors, or of 8 where there are 16
-// registers in all.
-constexpr std::size_t kSums = kLanes == 16 ? 16 : 8;
+// Sums that are in registers at once, of some rows and some keys or columns.
+constexpr std::size_t kSums = kRegisters / 2;
 constexpr std::size_t kSharingRows = kSums / 4;
 
 /// Scores of kRows rows and of kKeys keys from `first` on over one norm block, not yet scaled: norm * dot(query, key).

@@ -40,9 +40,12 @@ class FloatLookup {
     } else {
       const __m512i sign = _mm512_movm_epi8(_mm512_movepi8_mask(codes));
       const __m512i index = _mm512_xor_si512(codes, sign);
+      // A second lookup under a mask takes fewer steps than one in two registers.
+      const __mmask64 in_second = _mm512_test_epi8_mask(index, _mm512_set1_epi8(64));
 #pragma GCC unroll 4
       for (std::size_t plane = 0; plane < 4; ++plane) {
-        bytes[plane] = _mm512_permutex2var_epi8(table(plane, 0), index, table(plane, 64));
+        const __m512i found = _mm512_permutexvar_epi8(index, table(plane, 0));
+        bytes[plane] = _mm512_mask_permutexvar_epi8(found, in_second, index, table(plane, 64));
       }
       bytes[3] = _mm512_xor_si512(bytes[3], _mm512_and_si512(sign, _mm512_set1_epi8(static_cast<char>(0x80))));
     }
@@ -55,6 +58,32 @@ class FloatLookup {
   }
 
   const LevelTable& levels_;
+};
+
+/// 32 levels fit into two registers: every lane's code is looked up as it is, with no bytes to join.
+template <bool kPlane, std::size_t kHeadDim>
+class FloatLookup<5, kPlane, kHeadDim> {
+ public:
+  explicit FloatLookup(const LevelTable& levels) noexcept
+      : low_(load(levels.levels)), high_(load(levels.levels + kLanes)) {}
+
+  FloatLevels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
+    const __m512i codes = _mm512_shuffle_epi8(CodeReader<5, kPlane, kHeadDim>::at(row, chunk), transposed());
+    FloatLevels levels;
+#pragma GCC unroll 4
+    for (unsigned i = 0; i < 4; ++i) {
+      levels.vectors[i] = _mm512_permutex2var_ps(low_, _mm512_srli_epi32(codes, 8 * i), high_);
+    }
+    return levels;
+  }
+
+ private:
+  /// Puts byte 4 * i + lane of every 16 where a shift by i bytes takes it to the lane's lowest.
+  static __m512i transposed() noexcept {
+    return _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  }
+
+  Vec low_, high_;
 };
 
 }  // namespace

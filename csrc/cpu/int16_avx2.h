@@ -21,9 +21,14 @@ struct Levels {
   Sums first, second;
 };
 
-inline void interleave(Sums a, Sums b, Sums& low, Sums& high) noexcept {
-  low = _mm256_unpacklo_epi16(a, b);
-  high = _mm256_unpackhi_epi16(a, b);
+/// Of two rows: of every 16 codes, vector i has the levels from 4 * i on, as pairs.
+struct PairLevels {
+  Sums vectors[4];
+};
+
+inline PairLevels interleave(Levels even, Levels odd) noexcept {
+  return {{_mm256_unpacklo_epi16(even.first, odd.first), _mm256_unpackhi_epi16(even.first, odd.first),
+           _mm256_unpacklo_epi16(even.second, odd.second), _mm256_unpackhi_epi16(even.second, odd.second)}};
 }
 
 inline Sums add_products(Sums sums, Sums a, Sums b) noexcept {
@@ -105,6 +110,11 @@ inline Halves look_up(const ByteTables& table, __m256i index) noexcept {
 /// b where the top bit of `choice` is set, else a.
 inline Halves choose(Halves a, Halves b, __m256i choice) noexcept {
   return {_mm256_blendv_epi8(a.low, b.low, choice), _mm256_blendv_epi8(a.high, b.high, choice)};
+}
+
+/// The one that is not 0.
+inline Halves either(Halves a, Halves b) noexcept {
+  return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)};
 }
 
 /// Gives levels the sign that was folded away, and joins their bytes.
@@ -203,6 +213,11 @@ class Lookup {
     }
   }
 
+  [[gnu::always_inline]] PairLevels pairs_at(const std::uint8_t* even, const std::uint8_t* odd,
+                                             std::size_t chunk) const noexcept {
+    return interleave(at(even, chunk), at(odd, chunk));
+  }
+
  private:
   ByteTables first_, second_;
 };
@@ -222,8 +237,9 @@ class Lookup<8, kPlane, kHeadDim> {
     const Codes codes = CodeReader<8, false, kHeadDim>::at(row, chunk);
     const __m256i index = _mm256_xor_si256(codes.low, codes.sign);
     const __m256i segment = _mm256_and_si256(_mm256_srli_epi16(index, 3), _mm256_set1_epi8(15));
-    const __m256i is_tabulated = _mm256_sub_epi8(index, _mm256_set1_epi8(kTabulatedLevels));
-    const Halves start = choose(look_up(start_, segment), look_up(tabulated_, index), is_tabulated);
+    // Nothing comes of an index with its top bit set, and the start of a tabulated segment is 0.
+    const __m256i in_table = _mm256_adds_epu8(index, _mm256_set1_epi8(static_cast<char>(0x80 - kTabulatedLevels)));
+    const Halves start = either(look_up(start_, segment), look_up(tabulated_, in_table));
     const Halves slope = look_up(slope_, segment);
     const __m256i bend = _mm256_shuffle_epi8(bend_, segment);
     const __m256i step = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(steps()), index);
@@ -235,8 +251,13 @@ class Lookup<8, kPlane, kHeadDim> {
                   _mm256_unpackhi_epi8(codes.sign, codes.sign))};
   }
 
+  [[gnu::always_inline]] PairLevels pairs_at(const std::uint8_t* even, const std::uint8_t* odd,
+                                             std::size_t chunk) const noexcept {
+    return interleave(at(even, chunk), at(odd, chunk));
+  }
+
  private:
-  static constexpr char kTabulatedLevels = Int16Parabolas::kTabulated * Int16Parabolas::kSteps;
+  static constexpr int kTabulatedLevels = Int16Parabolas::kTabulated * Int16Parabolas::kSteps;
 
   /// Of an index the step within its segment, in units of 1/8 of a byte's range.
   static __m128i steps() noexcept {

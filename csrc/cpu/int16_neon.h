@@ -29,9 +29,16 @@ inline Sums add_products(Sums sums, Sums a, Sums b) noexcept {
   return vmlal_high_s16(sums, words(a), words(b));
 }
 
-inline void interleave(Sums a, Sums b, Sums& low, Sums& high) noexcept {
-  low = vcombine_s32(vget_low_s32(a), vget_low_s32(b));
-  high = vcombine_s32(vget_high_s32(a), vget_high_s32(b));
+/// Of two rows: of every 16 codes, vector i has the levels from 4 * i on, as pairs.
+struct PairLevels {
+  Sums vectors[4];
+};
+
+inline PairLevels interleave(Levels even, Levels odd) noexcept {
+  const auto low = [](Sums a, Sums b) { return vcombine_s32(vget_low_s32(a), vget_low_s32(b)); };
+  const auto high = [](Sums a, Sums b) { return vcombine_s32(vget_high_s32(a), vget_high_s32(b)); };
+  return {{low(even.first, odd.first), high(even.first, odd.first), low(even.second, odd.second),
+           high(even.second, odd.second)}};
 }
 
 inline Sums broadcast_pair(const std::int16_t* pair) noexcept {
@@ -131,6 +138,11 @@ class Lookup {
     return join(vqtbl4q_u8(tables_.low, codes), vqtbl4q_u8(tables_.high, codes));
   }
 
+  [[gnu::always_inline]] PairLevels pairs_at(const std::uint8_t* even, const std::uint8_t* odd,
+                                             std::size_t chunk) const noexcept {
+    return interleave(at(even, chunk), at(odd, chunk));
+  }
+
  private:
   ByteTables tables_;
 };
@@ -149,6 +161,11 @@ class Lookup<8, kPlane, kHeadDim> {
     const uint8x16_t low = vqtbx4q_u8(vqtbl4q_u8(first_.low, index), second_.low, beyond);
     const uint8x16_t high = vqtbx4q_u8(vqtbl4q_u8(first_.high, index), second_.high, beyond);
     return join(veorq_u8(low, sign), veorq_u8(high, sign));
+  }
+
+  [[gnu::always_inline]] PairLevels pairs_at(const std::uint8_t* even, const std::uint8_t* odd,
+                                             std::size_t chunk) const noexcept {
+    return interleave(at(even, chunk), at(odd, chunk));
   }
 
  private:

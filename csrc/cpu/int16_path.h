@@ -8,14 +8,15 @@
 //   kSumShift                   by how many bits sums are cut so that those of all lanes can be added: log2(lanes)
 //   kValueRows                  rows whose sums over a chunk of values stay in registers
 //   Lookup<bits, plane, dim>    Lookup(levels), .at(row, chunk) -> Levels{Sums first, second}: of every 16 codes, first
-//                               has the first 8 and second the others, 128 bits after 128 bits
-//   interleave(a, b, low, high) the pairs (a_i, b_i) of 16-bit values that share a lane, of every 8 the first 4 in low
+//                               has the first 8 and second the others, 128 bits after 128 bits;
+//                               .pairs_at(even, odd, chunk) -> PairLevels{Sums vectors[4]}: of two rows, of every 16
+//                               codes, vector i has those from 4 * i on as pairs that share a lane
 //   add_products(sums, a, b)    sums + two products of 16-bit values, for every 32-bit lane
 //   kLaneStep                   a power of two: add_products adds the products of 16-bit values i and i ^ kLaneStep
 //                               to the same lane
 //   add(a, b), cut<bits>(a)     a + b, a / 2^bits, lane by lane
 //   add_across(sums[8], totals) the sums over all lanes, cut by kSumShift: totals[8]
-//   broadcast_pair(p)           the 16-bit values at p and p + 1, where interleave puts a and b
+//   broadcast_pair(p)           the 16-bit values at p and p + 1, where pairs_at puts even and odd
 //   pin(sums)                   keeps the compiler from adding in another order, which would take more registers
 #pragma once
 
@@ -176,11 +177,6 @@ inline void finish_scores(const AttendTask& task, const KeyNorms<kHeadDim>& norm
   }
 }
 
-/// Pairs of rows, of one chunk of columns: of every 16 columns, vector i has those from 4 * i on, as pairs.
-struct PairLevels {
-  Sums vectors[4];
-};
-
 /// While all chunks are looked up, all upcoming rows are asked for.
 template <std::size_t kHeadDim, class RowLookup>
 struct CodedPairs {
@@ -188,12 +184,7 @@ struct CodedPairs {
     constexpr std::size_t kShare = kAttendTile * kChunk / kHeadDim, kPairs = kAttendTile / 2;
     const std::size_t first = chunk * kShare;
     for (std::size_t t = first + p * kShare / kPairs; t < first + (p + 1) * kShare / kPairs; ++t) upcoming.prefetch(t);
-    const Levels even = lookup.at(rows.at[2 * p], chunk);
-    const Levels odd = lookup.at(rows.at[2 * p + 1], chunk);
-    PairLevels pair;
-    interleave(even.first, odd.first, pair.vectors[0], pair.vectors[1]);
-    interleave(even.second, odd.second, pair.vectors[2], pair.vectors[3]);
-    return pair;
+    return lookup.pairs_at(rows.at[2 * p], rows.at[2 * p + 1], chunk);
   }
   const RowLookup& lookup;
   const TileRows& rows;

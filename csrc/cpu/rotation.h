@@ -1,12 +1,11 @@
-// The codec's rotation of one row in vectors of AVX2 or AVX-512: rotate_row and unrotate_row of core/codec.h, to the
-// same bits.
+// The codec's rotation of one row in vectors of AVX2, AVX-512 or NEON: rotate_row and unrotate_row of core/codec.h, to
+// the same bits.
 #pragma once
-
-#include <immintrin.h>
 
 #include "core/codec_constants.h"
 #include "core/layout.h"
 #include "cpu/butterflies.h"
+#include "cpu/simd.h"
 
 namespace tq_hb {
 namespace {
@@ -19,10 +18,13 @@ inline Vec swap_lanes(Vec x) noexcept {
   if constexpr (kStride == 2) return _mm512_permute_ps(x, 0x4E);
   if constexpr (kStride == 4) return _mm512_shuffle_f32x4(x, x, 0xB1);
   if constexpr (kStride == 8) return _mm512_shuffle_f32x4(x, x, 0x4E);
-#else
+#elif defined(__AVX__)
   if constexpr (kStride == 1) return _mm256_permute_ps(x, 0xB1);
   if constexpr (kStride == 2) return _mm256_permute_ps(x, 0x4E);
   if constexpr (kStride == 4) return _mm256_permute2f128_ps(x, x, 0x01);
+#else
+  if constexpr (kStride == 1) return vrev64q_f32(x);
+  if constexpr (kStride == 2) return vextq_f32(x, x, 2);
 #endif
 }
 

@@ -10,10 +10,19 @@
 // Where the extension has no good way to put vectors together.
 #if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace tq_hb {
 namespace {
+
+// Registers for vectors.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr std::size_t kRegisters = 32;
+#else
+constexpr std::size_t kRegisters = 16;
+#endif
 
 #if defined(__AVX512F__)
 constexpr std::size_t kLanes = 16;
