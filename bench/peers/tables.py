@@ -114,6 +114,24 @@ def losses(results: Sequence[Result]) -> str:
     return table(("slower than the fastest peer", *map(_query_heads, groups)), rows)
 
 
+def bounds(name: str = "peers_cpu") -> str:
+    """Return the ratios to the fastest peer beside those of a call that took no longer than a plain read of its bytes."""
+    report = harness.read(name)
+    results = _measured(report)
+    forms = [name_of(5, "byte", "default"), name_of(5, "plane", "default"), name_of(8, "byte", "default")]
+    rows = []
+    for group in sorted({_group(result) for result in results}):
+        here = [result for result in results if _group(result) == group]
+        cells = []
+        for form in forms:
+            ratios = [result["ratio"][form] for result in here]
+            reads = [result["ratio"][form] / result["rows"][form]["share_of_read"] for result in here]
+            cells += [_span(ratios), _span(reads)]
+        rows.append((_query_heads(group), str(len(here)), *cells))
+    header = ("", "rows", *(cell for form in forms for cell in (f"÷ {_header(form)}", "÷ a read of them")))
+    return table(header, rows) + _source(report, name)
+
+
 def _query_heads(group: int) -> str:
     return f"{group} query head{'s' * (group != 1)} per KV head"
 
