@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from bench import harness
@@ -115,7 +116,7 @@ def losses(results: Sequence[Result]) -> str:
 
 
 def bounds(name: str = "peers_cpu") -> str:
-    """Return the ratios to the fastest peer beside those of a call that took no longer than a plain read of its bytes."""
+    """Return the ratios to the fastest peer, and those of a call that would take as long as a read of its bytes."""
     report = harness.read(name)
     results = _measured(report)
     forms = [name_of(5, "byte", "default"), name_of(5, "plane", "default"), name_of(8, "byte", "default")]
@@ -124,12 +125,34 @@ def bounds(name: str = "peers_cpu") -> str:
         here = [result for result in results if _group(result) == group]
         cells = []
         for form in forms:
-            ratios = [result["ratio"][form] for result in here]
-            reads = [result["ratio"][form] / result["rows"][form]["share_of_read"] for result in here]
-            cells += [_span(ratios), _span(reads)]
+            cells += [
+                _span([result["ratio"][form] for result in here]),
+                _span([_read(result, form) for result in here]),
+            ]
         rows.append((_query_heads(group), str(len(here)), *cells))
     header = ("", "rows", *(cell for form in forms for cell in (f"÷ {_header(form)}", "÷ a read of them")))
-    return table(header, rows) + _source(report, name)
+    return table(header, rows) + f"\n{_far_ahead(results)}\n" + _source(report, name)
+
+
+def _read(result: Result, form: str) -> float:
+    """How many times longer the fastest peer takes than a plain read of a form's bytes."""
+    return float(result["ratio"][form] / result["rows"][form]["share_of_read"])
+
+
+def _far_ahead(results: Sequence[Result]) -> str:
+    """Return at how many shapes the fastest peer is left far behind, and where it would be by a read alone."""
+    narrow = [name_of(*form) for form in FORMS if form[0] < 8 and form[2] == "default"]
+
+    def count(ratio: Callable[[Result], float]) -> int:
+        return sum(ratio(result) >= (5.0 if _group(result) >= 4 else 2.5) for result in results)
+
+    ours = count(lambda result: max(result["ratio"][form] for form in narrow))
+    in_bytes, in_planes = (count(partial(_read, form=name_of(5, packing, "default"))) for packing in ("byte", "plane"))
+    return (
+        "The fastest peer takes at least 2.5 times as long as 5 or 6 bits (with four or more query heads per KV head, "
+        f"5 times) at {ours} of {len(results)} rows. It would at {in_bytes} if a call took as long as a read of 5 "
+        f"bits, and at {in_planes} if it took as long as a read of 5 bits in planes."
+    )
 
 
 def _query_heads(group: int) -> str:

@@ -26,18 +26,19 @@ template <std::size_t kHeadDim>
 struct ByteTableDecoder {
   /// What is looked up in a row of instructions: planes are laid out in blocks.
   static constexpr std::size_t kPart = kHeadDim < kPlaneBlock ? kHeadDim : kPlaneBlock;
+  static constexpr std::size_t kDim = kBlockDim<kHeadDim>;
 
   template <unsigned kBits, bool kPlane>
-  static void decode_as(const HeadRows& side, const Tile& tile, float* rows) noexcept {
+  static void decode_as(const HeadRows& side, const Tile& tile, std::size_t block, float* rows) noexcept {
     const FloatLookup<kBits, kPlane, kHeadDim> lookup(*side.levels);
     for (std::size_t t = 0; t < tile.count; ++t) {
       const std::uint8_t* row = row_of(side, tile.slots[t]);
-      float* out = rows + t * kHeadDim;
+      float* out = rows + t * kDim;
 #pragma GCC unroll 1
-      for (std::size_t part = 0; part < kHeadDim; part += kPart) {
+      for (std::size_t part = 0; part < kDim; part += kPart) {
 #pragma GCC unroll 8
         for (std::size_t j = part; j < part + kPart; j += kChunk) {
-          const FloatLevels levels = lookup.at(row, j / kChunk);
+          const FloatLevels levels = lookup.at(row, (block * kDim + j) / kChunk);
 #pragma GCC unroll 4
           for (std::size_t i = 0; i < 4; ++i) store(out + j + i * kLanes, levels.vectors[i]);
         }
@@ -46,11 +47,11 @@ struct ByteTableDecoder {
   }
 
   /// One level after the other, into the same places.
-  static void decode_one_by_one(const HeadRows& side, const Tile& tile, float* rows) noexcept {
+  static void decode_one_by_one(const HeadRows& side, const Tile& tile, std::size_t block, float* rows) noexcept {
     for (std::size_t t = 0; t < tile.count; ++t) {
-      const std::uint8_t* row = row_of(side, tile.slots[t]);
-      float* out = rows + t * kHeadDim;
-      for (std::size_t chunk = 0; chunk < kHeadDim; chunk += kChunk) {
+      const std::uint8_t* row = row_of(side, tile.slots[t]) + block * kDim;
+      float* out = rows + t * kDim;
+      for (std::size_t chunk = 0; chunk < kDim; chunk += kChunk) {
 #pragma GCC unroll 8
         for (std::size_t j = 0; j < kChunk; j += 8) {
           const std::uint64_t eight = load_as<std::uint64_t>(row + chunk + j);
@@ -63,14 +64,14 @@ struct ByteTableDecoder {
     }
   }
 
-  static void decode(const HeadRows& side, const Tile& tile, float* rows) noexcept {
+  static void decode(const HeadRows& side, const Tile& tile, std::size_t block, float* rows) noexcept {
     const bool plane = side.high_bits != 0;
-    if (side.cbits == 5) return plane ? decode_as<5, true>(side, tile, rows) : decode_as<5, false>(side, tile, rows);
-    if (side.cbits == 6) return plane ? decode_as<6, true>(side, tile, rows) : decode_as<6, false>(side, tile, rows);
+    if (side.cbits == 5) return (plane ? decode_as<5, true> : decode_as<5, false>)(side, tile, block, rows);
+    if (side.cbits == 6) return (plane ? decode_as<6, true> : decode_as<6, false>)(side, tile, block, rows);
     if constexpr (kMostTableBits == 8) {
-      decode_as<8, false>(side, tile, rows);
+      decode_as<8, false>(side, tile, block, rows);
     } else {
-      decode_one_by_one(side, tile, rows);
+      decode_one_by_one(side, tile, block, rows);
     }
   }
 

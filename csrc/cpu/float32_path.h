@@ -1,7 +1,8 @@
 // Attention in float32: the strict path, and the only one where 16-bit products are no faster.
 //
-// A decoder says how codes become levels: decode(side, tile, rows) puts those of a tile's rows into `rows`, in an order
-// of its own within a row, in which task.q is too, and order(out, count) puts outputs in the order of coordinates.
+// A decoder says how codes become levels: decode(side, tile, block, rows) puts those of one norm block of a tile's rows
+// into `rows`, in an order of its own within the block, in which task.q is too, and order(out, count) puts outputs in
+// the order of coordinates.
 #pragma once
 
 #include "cpu/flash.h"
@@ -9,21 +10,23 @@
 namespace tq_hb {
 namespace {
 
-/// Joins the nibble plane and the high plane of a row to codes of a byte each, four to a word: see core/packing.h.
+/// Joins the nibble plane and the high plane of a row's norm block to codes of a byte each, four to a word: see
+/// core/packing.h.
 ///
 /// A word of a plane holds, at each shift, four consecutive codes, in the order of its bytes.
 template <std::size_t kHeadDim, unsigned kHighBits>
-inline void join_planes(const std::uint8_t* row, std::uint32_t* codes) noexcept {
+inline void join_planes(const std::uint8_t* row, std::size_t block, std::uint32_t* codes) noexcept {
   constexpr std::size_t kBlock = kHeadDim < kPlaneBlock ? kHeadDim : kPlaneBlock;
   constexpr std::size_t kLowWords = kBlock * kNibbleBits / 32;
   constexpr std::size_t kHighWords = kBlock * kHighBits / 32;
   constexpr std::uint32_t kEveryByte = 0x01010101u;
   constexpr std::uint32_t kLowMask = kEveryByte * ((1u << kNibbleBits) - 1);
   constexpr std::uint32_t kHighMask = kEveryByte * ((1u << kHighBits) - 1);
-  for (std::size_t first = 0; first < kHeadDim; first += kBlock) {
+  for (std::size_t first = 0; first < kBlockDim<kHeadDim>; first += kBlock) {
+    const std::size_t at = block * kBlockDim<kHeadDim> + first;
     std::uint32_t low[kLowWords], high[kHighWords];
-    __builtin_memcpy(low, row + first * kNibbleBits / 8, sizeof(low));
-    __builtin_memcpy(high, row + kHeadDim * kNibbleBits / 8 + first * kHighBits / 8, sizeof(high));
+    __builtin_memcpy(low, row + at * kNibbleBits / 8, sizeof(low));
+    __builtin_memcpy(high, row + kHeadDim * kNibbleBits / 8 + at * kHighBits / 8, sizeof(high));
     for (unsigned field = 0; field < 8 / kHighBits; ++field) {
       const unsigned low_shift = static_cast<unsigned>(field * kHighWords / kLowWords) * kNibbleBits;
       const std::uint32_t* nibbles = low + field * kHighWords % kLowWords;
@@ -37,35 +40,37 @@ inline void join_planes(const std::uint8_t* row, std::uint32_t* codes) noexcept 
 }
 
 /// Eight codes at a time in one word: a level that is stored might else overlay the codes yet to be read.
-template <std::size_t kHeadDim>
+template <std::size_t kCount>
 inline void look_up(const std::uint8_t* codes, const float* levels, float* row) noexcept {
-  for (std::size_t j = 0; j < kHeadDim; j += 8) {
+  for (std::size_t j = 0; j < kCount; j += 8) {
     const std::uint64_t eight = load_as<std::uint64_t>(codes + j);
     for (std::size_t i = 0; i < 8; ++i) row[j + i] = levels[(eight >> (8 * i)) & 0xff];
   }
 }
 
 template <std::size_t kHeadDim, unsigned kHighBits>
-void decode_planes(const HeadRows& side, const Tile& tile, float* rows) noexcept {
+void decode_planes(const HeadRows& side, const Tile& tile, std::size_t block, float* rows) noexcept {
+  constexpr std::size_t kDim = kBlockDim<kHeadDim>;
   for (std::size_t t = 0; t < tile.count; ++t) {
-    std::uint32_t codes[kHeadDim / 4];
-    join_planes<kHeadDim, kHighBits>(row_of(side, tile.slots[t]), codes);
-    look_up<kHeadDim>(reinterpret_cast<const std::uint8_t*>(codes), side.levels->levels, rows + t * kHeadDim);
+    std::uint32_t codes[kDim / 4];
+    join_planes<kHeadDim, kHighBits>(row_of(side, tile.slots[t]), block, codes);
+    look_up<kDim>(reinterpret_cast<const std::uint8_t*>(codes), side.levels->levels, rows + t * kDim);
   }
 }
 
 /// One level at a time, in the order of coordinates.
 template <std::size_t kHeadDim>
 struct ScalarDecoder {
-  static void decode(const HeadRows& side, const Tile& tile, float* rows) noexcept {
+  static void decode(const HeadRows& side, const Tile& tile, std::size_t block, float* rows) noexcept {
+    constexpr std::size_t kDim = kBlockDim<kHeadDim>;
     switch (side.high_bits) {
       case 1:
-        return decode_planes<kHeadDim, 1>(side, tile, rows);
+        return decode_planes<kHeadDim, 1>(side, tile, block, rows);
       case 2:
-        return decode_planes<kHeadDim, 2>(side, tile, rows);
+        return decode_planes<kHeadDim, 2>(side, tile, block, rows);
       default:
         for (std::size_t t = 0; t < tile.count; ++t) {
-          look_up<kHeadDim>(row_of(side, tile.slots[t]), side.levels->levels, rows + t * kHeadDim);
+          look_up<kDim>(row_of(side, tile.slots[t]) + block * kDim, side.levels->levels, rows + t * kDim);
         }
     }
   }
@@ -87,7 +92,7 @@ inline void score_block(const float* q, const float* keys, const float* norms, b
   for (std::size_t i = 0; i < kBlockDim<kHeadDim>; i += kLanes) {
     Vec key[kKeys];
 #pragma GCC unroll 16
-    for (std::size_t k = 0; k < kKeys; ++k) key[k] = load(keys + (first + k) * kHeadDim + i);
+    for (std::size_t k = 0; k < kKeys; ++k) key[k] = load(keys + (first + k) * kBlockDim<kHeadDim> + i);
 #pragma GCC unroll 4
     for (std::size_t r = 0; r < kRows; ++r) {
       const Vec query = load(q + r * kHeadDim + i);
@@ -120,93 +125,94 @@ class Float32Path {
   void score(const Tile& tile) noexcept {
     const TileRows values = rows_of<kTile>(task_.v, tile);
     for (std::size_t t = 0; t < tile.count; ++t) values.prefetch(t);
-    Decoder::decode(task_.k, tile, rows_);
     const Norms norms(task_.k, tile);
-    for_each_group<kSharingRows>(task_.rows,
-                                 [&](auto rows, std::size_t r) { score_rows<decltype(rows)::value>(tile, norms, r); });
+    for (std::size_t b = 0; b < kBlocks; ++b) {
+      Decoder::decode(task_.k, tile, b, rows_);
+      for_each_group<kSharingRows>(task_.rows, [&](auto rows, std::size_t r) {
+        score_rows<decltype(rows)::value>(tile, norms.of_block[b], b, r);
+      });
+    }
+    for (std::size_t r = 0; r < task_.rows; ++r) {
+      for (std::size_t t = 0; t < kTile; ++t) task_.scratch[r].scores[t] *= task_.q_scale[r];
+    }
   }
 
   void accumulate(const Tile& tile) noexcept {
     const TileRows keys = keys_after<kTile>(task_, tile);
     for (std::size_t t = 0; t < kTile; ++t) keys.prefetch(t);
-    Decoder::decode(task_.v, tile, rows_);
     const Norms norms(task_.v, tile);
-    for_each_group<kSharingRows>(
-        task_.rows, [&](auto rows, std::size_t r) { accumulate_rows<decltype(rows)::value>(tile, norms, r); });
+    for (std::size_t b = 0; b < kBlocks; ++b) {
+      Decoder::decode(task_.v, tile, b, rows_);
+      for_each_group<kSharingRows>(task_.rows, [&](auto rows, std::size_t r) {
+        accumulate_rows<decltype(rows)::value>(tile, norms.of_block[b], b, r);
+      });
+    }
   }
 
   void finish() noexcept { Decoder::order(task_.out, task_.rows * kHeadDim); }
 
  private:
-  static constexpr std::size_t kBlocks = kNormBlocks<kHeadDim>;
+  static constexpr std::size_t kBlocks = kNormBlocks<kHeadDim>, kDim = kBlockDim<kHeadDim>;
   using Norms = TileNorms<kTile, kBlocks>;
 
-  /// Scaled scores of kRows rows from `r` on; those of keys that a row does not see mean nothing, nor do keys beyond
-  /// the tile's last, of which there is what an earlier tile left.
+  /// Scores of kRows rows from `r` on and one norm block, not yet scaled; those of keys that a row does not see mean
+  /// nothing, nor do keys beyond the tile's last, of which there is what an earlier tile left.
   template <std::size_t kRows>
-  void score_rows(const Tile& tile, const Norms& norms, std::size_t r) noexcept {
+  void score_rows(const Tile& tile, const float* norms, std::size_t b, std::size_t r) noexcept {
     constexpr std::size_t kKeys = kSums / kRows;
-    for (std::size_t b = 0; b < kBlocks; ++b) {
-      const std::size_t at = b * kBlockDim<kHeadDim>;
-      const float* q = task_.q + r * kHeadDim + at;
-      for (std::size_t t = 0; t < tile.count; t += kKeys) {
-        score_block<kHeadDim, kRows, kKeys>(q, rows_ + at, norms.of_block[b], b == 0, task_.scratch + r, t);
-      }
-    }
-    for (std::size_t i = 0; i < kRows; ++i) {
-      for (std::size_t t = 0; t < kTile; ++t) task_.scratch[r + i].scores[t] *= task_.q_scale[r + i];
+    const float* q = task_.q + r * kHeadDim + b * kDim;
+    for (std::size_t t = 0; t < tile.count; t += kKeys) {
+      score_block<kHeadDim, kRows, kKeys>(q, rows_, norms, b == 0, task_.scratch + r, t);
     }
   }
 
-  /// Adds weights * values to the outputs of kRows rows from `r` on, some columns in registers at a time.
+  /// Adds weights * values of one norm block to the outputs of kRows rows from `r` on, some columns in registers at a
+  /// time.
   template <std::size_t kRows>
-  void accumulate_rows(const Tile& tile, const Norms& norms, std::size_t r) noexcept {
+  void accumulate_rows(const Tile& tile, const float* norms, std::size_t b, std::size_t r) noexcept {
     constexpr std::size_t kColumns = 4;  // vectors
-    constexpr std::size_t kDim = kBlockDim<kHeadDim>;
     static_assert(kDim % (kColumns * kLanes) == 0);
-    float* out = task_.out + r * kHeadDim;
-    for (std::size_t b = 0; b < kBlocks; ++b) {
-      alignas(64) float factors[kRows][kTile];
+    alignas(64) float factors[kRows][kTile];
+    for (std::size_t i = 0; i < kRows; ++i) {
+      for (std::size_t t = 0; t < kTile; t += kLanes) {
+        const Vec norm = load(norms + t) * task_.v_scale;
+        store(factors[i] + t, load(task_.scratch[r + i].weights + t) * norm);
+      }
+      // 0 times a norm that is not finite is no 0.
+      const Span seen = seen_of(task_.seen[r + i], tile);
+      if (seen.begin > 0 || seen.end < kTile) {
+        fill_outside<kTile>(factors[i], seen.begin < seen.end ? seen : Span{kTile, kTile}, 0.0f);
+      }
+    }
+    float* out = task_.out + r * kHeadDim + b * kDim;
+    for (std::size_t j = 0; j < kDim; j += kColumns * kLanes) {
+      Vec sums[kRows][kColumns];
+#pragma GCC unroll 8
       for (std::size_t i = 0; i < kRows; ++i) {
-        for (std::size_t t = 0; t < kTile; t += kLanes) {
-          const Vec norm = load(norms.of_block[b] + t) * task_.v_scale;
-          store(factors[i] + t, load(task_.scratch[r + i].weights + t) * norm);
-        }
-        // 0 times a norm that is not finite is no 0.
-        const Span seen = seen_of(task_.seen[r + i], tile);
-        if (seen.begin > 0 || seen.end < kTile) {
-          fill_outside<kTile>(factors[i], seen.begin < seen.end ? seen : Span{kTile, kTile}, 0.0f);
+        const float correction = task_.scratch[r + i].correction;
+#pragma GCC unroll 4
+        for (std::size_t c = 0; c < kColumns; ++c) {
+          sums[i][c] = load(out + i * kHeadDim + j + c * kLanes) * correction;
         }
       }
-      for (std::size_t j = b * kDim; j < (b + 1) * kDim; j += kColumns * kLanes) {
-        Vec sums[kRows][kColumns];
-#pragma GCC unroll 8
-        for (std::size_t i = 0; i < kRows; ++i) {
-          const float correction = task_.scratch[r + i].correction;
+      for (std::size_t t = 0; t < tile.count; ++t) {
 #pragma GCC unroll 4
-          for (std::size_t c = 0; c < kColumns; ++c) {
-            sums[i][c] = load(out + i * kHeadDim + j + c * kLanes) * correction;
-          }
-        }
-        for (std::size_t t = 0; t < tile.count; ++t) {
-#pragma GCC unroll 4
-          for (std::size_t c = 0; c < kColumns; ++c) {
-            const Vec value = load(rows_ + t * kHeadDim + j + c * kLanes);
+        for (std::size_t c = 0; c < kColumns; ++c) {
+          const Vec value = load(rows_ + t * kDim + j + c * kLanes);
 #pragma GCC unroll 8
-            for (std::size_t i = 0; i < kRows; ++i) sums[i][c] += factors[i][t] * value;
-          }
+          for (std::size_t i = 0; i < kRows; ++i) sums[i][c] += factors[i][t] * value;
         }
+      }
 #pragma GCC unroll 8
-        for (std::size_t i = 0; i < kRows; ++i) {
+      for (std::size_t i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-          for (std::size_t c = 0; c < kColumns; ++c) store(out + i * kHeadDim + j + c * kLanes, sums[i][c]);
-        }
+        for (std::size_t c = 0; c < kColumns; ++c) store(out + i * kHeadDim + j + c * kLanes, sums[i][c]);
       }
     }
   }
 
   const AttendTask& task_;
-  alignas(64) float rows_[kTile * kHeadDim];  // K's or V's, as levels
+  alignas(64) float rows_[kTile * kDim];  // of a norm block of K or V, as levels
 };
 
 template <template <std::size_t> class Decoder>

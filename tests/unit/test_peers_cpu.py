@@ -300,6 +300,16 @@ def test_tables_say_how_long_the_fastest_peer_takes(report, monkeypatch):
     assert "Abacus, beads, load average 1.2, numpy 2" in short
 
 
+def test_bounds_set_the_ratios_beside_those_of_a_read(report, monkeypatch):
+    monkeypatch.setattr(tables.harness, "read", lambda name: report)
+
+    bounds = tables.bounds()
+
+    assert "| 1 query head per KV head | 2 | 1.9 (0.8 to 3.0) | 3.8 (1.5 to 6.0) |" in bounds
+    assert "| 8 query heads per KV head | 1 | 1.5 (1.5 to 1.5) | 3.0 (3.0 to 3.0) |" in bounds
+    assert "5 times) at 1 of 3 rows. It would at 1 if" in bounds
+
+
 def test_the_plot_is_drawn(report):
     pytest.importorskip("matplotlib")
 
