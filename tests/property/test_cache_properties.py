@@ -301,8 +301,13 @@ def states(draw: st.DrawFn, shape: tuple[int, ...] = (3, 8)) -> tuple[np.ndarray
 @settings(max_examples=100, deadline=None)
 @given(a=states(), b=states(), c=states())
 def test_merging_is_commutative_and_associative(a, b, c):
+    # What is merged first has its lse rounded to float32, which moves its weight by as much.
+    largest = max(np.abs(lse[np.isfinite(lse)]).max(initial=0.0) for _, lse in (a, b, c))
+    rounding = float(np.spacing(np.float32(largest + np.log(3))))
+
     def close(x: tuple[np.ndarray, np.ndarray], y: tuple[np.ndarray, np.ndarray]) -> bool:
-        return bool(np.allclose(x[0], y[0], atol=1e-6) and np.allclose(x[1], y[1], rtol=1e-6, atol=1e-6))
+        same_output = np.allclose(x[0], y[0], atol=1e-6 + 4 * rounding)
+        return bool(same_output and np.allclose(x[1], y[1], rtol=1e-6, atol=1e-6))
 
     merge = tq_hb.merge_states
     assert all(x.tobytes() == y.tobytes() for x, y in zip(merge(*a, *b), merge(*b, *a), strict=True))
