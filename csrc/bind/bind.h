@@ -6,13 +6,16 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <thread>
+#include <vector>
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "core/device.h"
+#include "core/encoder.h"
 #include "core/error.h"
 
 namespace tq_hb {
@@ -50,16 +53,22 @@ void bind_errors(py::module_& module);
 void bind_params(py::module_& module);
 void bind_buffer(py::module_& module);
 void bind_encoder(py::module_& module);
+void bind_attend(py::module_& module);
 void bind_device(py::module_& module);
 void bind_dlpack_import(py::module_& module);
 
 /// A Python integer in [0, 2^32), or InvalidArgument naming `field`.
-std::uint32_t to_uint32(const std::string& op, const std::string& field, const py::handle& value);
+std::uint32_t to_uint32(std::string_view op, std::string_view field, const py::handle& value);
 /// A Python number as float32, or InvalidArgument naming `field`.
-float to_float32(const std::string& op, const std::string& field, const py::handle& value);
+float to_float32(std::string_view op, std::string_view field, const py::handle& value);
 
 py::dtype numpy_dtype(DType dtype);
 DType dtype_of(const std::string& op, const std::string& field, const py::dtype& dtype);
+
+Shape shape_of(const py::array& array);
+
+/// (kind, kernel, threadgroups, threads, threadgroup_bytes) of everything that was encoded.
+py::tuple to_tuple(const std::vector<Node>& nodes);
 
 /// Keeps a Python object alive from C++; may be released on any thread.
 std::shared_ptr<void> hold(py::object object);

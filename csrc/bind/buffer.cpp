@@ -18,12 +18,6 @@ constexpr std::pair<DType, const char*> kDtypes[] = {{DType::kFloat32, "f4"}, {D
 /// Kernels of a GPU load rows in vectors of this many bytes.
 constexpr std::uint64_t kRowAlignment = 16;
 
-Shape shape_of(const py::array& array) {
-  Shape shape;
-  for (py::ssize_t i = 0; i < array.ndim(); ++i) shape.push_back(static_cast<std::uint64_t>(array.shape(i)));
-  return shape;
-}
-
 /// A numpy view of the buffer that keeps it alive, or a read-only copy where the host cannot reach its memory.
 py::array to_numpy(const py::object& self) {
   const Buffer& buffer = self.cast<const Buffer&>();
@@ -152,6 +146,12 @@ DType dtype_of(const std::string& op, const std::string& field, const py::dtype&
   }
   throw invalid(op, field, "must have dtype float32, float16, uint8, uint16, uint32 or int32",
                 std::string(py::str(dtype)));
+}
+
+Shape shape_of(const py::array& array) {
+  Shape shape;
+  for (py::ssize_t i = 0; i < array.ndim(); ++i) shape.push_back(static_cast<std::uint64_t>(array.shape(i)));
+  return shape;
 }
 
 std::optional<Buffer> wrap(const Device& device, const std::string& op, const std::string& field,

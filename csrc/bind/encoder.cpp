@@ -75,18 +75,17 @@ const char* name_of(NodeKind kind) {
   return "other";
 }
 
-/// (kind, kernel, threadgroups, threads, threadgroup_bytes) of everything that was encoded.
-py::tuple nodes(const CommandEncoder& encoder) {
+}  // namespace
+
+py::tuple to_tuple(const std::vector<Node>& nodes) {
   const auto sizes = [](const Size3& size) { return py::make_tuple(size.width, size.height, size.depth); };
   py::list rows;
-  for (const Node& node : encoder.nodes()) {
+  for (const Node& node : nodes) {
     rows.append(py::make_tuple(name_of(node.kind), node.kernel, sizes(node.threadgroups), sizes(node.threads),
                                node.threadgroup_bytes));
   }
   return py::tuple(rows);
 }
-
-}  // namespace
 
 void bind_encoder(py::module_& module) {
   py::native_enum<AttendKernel>(module, "AttendKernel", "enum.Enum")
@@ -117,8 +116,7 @@ void bind_encoder(py::module_& module) {
       .def_property_readonly("is_done", &CommandEncoder::is_done)
       .def_property_readonly("gpu_time", &CommandEncoder::gpu_time)
       .def_property_readonly("kernels", [](const CommandEncoder& self) { return py::tuple(py::cast(self.kernels())); })
-      .def_property_readonly("nodes", &nodes)
-      .def_property_readonly("num_nodes", &CommandEncoder::num_nodes)
+      .def_property_readonly("nodes", [](const CommandEncoder& self) { return to_tuple(self.nodes()); })
       .def_property_readonly("threadgroup_bytes", &CommandEncoder::threadgroup_bytes)
       .def_property_readonly("precision", [](const CommandEncoder& self) { return name_of(self.precision()); });
 }

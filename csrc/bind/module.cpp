@@ -18,18 +18,19 @@ py::array_t<float> copy(const float* values, std::size_t count) {
   return py::array_t<float>(static_cast<py::ssize_t>(count), values);
 }
 
-/// Index of the first row of a float32 (..., D) array that cannot be used, or -1.
-///
-/// `as_query` rows only have to be finite; others also need norms that fit in float32.
-std::int64_t first_bad_row(const py::array_t<float, py::array::c_style>& rows, bool as_query) {
+/// Throws if a row of a float32 (heads, D) or (tokens, heads, D) array cannot be used: not finite, or (unless
+/// `as_query`) with a norm beyond float32.
+void require_rows(const std::string& op, const std::string& field, const py::array_t<float, py::array::c_style>& rows,
+                  bool as_query) {
   const auto head_dim = static_cast<std::size_t>(rows.shape(rows.ndim() - 1));
-  const auto count = static_cast<std::int64_t>(rows.size()) / static_cast<std::int64_t>(head_dim);
+  const auto heads = static_cast<std::size_t>(rows.ndim() > 1 ? rows.shape(rows.ndim() - 2) : 1);
+  const std::size_t count = static_cast<std::size_t>(rows.size()) / head_dim;
   const float* values = rows.data();
   const ReleasedGil released;
-  for (std::int64_t row = 0; row < count; ++row, values += head_dim) {
-    if (!(as_query ? is_finite_row(values, head_dim) : is_encodable_row(values, head_dim))) return row;
+  for (std::size_t row = 0; row < count; ++row, values += head_dim) {
+    if (as_query ? is_finite_row(values, head_dim) : is_encodable_row(values, head_dim)) continue;
+    throw Error(ErrorCode::kInvalidArgument, bad_row_message(op, field, row / heads, row % heads));
   }
-  return -1;
 }
 
 using Codes = py::array_t<std::uint8_t, py::array::c_style>;
@@ -73,6 +74,7 @@ PYBIND11_MODULE(_core, module) {
   bind_params(module);
   bind_buffer(module);
   bind_encoder(module);
+  bind_attend(module);
   bind_device(module);
   bind_dlpack_import(module);
 
@@ -112,8 +114,8 @@ PYBIND11_MODULE(_core, module) {
     return copy(sign_table(), head_dim);
   });
 
-  module.def("first_bad_row", &first_bad_row, py::arg("rows").noconvert(), py::arg("as_query"));
-  module.def("bad_row_message", &bad_row_message);
+  module.def("require_rows", &require_rows, py::arg("op"), py::arg("field"), py::arg("rows").noconvert(),
+             py::arg("as_query"));
 
   module.def("cpu_isa", &cpu_isa);
   module.def("cpu_isas", [] { return py::tuple(py::cast(cpu_isas())); });

@@ -14,10 +14,11 @@
 
 namespace tq_hb {
 
-std::uint32_t to_uint32(const std::string& op, const std::string& field, const py::handle& value) {
+std::uint32_t to_uint32(std::string_view op, std::string_view field, const py::handle& value) {
   const auto fail = [&] {
     PyErr_Clear();
-    throw invalid(op, field, "must be an integer from 0 to 4294967295", std::string(py::repr(value)));
+    throw invalid(std::string(op), std::string(field), "must be an integer from 0 to 4294967295",
+                  std::string(py::repr(value)));
   };
   const py::object index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
   if (!index) fail();
@@ -26,15 +27,15 @@ std::uint32_t to_uint32(const std::string& op, const std::string& field, const p
   return static_cast<std::uint32_t>(number);
 }
 
-float to_float32(const std::string& op, const std::string& field, const py::handle& value) {
+float to_float32(std::string_view op, std::string_view field, const py::handle& value) {
   const double number = PyFloat_AsDouble(value.ptr());
   if (PyErr_Occurred() != nullptr) {
     PyErr_Clear();
-    throw invalid(op, field, "must be a number", std::string(py::repr(value)));
+    throw invalid(std::string(op), std::string(field), "must be a number", std::string(py::repr(value)));
   }
   const float rounded = static_cast<float>(number);
   if (std::isfinite(number) && !std::isfinite(rounded)) {
-    throw invalid(op, field, "must be finite in float32", number);
+    throw invalid(std::string(op), std::string(field), "must be finite in float32", number);
   }
   return rounded;
 }
@@ -100,16 +101,17 @@ Params<TqHadamardQuantizeArgs> hadamard_quantize_params() {
           {TQ_HADAMARD_QUANTIZE_FIELDS(TQ_FIELD, TQ_REQUIRED, TQ_NOT_LISTED)}};
 }
 
+/// `args` with the fields that keywords name set to their values.
 template <class Args>
-Args make(const Params<Args>& params, const py::kwargs& values) {
-  Args args = params.defaults;
+Args with(const Params<Args>& params, Args args, const py::kwargs& values) {
   std::size_t used = 0;
   for (const Field<Args>& field : params.fields) {
+    if (used == values.size()) return args;
     PyObject* value = PyDict_GetItemWithError(values.ptr(), field.key);
     if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-    used += value != nullptr ? 1 : 0;
-    // Without a value, the conversion to the field's type says what is missing.
-    if (value != nullptr || field.is_required) field.set(params.name, args, value != nullptr ? value : Py_None);
+    if (value == nullptr) continue;
+    field.set(params.name, args, value);
+    ++used;
   }
   if (used == values.size()) return args;
   for (const auto& item : values) {
@@ -122,10 +124,20 @@ Args make(const Params<Args>& params, const py::kwargs& values) {
   return args;
 }
 
+template <class Args>
+Args make(const Params<Args>& params, const py::kwargs& values) {
+  Args args = params.defaults;
+  for (const Field<Args>& field : params.fields) {
+    // The conversion of nothing to the field's type says what is missing.
+    if (field.is_required && !values.contains(field.key)) field.set(params.name, args, Py_None);
+  }
+  return with(params, args, values);
+}
+
 /// Both docstrings end with their examples; the fields are listed in between by their own text.
 template <class Args>
 void bind(py::module_& module, const Params<Args>& params, const std::string& doc, const std::string& examples,
-          const std::string& validate_examples) {
+          const std::string& replace_examples, const std::string& validate_examples) {
   std::string listed = "\n\nParameters\n----------\n";
   for (const Field<Args>& field : params.fields) {
     listed += std::string(field.name) + (field.member.index() == 0 ? " : int" : " : float");
@@ -134,6 +146,9 @@ void bind(py::module_& module, const Params<Args>& params, const std::string& do
   }
   py::class_<Args> cls(module, params.name, (doc + listed + "\nExamples\n--------\n" + examples).c_str());
   cls.def(py::init([params](const py::kwargs& values) { return make(params, values); }));
+  cls.def(
+      "replace", [params](const Args& self, const py::kwargs& values) { return with(params, self, values); },
+      ("Return a copy in which the fields that keywords name have other values.\n\n" + replace_examples).c_str());
   for (const Field<Args>& field : params.fields) {
     cls.def_property(
         field.name, [field](const Args& self) { return field.get(self); },
@@ -183,6 +198,8 @@ void bind_params(py::module_& module) {
        "    scale=0.0625, mask_type=0, sliding_window=0, softcap=0.0, ring_start=0, scale_factor_d512=1.0,\n"
        "    codebook_bits=8, fuse_fwht_pre=0, nsg=1)\n"
        ">>> p.nsg = 4\n>>> p.nsg\n4",
+       ">>> import tq_hb\n>>> p = tq_hb.FlashAttnVecTqHbParams(num_heads=16, num_kv_heads=8, head_dim=256,\n"
+       "...     kv_seq_len=64, kv_capacity=1024, scale=0.0625)\n>>> p.replace(kv_seq_len=65, nsg=2) == p\nFalse",
        ">>> import tq_hb\n>>> p = tq_hb.FlashAttnVecTqHbParams(num_heads=3, num_kv_heads=1, head_dim=256,\n"
        "...     kv_seq_len=9, kv_capacity=8, scale=0.0625)\n>>> p.validate()\nTraceback (most recent call last):\n"
        "tq_hb.InvalidArgument: flash_attn_vec_tq_hb: kv_capacity must be >= kv_seq_len 9, got 8");
@@ -194,6 +211,8 @@ void bind_params(py::module_& module) {
        "HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=8, write_pos=0, cache_capacity=1024, is_sliding=0,\n"
        "    scale_factor_d512=1.0, codebook_bits=8)\n"
        ">>> hp.write_pos = 5\n>>> hp.write_pos\n5",
+       ">>> import tq_hb\n>>> hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=8, write_pos=0,\n"
+       "...     cache_capacity=1024)\n>>> hp.replace(write_pos=7).write_pos\n7",
        ">>> import tq_hb\n>>> hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=1, write_pos=0,\n"
        "...     cache_capacity=0)\n>>> hp.validate()\nTraceback (most recent call last):\n"
        "tq_hb.InvalidArgument: hadamard_quantize_kv_hb: cache_capacity must be > 0, got 0");

@@ -123,9 +123,9 @@ double CommandEncoder::gpu_time() const {
   return gpu_time_;
 }
 
-std::vector<Node> CommandEncoder::nodes() const {
+std::vector<Node> CommandEncoder::nodes(std::size_t skipped) const {
   const auto lock = enter("nodes");
-  return nodes_;
+  return {nodes_.begin() + static_cast<std::ptrdiff_t>(std::min(skipped, nodes_.size())), nodes_.end()};
 }
 
 std::size_t CommandEncoder::num_nodes() const {

@@ -54,8 +54,8 @@ class CommandEncoder {
   bool is_done() const;
   /// Seconds the device spent on the ops; only after wait().
   double gpu_time() const;
-  /// What has been encoded so far, barriers included, in order.
-  std::vector<Node> nodes() const;
+  /// What has been encoded so far, barriers included, in order, without the first `skipped`.
+  std::vector<Node> nodes(std::size_t skipped = 0) const;
   std::size_t num_nodes() const;
   /// Names of the kernels encoded so far.
   std::vector<std::string> kernels() const;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -14,35 +14,16 @@ from tq_hb.interop import (
     Rows,
     as_out,
     as_rows,
+    as_rows_with_dtype,
     check_sinks,
     finish,
     like,
     require_disjoint,
     require_rows,
-    result_dtype,
 )
-from tq_hb.options import check_attention, invalid
+from tq_hb.options import check_return_lse, invalid
 from tq_hb.staging import Outstanding, Staging
 from tq_hb.visibility import Placement
-
-
-class _Buffers(NamedTuple):
-    """Arguments and results of a call on the device, with a leading axis if they are for several sequences."""
-
-    q: _core.Buffer
-    output: _core.Buffer
-    sinks: _core.Buffer | None
-    score_bias: _core.Buffer | None
-    lse: _core.Buffer | None
-
-    def of_sequence(self, index: int) -> _Buffers:
-        return _Buffers(
-            self.q[index],
-            self.output[index],
-            self.sinks,
-            None if self.score_bias is None else self.score_bias[index],
-            None if self.lse is None else self.lse[index],
-        )
 
 
 class AttentionCall:
@@ -64,20 +45,22 @@ class AttentionCall:
         return_lse: bool,
         out: Array | None,
     ) -> None:
-        check_attention(op, precision=form.precision, return_lse=return_lse)
+        check_return_lse(op, return_lse)
         core = form.device._core
-        rows = as_rows(op, "q", q, core)
+        rows, self._dtype = as_rows_with_dtype(op, "q", q, core)
         form.check_query(op, rows, batched=batched)
         self._staging = Staging(op, core, beside=q)
+        self.stream = self._staging.stream  # None for the device's own
         self.op, self._form, self._batched = op, form, batched
-        self._q, self._out, self._dtype = q, out, result_dtype(op, "q", q)
+        self._q, self._out = q, out
+        self._rows: Array = rows
         per_sequence = rows.shape[1:] if batched else rows.shape
         self.num_heads = per_sequence[-2]
         self.num_queries = per_sequence[0] if len(per_sequence) == 3 else 1
         self.scale = form.head_dim**-0.5 if scale is None else _core.to_float32(op, "scale", scale)
         self.softcap = _core.to_float32(op, "softcap", softcap)
-        self._sinks = None if sinks is None else self._check_sinks(sinks)
-        self._writable = self._check_out(rows.shape)
+        self._sinks: Array | None = None if sinks is None else self._check_sinks(sinks)
+        self._writable = None if out is None else self._check_out(rows.shape)
         if batched:
             for index in range(len(rows)):
                 require_rows(op, f"q[{index}]", rows[index], as_query=True)
@@ -90,22 +73,9 @@ class AttentionCall:
 
         # Softmax does not see what is added to all scores alike, unless something else comes in with them.
         enters = self.softcap != 0 or self._sinks is not None or return_lse
-        bias = form.score_bias(op, rows, q, self.scale) if enters else None
-        self.encoder = self._staging.make_encoder()
-        self._buffers = _Buffers(
-            self._staging.read("q", rows),
-            self._staging.fill("out", self._result),
-            None if self._sinks is None else self._staging.read("sinks", self._sinks),
-            None if bias is None else self._staging.read("q", bias),
-            None if self._lse is None else self._staging.fill("lse", self._lse),
-        )
+        self._bias: Array | None = form.score_bias(op, rows, q, self.scale) if enters else None
+        self._runs: list[_core._AttentionRun] = []
         self._empty: list[int] = []
-        self._records = False
-
-    @property
-    def stream(self) -> int | None:
-        """The stream that the call runs on; None for the device's own."""
-        return self._staging.stream
 
     def _check_sinks(self, sinks: Array) -> Rows:
         if not is_on_gpu(sinks):
@@ -116,8 +86,6 @@ class AttentionCall:
         return logits
 
     def _check_out(self, shape: tuple[int, ...]) -> Any:
-        if self._out is None:
-            return None
         if self._staging.is_on_gpu or is_on_gpu(self._out):
             return self._check_out_on_gpu(shape)
         writable = as_out(self.op, self._out, shape, self._dtype)
@@ -151,45 +119,55 @@ class AttentionCall:
         dispatch: policy.Dispatch,
         placement: Placement,
     ) -> None:
-        """Record attention of a sequence's queries on its codes and norms."""
-        buffers = self._buffers.of_sequence(index) if self._batched else self._buffers
-        self.encoder.flash_attn_vec(
-            self.op,
-            buffers.q,
-            *sides,
-            buffers.output,
-            None,
-            params,
-            dispatch.kernel,
-            dispatch.head_tile,
-            dispatch.nwg,
-            self._form.v_bits,
-            self._form.codebook,
-            True,
-            self._form.packing,
-            placement.query_position,
-            buffers.sinks,
-            buffers.score_bias,
-            buffers.lse,
-            self._form.precision,
-        )
-        self._records = True
+        """Note attention of a sequence's queries on its codes and norms."""
+        grouped = dispatch.kernel is policy.AttendKernel.GROUP
+        self._runs.append((index, *sides, params, grouped, dispatch.head_tile, dispatch.nwg, placement.query_position))
 
     def leave_empty(self, index: int) -> None:
         """Note that a sequence holds no keys: its queries see none."""
         self._empty.append(index)
 
-    def run(self, outstanding: Outstanding) -> None:
-        """Do what was noted; on a GPU's arrays without waiting for it."""
-        if self._records and self._staging.is_on_gpu:
-            outstanding.run(self._form.device._core, self._staging.stream, self.encoder)
-        elif self._records:
-            self._staging.run(self.encoder)
+    def run(self, outstanding: Outstanding) -> list[_core.Launched]:
+        """Do what was noted, and say what it launched; on a GPU's arrays without waiting for it."""
+        launched: list[_core.Launched] = []
+        if self._runs and self._staging.is_on_gpu:
+            launched = self._run_on_gpu(outstanding)
+        elif self._runs:
+            launched = _core.attend(
+                self._form.device._core,
+                self.op,
+                self._form.attend_format,
+                self._batched,
+                self._rows,
+                self._result,
+                self._sinks,
+                self._bias,
+                self._lse,
+                self._runs,
+            )
         for index in self._empty:
             self._fill(self._result, index, 0.0)
             if self._lse is not None:
                 sinks = self._sinks.numpy() if isinstance(self._sinks, _core.Buffer) else self._sinks
                 self._fill(self._lse, index, -np.inf if sinks is None else sinks)
+        return launched
+
+    def _run_on_gpu(self, outstanding: Outstanding) -> list[_core.Launched]:
+        staging, encoder = self._staging, self._staging.make_encoder()
+        launched = _core.record_attention(
+            encoder,
+            self.op,
+            self._form.attend_format,
+            self._batched,
+            staging.read("q", self._rows),
+            staging.fill("out", self._result),
+            None if self._sinks is None else staging.read("sinks", self._sinks),
+            None if self._bias is None else staging.read("q", self._bias),
+            None if self._lse is None else staging.fill("lse", self._lse),
+            self._runs,
+        )
+        outstanding.run(self._form.device._core, staging.stream, encoder)
+        return launched
 
     def _fill(self, array: Any, index: int, values: Any) -> None:
         rows = array[index] if self._batched else array

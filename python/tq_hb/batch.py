@@ -288,14 +288,13 @@ class BatchedKVCache:
         positions = self._positions(op, q_offset, len(chosen))
         with self._locked(chosen):
             self._outstanding.enter(self._form.device._core, call.stream)
-            runs, ends = [], []
-            for index, (slot, position) in enumerate(zip(chosen, positions, strict=True)):
-                runs.append(self._caches[slot]._record_attend(f"{op}: slot {slot}", call, index, position))
-                ends.append(call.encoder.num_nodes)
-            call.run(self._outstanding)
-            nodes, precision = call.encoder.nodes, call.encoder.precision
-            for slot, run, start, end in zip(chosen, runs, [0, *ends], ends, strict=False):
-                self._caches[slot]._launched = nodes[start:end], precision, run
+            runs = [
+                self._caches[slot]._record_attend(f"{op}: slot {slot}", call, index, position)
+                for index, (slot, position) in enumerate(zip(chosen, positions, strict=True))
+            ]
+            launched = iter(call.run(self._outstanding))
+            for slot, run in zip(chosen, runs, strict=True):
+                self._caches[slot]._launched = None if run is None else next(launched), run
         return call.results()
 
     def reset(self, slot: int) -> None:

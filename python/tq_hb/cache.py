@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -26,11 +26,30 @@ from tq_hb.visibility import Held, Placement, check_position, last_position, pla
 _MIN_GROWTH = 64
 
 _Run = tuple[_core.FlashAttnVecTqHbParams, policy.Dispatch]
-_RawNode = tuple[str, str, tuple[int, int, int], tuple[int, int, int], int]
-# Nodes and precision of an attention call, and how it ran; None if there were no keys to attend to.
-_Launched = tuple[Sequence[_RawNode], str, _Run | None]
+# What an attention call launched, and how it ran; None if there were no keys to attend to.
+_Launched = tuple[_core.Launched | None, _Run | None]
 
 _caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
+
+
+@lru_cache(maxsize=256)
+def _lasting_params(
+    num_heads: int, num_kv_heads: int, head_dim: int, k_bits: int, window: int | None, scale: float, softcap: float
+) -> _core.FlashAttnVecTqHbParams:
+    """Return what stays the same from token to token. Not to be changed: others have it, too."""
+    return _core.FlashAttnVecTqHbParams(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        kv_seq_len=1,
+        kv_capacity=1,
+        scale=scale,
+        mask_type=2 if window else 0,
+        sliding_window=window or 0,
+        softcap=softcap,
+        codebook_bits=k_bits,
+        fuse_fwht_pre=1,
+    )
 
 
 def _renew_locks() -> None:
@@ -572,8 +591,7 @@ class KVCache:
         with self._lock:
             self._outstanding.enter(self._form.device._core, call.stream)
             run = self._record_attend(op, call, 0, q_offset)
-            call.run(self._outstanding)
-            self._launched = call.encoder.nodes, call.encoder.precision, run
+            self._launched = next(iter(call.run(self._outstanding)), None), run
         return call.results()
 
     def _record_attend(self, op: str, call: AttentionCall, index: int, q_offset: int | None) -> _Run | None:
@@ -602,35 +620,30 @@ class KVCache:
         return params, dispatch
 
     def _attention_params(self, call: AttentionCall, placement: Placement) -> _core.FlashAttnVecTqHbParams:
-        return _core.FlashAttnVecTqHbParams(
-            num_heads=call.num_heads,
-            num_kv_heads=self._form.num_kv_heads,
-            head_dim=self._form.head_dim,
+        form = self._form
+        lasting = _lasting_params(
+            call.num_heads, form.num_kv_heads, form.head_dim, form.k_bits, self._window, call.scale, call.softcap
+        )
+        return lasting.replace(
             # An empty cache has its params checked, too.
-            kv_seq_len=max(placement.kv_seq_len, 1),
-            kv_capacity=max(self._capacity, 1),
-            scale=call.scale,
-            mask_type=2 if self._window else 0,
-            sliding_window=self._window or 0,
-            softcap=call.softcap,
+            kv_seq_len=placement.kv_seq_len or 1,
+            kv_capacity=self._capacity or 1,
             ring_start=placement.ring_start,
-            codebook_bits=self._form.k_bits,
-            fuse_fwht_pre=1,
-            nsg=policy.compute_nsg(placement.kv_seq_len),
+            nsg=policy.nsg_of(placement.kv_seq_len),
         )
 
-    def _plan(self, nodes: Sequence[_RawNode], precision: str, run: _Run | None) -> Plan:
+    def _plan(self, launched: _core.Launched | None, run: _Run | None) -> Plan:
         """Say what an attention call has launched."""
         backend = self._form.device.backend
-        launched = [node for node in nodes if node[0] != "barrier"]
-        if run is None or not launched:
-            return Plan(backend, (), 0, 0, precision, 0)
+        if launched is None or run is None:
+            return Plan(backend, (), 0, 0, "strict", 0)
         params, dispatch = run
-        simdgroups = launched[0][3][1]
+        nodes = [node for node in launched.nodes if node[0] != "barrier"]
+        simdgroups = nodes[0][3][1]
         # Only the per-head kernel is told how many; and the cpu launches nothing.
         nsg = params.nsg if dispatch.kernel is policy.AttendKernel.PER_HEAD else simdgroups
-        kernels = tuple(node[1] for node in launched)
-        return Plan(backend, kernels, nsg, dispatch.nwg, precision, max(node[4] for node in launched))
+        kernels = tuple(node[1] for node in nodes)
+        return Plan(backend, kernels, nsg, dispatch.nwg, launched.precision, max(node[4] for node in nodes))
 
     def dequantize(self) -> tuple[Float32Array, Float32Array]:
         """Rebuild what is held.

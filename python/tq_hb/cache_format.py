@@ -82,6 +82,11 @@ class CacheFormat:
         return self.num_kv_heads * (self.row_bytes(self.k_bits) + self.row_bytes(self.v_bits) + norms)
 
     @cached_property
+    def attend_format(self) -> _core.AttendFormat:
+        """The same for attention calls."""
+        return _core.AttendFormat("KVCache", self.k_bits, self.v_bits, self.codebook, self.packing, self.precision)
+
+    @cached_property
     def offers_group(self) -> bool:
         """Whether the device has a kernel that serves query heads of a group together."""
         return self.device._core.offers(AttendKernel.GROUP, self.head_dim, self.packing, self.k_bits, self.v_bits)

@@ -22,6 +22,7 @@ Array = Any
 _CUDA_DEVICE_TYPES = (2, 13)  # of DLPack: device memory and managed memory
 _LEGACY_STREAM = 1  # as DLPack numbers the default stream
 _NO_ORDER = -1
+_NOT_ON_GPU = (np.ndarray, type)
 _ALIGNMENT = 16  # of a kernel's loads
 
 
@@ -38,7 +39,7 @@ def _library_of(kind: type) -> str:
 
 def is_on_gpu(x: Array) -> bool:
     """Tell whether an array is in the memory of an NVIDIA GPU."""
-    if isinstance(x, np.ndarray | type):
+    if isinstance(x, _NOT_ON_GPU):
         return False
     if library(x) == "torch":
         return bool(x.is_cuda)

@@ -75,9 +75,21 @@ def as_code_rows(op: str, field: str, x: Array, device: _core.Device) -> npt.NDA
     return gpu_arrays.as_dtype(op, field, x, np.uint8, device) if is_on_gpu(x) else as_codes(op, field, x)
 
 
+def as_rows_with_dtype(op: str, field: str, x: Array, device: _core.Device) -> tuple[Rows, str]:
+    """Return ``x`` as :func:`as_rows` does, and the name of the dtype that a result computed from it has."""
+    if is_on_gpu(x):
+        return gpu_arrays.as_float32(op, field, x, device), _result_dtype(gpu_arrays.dtype_name(x))
+    array, is_bfloat16 = borrow(op, field, x)
+    name = "bfloat16" if is_bfloat16 else _dtype_name(array)
+    return _as_float32(op, field, array, is_bfloat16), _result_dtype(name)
+
+
 def as_float32(op: str, field: str, x: Array) -> Float32Array:
     """Return ``x`` as a C-contiguous float32 array, borrowed where possible and rounded otherwise."""
-    array, is_bfloat16 = borrow(op, field, x)
+    return _as_float32(op, field, *borrow(op, field, x))
+
+
+def _as_float32(op: str, field: str, array: npt.NDArray[Any], is_bfloat16: bool) -> Float32Array:
     if is_bfloat16:
         return (np.ascontiguousarray(array).astype(np.uint32) << 16).view(np.float32)
     if array.dtype == np.float32:
@@ -138,12 +150,8 @@ def require_rows(op: str, field: str, rows: Rows, *, as_query: bool = False) -> 
 
     ``rows`` is (heads, head_dim) or (tokens, heads, head_dim). On a GPU the kernels look themselves.
     """
-    if isinstance(rows, _core.Buffer):
-        return
-    heads = rows.shape[-2] if rows.ndim > 1 else 1
-    bad = _core.first_bad_row(rows, as_query)
-    if bad >= 0:
-        raise _core.InvalidArgument(_core.bad_row_message(op, field, bad // heads, bad % heads))
+    if not isinstance(rows, _core.Buffer):
+        _core.require_rows(op, field, rows, as_query)
 
 
 def check_sinks(op: str, sinks: Array, num_heads: int) -> Float32Array:
@@ -164,6 +172,10 @@ def result_dtype(op: str, field: str, x: Array) -> str:
     else:
         array, is_bfloat16 = borrow(op, field, x)
         name = "bfloat16" if is_bfloat16 else _dtype_name(array)
+    return _result_dtype(name)
+
+
+def _result_dtype(name: str) -> str:
     return "float32" if name == "float64" else name
 
 

@@ -9,6 +9,7 @@ from tq_hb import _core
 CODEBOOKS = _core.codebook_names()
 PACKINGS = ("byte", "plane")
 PRECISIONS = ("default", "strict")
+_BOOLS = (bool, np.bool_)
 
 
 def invalid(op: str, field: str, rule: str, value: object) -> _core.InvalidArgument:
@@ -65,8 +66,7 @@ def check_precision(op: str, precision: str) -> None:
     check_choice(op, "precision", precision, PRECISIONS)
 
 
-def check_attention(op: str, *, precision: str, return_lse: bool) -> None:
-    """Check the keywords of an attention call that are no arrays."""
-    check_precision(op, precision)
-    if not isinstance(return_lse, bool | np.bool_):
+def check_return_lse(op: str, return_lse: bool) -> None:
+    """Accept a boolean."""
+    if not isinstance(return_lse, _BOOLS):
         raise invalid(op, "return_lse", "must be True or False", repr(return_lse))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from tq_hb import _core
 
@@ -47,8 +48,7 @@ class Environment:
     cpu_isa: str | None = None
 
 
-@dataclass(frozen=True)
-class Dispatch:
+class Dispatch(NamedTuple):
     """How one attention call runs.
 
     ``head_tile`` rows of q share the decode of a key in the group kernel. ``nwg`` is the number of
@@ -118,7 +118,16 @@ def compute_nsg(kv_seq_len: int) -> int:
     >>> tq_hb.compute_nsg(1024), tq_hb.compute_nsg(1025)
     (1, 4)
     """
-    length = _core.to_uint32("compute_nsg", "kv_seq_len", kv_seq_len)
+    return nsg_of(_core.to_uint32("compute_nsg", "kv_seq_len", kv_seq_len))
+
+
+def nsg_of(length: int) -> int:
+    """:func:`compute_nsg` of a length that has been checked.
+
+    >>> import tq_hb
+    >>> tq_hb.policy.nsg_of(1025)
+    4
+    """
     return environment().nsg or (4 if length > 1024 else 1)
 
 
@@ -131,7 +140,10 @@ def compute_nwg(kv_seq_len: int) -> int:
     >>> tq_hb.compute_nwg(512), tq_hb.compute_nwg(513)
     (16, 32)
     """
-    length = _core.to_uint32("compute_nwg", "kv_seq_len", kv_seq_len)
+    return _nwg_of(_core.to_uint32("compute_nwg", "kv_seq_len", kv_seq_len))
+
+
+def _nwg_of(length: int) -> int:
     return environment().nwg or (32 if length > 512 else 16)
 
 
@@ -202,13 +214,16 @@ def plan_attention(
     Dispatch(kernel=<AttendKernel.GROUP: 1>, head_tile=4, nwg=32)
     """
     mode = _gqa_mode(op)
+    per_head = Dispatch(AttendKernel.PER_HEAD, 1, _workgroups(op, p, num_queries, nwg))
+    forced = environment()
+    if not offers_group or nwg is not None or forced.nsg is not None or forced.nwg is not None or mode == "off":
+        return per_head
     sharing = p.num_heads // p.num_kv_heads * num_queries
-    chosen = nwg is not None or environment().nsg is not None or environment().nwg is not None or mode == "off"
     fewest_keys = GQA_MIN_KEYS_PER_MULTIPROCESSOR if multiprocessors else GQA_MIN_KEYS
     too_short = mode == "auto" and visible_keys(p, num_queries) * num_queries < fewest_keys
     too_few_rows = sharing < 2 and not multiprocessors
-    if not offers_group or chosen or too_few_rows or too_short:
-        return Dispatch(AttendKernel.PER_HEAD, 1, _workgroups(op, p, num_queries, nwg))
+    if too_few_rows or too_short:
+        return per_head
     tile = next((tile for tile in (2, 4) if tile >= sharing), _core.GQA_MAX_TILE)
     return Dispatch(AttendKernel.GROUP, tile, _group_splits(p, tile, num_queries, multiprocessors, tmp_bytes))
 
@@ -217,7 +232,7 @@ def _workgroups(op: str, p: _core.FlashAttnVecTqHbParams, num_queries: int, nwg:
     """Workgroups per head and query of the per-head kernel."""
     if nwg is not None:
         return _core.to_uint32(op, "nwg", nwg)
-    count = compute_nwg(p.kv_seq_len)
+    count = _nwg_of(p.kv_seq_len)
     if num_queries == 1 or environment().nwg is not None:
         return count
     # Many queries fill the device by themselves, and each workgroup of each has a partial result to store.

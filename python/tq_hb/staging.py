@@ -26,7 +26,7 @@ class Staging:
         self._device = device
         self._beside = beside if beside is not None and is_on_gpu(beside) else None
         self._written: list[tuple[_core.Buffer, npt.NDArray[Any]]] = []
-        self.stream = None if beside is None else gpu_arrays.stream(beside)
+        self.stream = None if self._beside is None else gpu_arrays.stream(self._beside)
 
     @property
     def is_on_gpu(self) -> bool:

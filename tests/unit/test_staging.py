@@ -149,9 +149,27 @@ class TestKVCache:
 
     def test_only_what_is_new_is_copied(self, copying):
         cache = tq_hb.KVCache(1, 256, 64, device=copying)
-        cache.append(np.ones((2, 1, 256), np.float32), np.ones((2, 1, 256), np.float32))
-        cache.attend(np.ones((1, 256), np.float32))
-        assert copying._core.copies == ["k", "v", "q"]
+        for _ in range(2):
+            cache.append(np.ones((2, 1, 256), np.float32), np.ones((2, 1, 256), np.float32))
+        assert copying._core.copies == ["k", "v", "k", "v"]
+
+    def test_attention_takes_arrays_from_anywhere(self, device):
+        rng = np.random.default_rng(4)
+        cache = tq_hb.KVCache(2, 256, device=device)
+        cache.append(*rng.standard_normal((2, 33, 2, 256), np.float32))
+        shapes = {"q": (4, 256), "sinks": (4,), "out": (4, 256)}
+        results = []
+        for offset in (0, 1, 3):
+            arrays = {name: tq_hb.empty(1024 + offset)[offset:][: np.prod(shape)] for name, shape in shapes.items()}
+            arrays = {name: array.reshape(shapes[name]) for name, array in arrays.items()}
+            arrays["q"][:] = np.linspace(-1, 1, 1024).reshape(4, 256)
+            arrays["sinks"][:] = [0.5, -np.inf, 1.0, 2.0]
+            out, lse = cache.attend(**arrays, return_lse=True)
+            assert out is arrays["out"]
+            results.append((out, lse))
+        for out, lse in results[1:]:
+            assert np.array_equal(out, results[0][0])
+            assert np.array_equal(lse, results[0][1])
 
 
 class TestSharing:

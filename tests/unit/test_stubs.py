@@ -66,8 +66,8 @@ def parameters_of(function) -> list[str] | None:
 
 def stubbed_parameters(node: ast.FunctionDef) -> list[str]:
     arguments = node.args
-    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-    return [a.arg for a in every if a.arg != "self"]
+    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.kwarg]
+    return [a.arg for a in every if a is not None and a.arg != "self"]
 
 
 def functions_with_named_parameters() -> list:

@@ -92,6 +92,7 @@ def _print_tables(report: dict[str, Any]) -> None:
     facts.add_row("environment", ", ".join(variables) or "no variable set")
 
     devices = table("devices", "backend", "usable", "name", numeric_from=3)
+    devices.columns[-1].no_wrap = False  # a reason may be longer than a line
     for device in report["devices"]:
         usable = "default" if device["backend"] == report["default_device"] else "yes"
         seen = (usable, device["name"]) if device["available"] else ("no", device["reason"])

@@ -1,0 +1,144 @@
+// Attention of a call's sequences as one step of Python: what happens for every token and layer has to be short.
+
+#include <tuple>
+#include <utility>
+
+#include "bind/bind.h"
+#include "core/codebook.h"
+#include "core/encoder.h"
+
+namespace tq_hb {
+namespace {
+
+/// How codes are stored and how exactly they are attended to: what all calls on a cache have in common.
+struct AttendFormat {
+  const Codebook* k_codebook;
+  const Codebook* v_codebook;
+  Packing packing;
+  Precision precision;
+};
+
+AttendFormat make_format(const std::string& op, unsigned k_bits, unsigned v_bits, const std::string& codebook,
+                         const std::string& packing, const std::string& precision) {
+  const CodebookName name = parse_codebook_name(op, codebook);
+  return {&find_codebook(op, name, k_bits), &find_codebook(op, name, v_bits), parse_packing(op, packing),
+          parse_precision(op, precision)};
+}
+
+/// The arguments and results of a call, with a leading axis if they are for several sequences.
+struct Arrays {
+  Buffer q, output;
+  std::optional<Buffer> sinks, score_bias, lse;
+};
+
+/// One sequence: its place in the arrays, codes and norms of K and V, the kernel's params, whether that is the group
+/// kernel, its head tile and number of splits, and the last query's position.
+using Run = std::tuple<std::size_t, Buffer, Buffer, Buffer, Buffer, TqFlashAttnVecArgs, bool, unsigned, unsigned,
+                       std::uint32_t>;
+
+/// What one of them has launched.
+struct Launched {
+  std::vector<Node> nodes;
+  Precision precision;
+};
+
+std::vector<Launched> record_runs(CommandEncoder& encoder, const std::string& op, const AttendFormat& format,
+                                  bool batched, const Arrays& arrays, const std::vector<Run>& runs) {
+  const auto of_sequence = [&](const Buffer& all, std::size_t index) { return batched ? all.row(index) : all; };
+  const auto if_given = [&](const std::optional<Buffer>& all, std::size_t index) -> std::optional<Buffer> {
+    return all ? std::optional(of_sequence(*all, index)) : std::nullopt;
+  };
+  std::vector<Launched> launched;
+  for (const auto& [index, k_packed, k_norms, v_packed, v_norms, args, grouped, tile, nwg, position] : runs) {
+    AttendOp record;
+    record.name = op;
+    record.args = args;
+    record.args.nwg = nwg;
+    record.q = of_sequence(arrays.q, index);
+    record.k_packed = k_packed;
+    record.k_norms = k_norms;
+    record.v_packed = v_packed;
+    record.v_norms = v_norms;
+    record.output = of_sequence(arrays.output, index);
+    record.k_codebook = format.k_codebook;
+    record.v_codebook = format.v_codebook;
+    record.packing = format.packing;
+    record.precision = format.precision;
+    record.fused_undo = true;
+    record.sinks = arrays.sinks;
+    record.score_bias = if_given(arrays.score_bias, index);
+    record.lse = if_given(arrays.lse, index);
+    record.query_position = position;
+    record.kernel = grouped ? AttendKernel::kGroup : AttendKernel::kPerHead;
+    record.head_tile = tile;
+    const std::size_t before = encoder.num_nodes();
+    encoder.flash_attn_vec(std::move(record));
+    launched.push_back({encoder.nodes(before), encoder.precision()});
+  }
+  return launched;
+}
+
+/// Arrays of the host as buffers of a device: their own memory where it can use that, else copies.
+class HostArrays {
+ public:
+  HostArrays(const Device& device, const std::string& op) : device_(device), op_(op) {}
+
+  Buffer read(const char* field, const py::array& array) const {
+    std::optional<Buffer> buffer = wrap(device_, op_, field, array);
+    return buffer ? *std::move(buffer) : copy_in(device_, op_, field, array);
+  }
+  Buffer write(const char* field, py::array& array) {
+    if (std::optional<Buffer> buffer = wrap(device_, op_, field, array)) return *std::move(buffer);
+    copies_.emplace_back(device_.empty(DType::kFloat32, shape_of(array)), array.mutable_data());
+    return copies_.back().first;
+  }
+  /// Brings back what has been written to copies.
+  void finish() const {
+    for (const auto& [buffer, target] : copies_) buffer.read(target);
+  }
+
+ private:
+  const Device& device_;
+  const std::string& op_;
+  std::vector<std::pair<Buffer, void*>> copies_;
+};
+
+std::vector<Launched> attend(const Device& device, const std::string& op, const AttendFormat& format, bool batched,
+                             const py::array& q, py::array output, const std::optional<py::array>& sinks,
+                             const std::optional<py::array>& score_bias, std::optional<py::array> lse,
+                             const std::vector<Run>& runs) {
+  HostArrays host(device, op);
+  Arrays arrays{host.read("q", q), host.write("out", output), {}, {}, {}};
+  if (sinks) arrays.sinks = host.read("sinks", *sinks);
+  if (score_bias) arrays.score_bias = host.read("q", *score_bias);
+  if (lse) arrays.lse = host.write("lse", *lse);
+  const auto encoder = device.make_encoder();
+  std::vector<Launched> launched = record_runs(*encoder, op, format, batched, arrays, runs);
+  const ReleasedGil released;
+  encoder->commit();
+  encoder->wait();
+  host.finish();
+  return launched;
+}
+
+std::vector<Launched> record(CommandEncoder& encoder, const std::string& op, const AttendFormat& format, bool batched,
+                             const Buffer& q, const Buffer& output, const std::optional<Buffer>& sinks,
+                             const std::optional<Buffer>& score_bias, const std::optional<Buffer>& lse,
+                             const std::vector<Run>& runs) {
+  return record_runs(encoder, op, format, batched, {q, output, sinks, score_bias, lse}, runs);
+}
+
+}  // namespace
+
+void bind_attend(py::module_& module) {
+  py::class_<AttendFormat>(module, "AttendFormat")
+      .def(py::init(&make_format), py::arg("op"), py::arg("k_bits"), py::arg("v_bits"), py::arg("codebook"),
+           py::arg("packing"), py::arg("precision"));
+  py::class_<Launched>(module, "Launched")
+      .def_property_readonly("nodes", [](const Launched& self) { return to_tuple(self.nodes); })
+      .def_property_readonly("precision", [](const Launched& self) { return name_of(self.precision); });
+  module.def("attend", &attend);
+  module.def("record_attention", &record);
+}
+
+}  // namespace tq_hb
