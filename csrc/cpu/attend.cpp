@@ -283,12 +283,16 @@ void QueryBlock::merge(std::size_t row, std::size_t head, float* out, float* lse
   double max = sink;
   for (std::size_t r = 0; r < ranges_; ++r) max = std::max(max, memory_.max[first + r * rows_]);
   double sum = sink == kNone ? 0.0 : std::exp(sink - max);
-  for (std::size_t r = 0; r < ranges_; ++r) {
-    const std::size_t at = first + r * rows_;
-    const float weight = std::exp(static_cast<float>(memory_.max[at] - max));
-    sum += memory_.sum[at] * static_cast<double>(weight);
-    const float* partial = memory_.out + at * head_dim_;
-    for (std::size_t j = 0; j < head_dim_; ++j) out[j] += weight * partial[j];
+  constexpr std::size_t kBlock = 64;
+  float weights[kBlock];
+  for (std::size_t r = 0; r < ranges_; r += kBlock) {
+    const std::size_t count = std::min(kBlock, ranges_ - r), begin = first + r * rows_;
+    for (std::size_t i = 0; i < count; ++i) {
+      const std::size_t at = begin + i * rows_;
+      weights[i] = std::exp(static_cast<float>(memory_.max[at] - max));
+      sum += memory_.sum[at] * static_cast<double>(weights[i]);
+    }
+    kernel_.add_partials(memory_.out + begin * head_dim_, rows_ * head_dim_, weights, count, head_dim_, out);
   }
   const float inverse = static_cast<float>(1.0 / (sum * static_cast<double>(kHeadroom)));
   for (std::size_t j = 0; j < head_dim_; ++j) out[j] *= inverse;

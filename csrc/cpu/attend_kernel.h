@@ -103,6 +103,9 @@ struct IsaKernel {
   /// The codec's rotation of one row and its inverse, in place.
   void (*rotate)(float* row, std::size_t head_dim) noexcept;
   void (*unrotate)(float* row, std::size_t head_dim) noexcept;
+  /// Adds weights[i] * partials[i * stride ...], for `count` of them, to the head_dim values of `out`.
+  void (*add_partials)(const float* partials, std::size_t stride, const float* weights, std::size_t count,
+                       std::size_t head_dim, float* out) noexcept;
   /// In float32: strict.
   void (*attend)(const AttendTask& task) noexcept;
   /// Puts one row of q into the order in which `attend` takes it; null where that is the order of coordinates.

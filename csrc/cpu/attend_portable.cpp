@@ -1,10 +1,11 @@
 #include "core/codec.h"
 #include "cpu/float32_path.h"
+#include "cpu/partials.h"
 
 namespace tq_hb {
 
 const IsaKernel& attend_kernel_portable() noexcept {
-  static const IsaKernel kernel{"portable", rotate_row, unrotate_row, attend_in_float32<ScalarDecoder>,
+  static const IsaKernel kernel{"portable", rotate_row, unrotate_row, add_partials, attend_in_float32<ScalarDecoder>,
                                 nullptr,    nullptr,    nullptr};
   return kernel;
 }

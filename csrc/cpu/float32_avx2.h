@@ -25,13 +25,12 @@ inline FloatLevels join_floats(const __m256i (&bytes)[4]) noexcept {
 }
 
 /// A codebook is symmetric: its lower half serves, negative levels, and the sign is put right by the code's.
-template <unsigned kBits, bool kPlane, std::size_t kHeadDim>
+template <unsigned kBits>
 class FloatLookup {
  public:
   explicit FloatLookup(const LevelTable& levels) noexcept : levels_(levels) {}
 
-  FloatLevels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
-    const Codes codes = CodeReader<kBits, kPlane, kHeadDim>::at(row, chunk);
+  FloatLevels of(const Codes& codes) const noexcept {
     const __m256i index = folded_index(codes);
     const __m256i choice = _mm256_xor_si256(codes.bit4, codes.sign);
     __m256i bytes[4];

@@ -1,10 +1,10 @@
 // Float32 levels by lookups of bytes: what an instruction set with tables of bytes gives to float32_path.h.
 //
-// A file that includes this one defines before, beside kChunk (see int16_path.h):
+// A file that includes this one defines before, beside kChunk and CodeReader (see int16_path.h):
 //
-//   FloatLookup<bits, plane, dim>   FloatLookup(levels), .at(row, chunk) -> FloatLevels{Vec vectors[4]}: of every 16
-//                                   codes, vector i has those from 4 * i on, 128 bits after 128 bits
-//   kMostTableBits                  wider codes are looked up one by one, since so many tables would be slower
+//   FloatLookup<bits>   FloatLookup(levels), .of(codes) -> FloatLevels{Vec vectors[4]}: of every 16 codes, vector i has
+//                       those from 4 * i on, 128 bits after 128 bits
+//   kMostTableBits      wider codes are looked up one by one, since so many tables would be slower
 #pragma once
 
 #include "cpu/float32_path.h"
@@ -30,7 +30,8 @@ struct ByteTableDecoder {
 
   template <unsigned kBits, bool kPlane>
   static void decode_as(const HeadRows& side, const Tile& tile, std::size_t block, float* rows) noexcept {
-    const FloatLookup<kBits, kPlane, kHeadDim> lookup(*side.levels);
+    using Reader = CodeReader<kBits, kPlane, kHeadDim>;
+    const FloatLookup<kBits> lookup(*side.levels);
     for (std::size_t t = 0; t < tile.count; ++t) {
       const std::uint8_t* row = row_of(side, tile.slots[t]);
       float* out = rows + t * kDim;
@@ -38,7 +39,7 @@ struct ByteTableDecoder {
       for (std::size_t part = 0; part < kDim; part += kPart) {
 #pragma GCC unroll 8
         for (std::size_t j = part; j < part + kPart; j += kChunk) {
-          const FloatLevels levels = lookup.at(row, (block * kDim + j) / kChunk);
+          const FloatLevels levels = lookup.of(Reader::at(row, (block * kDim + j) / kChunk));
 #pragma GCC unroll 4
           for (std::size_t i = 0; i < 4; ++i) store(out + j + i * kLanes, levels.vectors[i]);
         }

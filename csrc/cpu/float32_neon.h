@@ -28,13 +28,12 @@ inline FloatLevels join_floats(const uint8x16_t (&bytes)[4]) noexcept {
 
 /// A table of 32 or 64 bytes serves a code as it is. For 8 bits a codebook's lower half does, negative levels, and the
 /// sign is put right by the code's.
-template <unsigned kBits, bool kPlane, std::size_t kHeadDim>
+template <unsigned kBits>
 class FloatLookup {
  public:
   explicit FloatLookup(const LevelTable& levels) noexcept : levels_(levels) {}
 
-  FloatLevels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
-    const uint8x16_t codes = CodeReader<kBits, kPlane, kHeadDim>::at(row, chunk);
+  FloatLevels of(uint8x16_t codes) const noexcept {
     uint8x16_t bytes[4];
     if constexpr (kBits < 8) {
       const uint8x16_t index = vandq_u8(codes, vdupq_n_u8((1 << kBits) - 1));

@@ -26,13 +26,12 @@ inline FloatLevels join_floats(const __m512i (&bytes)[4]) noexcept {
 
 /// Codes of 5 and 6 bits are looked up as they are: the levels are repeated. A codebook is symmetric: for 8 bits its
 /// lower half serves, and the sign is put right by the code's.
-template <unsigned kBits, bool kPlane, std::size_t kHeadDim>
+template <unsigned kBits>
 class FloatLookup {
  public:
   explicit FloatLookup(const LevelTable& levels) noexcept : levels_(levels) {}
 
-  FloatLevels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
-    const __m512i codes = CodeReader<kBits, kPlane, kHeadDim>::at(row, chunk);
+  FloatLevels of(__m512i codes) const noexcept {
     __m512i bytes[4];
     if constexpr (kBits < 8) {
 #pragma GCC unroll 4
@@ -61,18 +60,18 @@ class FloatLookup {
 };
 
 /// 32 levels fit into two registers: every lane's code is looked up as it is, with no bytes to join.
-template <bool kPlane, std::size_t kHeadDim>
-class FloatLookup<5, kPlane, kHeadDim> {
+template <>
+class FloatLookup<5> {
  public:
   explicit FloatLookup(const LevelTable& levels) noexcept
       : low_(load(levels.levels)), high_(load(levels.levels + kLanes)) {}
 
-  FloatLevels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
-    const __m512i codes = _mm512_shuffle_epi8(CodeReader<5, kPlane, kHeadDim>::at(row, chunk), transposed());
+  FloatLevels of(__m512i codes) const noexcept {
+    const __m512i columns = _mm512_shuffle_epi8(codes, transposed());
     FloatLevels levels;
 #pragma GCC unroll 4
     for (unsigned i = 0; i < 4; ++i) {
-      levels.vectors[i] = _mm512_permutex2var_ps(low_, _mm512_srli_epi32(codes, 8 * i), high_);
+      levels.vectors[i] = _mm512_permutex2var_ps(low_, _mm512_srli_epi32(columns, 8 * i), high_);
     }
     return levels;
   }

@@ -26,11 +26,6 @@ struct PairLevels {
   Sums vectors[4];
 };
 
-inline PairLevels interleave(Levels even, Levels odd) noexcept {
-  return {{_mm256_unpacklo_epi16(even.first, odd.first), _mm256_unpackhi_epi16(even.first, odd.first),
-           _mm256_unpacklo_epi16(even.second, odd.second), _mm256_unpackhi_epi16(even.second, odd.second)}};
-}
-
 inline Sums add_products(Sums sums, Sums a, Sums b) noexcept {
 #if defined(__AVXVNNI__)
   return _mm256_dpwssd_avx_epi32(sums, a, b);
@@ -197,13 +192,12 @@ inline __m256i folded_index(const Codes& codes) noexcept {
   return _mm256_and_si256(_mm256_xor_si256(codes.low, codes.sign), _mm256_set1_epi8(15));
 }
 
-template <unsigned kBits, bool kPlane, std::size_t kHeadDim>
+template <unsigned kBits>
 class Lookup {
  public:
   explicit Lookup(const Int16Levels& levels) noexcept : first_(levels.values), second_(levels.values + 16) {}
 
-  Levels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
-    const Codes codes = CodeReader<kBits, kPlane, kHeadDim>::at(row, chunk);
+  [[gnu::always_inline]] Levels of(const Codes& codes) const noexcept {
     const __m256i index = folded_index(codes);
     const Halves halves = look_up(first_, index);
     if constexpr (kBits == 5) {
@@ -213,18 +207,13 @@ class Lookup {
     }
   }
 
-  [[gnu::always_inline]] PairLevels pairs_at(const std::uint8_t* even, const std::uint8_t* odd,
-                                             std::size_t chunk) const noexcept {
-    return interleave(at(even, chunk), at(odd, chunk));
-  }
-
  private:
   ByteTables first_, second_;
 };
 
 /// A table for 128 levels would be eight of 16 entries and the blends between them. Parabolas take fewer steps.
-template <bool kPlane, std::size_t kHeadDim>
-class Lookup<8, kPlane, kHeadDim> {
+template <>
+class Lookup<8> {
  public:
   explicit Lookup(const Int16Levels& levels) noexcept
       : tabulated_(levels.values),
@@ -232,9 +221,8 @@ class Lookup<8, kPlane, kHeadDim> {
         slope_(levels.parabolas.slope),
         bend_(ByteTables(levels.parabolas.bend).low) {}
 
-  [[gnu::always_inline]] Levels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
+  [[gnu::always_inline]] Levels of(const Codes& codes) const noexcept {
     const __m256i zero = _mm256_setzero_si256();
-    const Codes codes = CodeReader<8, false, kHeadDim>::at(row, chunk);
     const __m256i index = _mm256_xor_si256(codes.low, codes.sign);
     const __m256i segment = _mm256_and_si256(_mm256_srli_epi16(index, 3), _mm256_set1_epi8(15));
     // Nothing comes of an index with its top bit set, and the start of a tabulated segment is 0.
@@ -249,11 +237,6 @@ class Lookup<8, kPlane, kHeadDim> {
             value(_mm256_unpackhi_epi8(start.low, start.high), _mm256_unpackhi_epi8(slope.low, slope.high),
                   _mm256_unpackhi_epi8(bend, zero), _mm256_unpackhi_epi8(zero, step),
                   _mm256_unpackhi_epi8(codes.sign, codes.sign))};
-  }
-
-  [[gnu::always_inline]] PairLevels pairs_at(const std::uint8_t* even, const std::uint8_t* odd,
-                                             std::size_t chunk) const noexcept {
-    return interleave(at(even, chunk), at(odd, chunk));
   }
 
  private:
@@ -274,6 +257,14 @@ class Lookup<8, kPlane, kHeadDim> {
   ByteTables tabulated_, start_, slope_;
   __m256i bend_;
 };
+
+template <class Reader, class CodesLookup>
+[[gnu::always_inline]] inline PairLevels pairs_of(const CodesLookup& lookup, const std::uint8_t* even,
+                                                  const std::uint8_t* odd, std::size_t chunk) noexcept {
+  const Levels a = lookup.of(Reader::at(even, chunk)), b = lookup.of(Reader::at(odd, chunk));
+  return {{_mm256_unpacklo_epi16(a.first, b.first), _mm256_unpackhi_epi16(a.first, b.first),
+           _mm256_unpacklo_epi16(a.second, b.second), _mm256_unpackhi_epi16(a.second, b.second)}};
+}
 
 }  // namespace
 }  // namespace tq_hb

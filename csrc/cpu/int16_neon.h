@@ -34,13 +34,6 @@ struct PairLevels {
   Sums vectors[4];
 };
 
-inline PairLevels interleave(Levels even, Levels odd) noexcept {
-  const auto low = [](Sums a, Sums b) { return vcombine_s32(vget_low_s32(a), vget_low_s32(b)); };
-  const auto high = [](Sums a, Sums b) { return vcombine_s32(vget_high_s32(a), vget_high_s32(b)); };
-  return {{low(even.first, odd.first), high(even.first, odd.first), low(even.second, odd.second),
-           high(even.second, odd.second)}};
-}
-
 inline Sums broadcast_pair(const std::int16_t* pair) noexcept {
   return vreinterpretq_s32_s16(vcombine_s16(vdup_n_s16(pair[0]), vdup_n_s16(pair[1])));
 }
@@ -128,19 +121,14 @@ struct CodeReader<kBits, true, kHeadDim> {
 };
 
 /// Of 5 or 6 bits: the levels are repeated up to 64.
-template <unsigned kBits, bool kPlane, std::size_t kHeadDim>
+template <unsigned kBits>
 class Lookup {
  public:
   explicit Lookup(const Int16Levels& levels) noexcept : tables_(levels.values) {}
 
-  Levels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
-    const uint8x16_t codes = vandq_u8(CodeReader<kBits, kPlane, kHeadDim>::at(row, chunk), vdupq_n_u8(63));
-    return join(vqtbl4q_u8(tables_.low, codes), vqtbl4q_u8(tables_.high, codes));
-  }
-
-  [[gnu::always_inline]] PairLevels pairs_at(const std::uint8_t* even, const std::uint8_t* odd,
-                                             std::size_t chunk) const noexcept {
-    return interleave(at(even, chunk), at(odd, chunk));
+  [[gnu::always_inline]] Levels of(uint8x16_t codes) const noexcept {
+    const uint8x16_t index = vandq_u8(codes, vdupq_n_u8(63));
+    return join(vqtbl4q_u8(tables_.low, index), vqtbl4q_u8(tables_.high, index));
   }
 
  private:
@@ -148,13 +136,12 @@ class Lookup {
 };
 
 /// Of 8 bits: the sign of a level is folded away, and 128 levels are left, twice 64.
-template <bool kPlane, std::size_t kHeadDim>
-class Lookup<8, kPlane, kHeadDim> {
+template <>
+class Lookup<8> {
  public:
   explicit Lookup(const Int16Levels& levels) noexcept : first_(levels.values), second_(levels.values + 64) {}
 
-  Levels at(const std::uint8_t* row, std::size_t chunk) const noexcept {
-    const uint8x16_t codes = vld1q_u8(row + chunk * kChunk);
+  [[gnu::always_inline]] Levels of(uint8x16_t codes) const noexcept {
     const uint8x16_t sign = vcltzq_s8(vreinterpretq_s8_u8(codes));
     const uint8x16_t index = veorq_u8(codes, sign), beyond = vsubq_u8(index, vdupq_n_u8(64));
     // An index outside a table gives 0 in the first and leaves what was found in the second.
@@ -163,14 +150,18 @@ class Lookup<8, kPlane, kHeadDim> {
     return join(veorq_u8(low, sign), veorq_u8(high, sign));
   }
 
-  [[gnu::always_inline]] PairLevels pairs_at(const std::uint8_t* even, const std::uint8_t* odd,
-                                             std::size_t chunk) const noexcept {
-    return interleave(at(even, chunk), at(odd, chunk));
-  }
-
  private:
   ByteTables first_, second_;
 };
+
+template <class Reader, class CodesLookup>
+[[gnu::always_inline]] inline PairLevels pairs_of(const CodesLookup& lookup, const std::uint8_t* even,
+                                                  const std::uint8_t* odd, std::size_t chunk) noexcept {
+  const Levels a = lookup.of(Reader::at(even, chunk)), b = lookup.of(Reader::at(odd, chunk));
+  const auto low = [](Sums x, Sums y) { return vcombine_s32(vget_low_s32(x), vget_low_s32(y)); };
+  const auto high = [](Sums x, Sums y) { return vcombine_s32(vget_high_s32(x), vget_high_s32(y)); };
+  return {{low(a.first, b.first), high(a.first, b.first), low(a.second, b.second), high(a.second, b.second)}};
+}
 
 }  // namespace
 }  // namespace tq_hb

@@ -7,16 +7,19 @@
 //   kChunk                      codes that are looked up at a time: 2 * kSumLanes of each of two vectors of levels
 //   kSumShift                   by how many bits sums are cut so that those of all lanes can be added: log2(lanes)
 //   kValueRows                  rows whose sums over a chunk of values stay in registers
-//   Lookup<bits, plane, dim>    Lookup(levels), .at(row, chunk) -> Levels{Sums first, second}: of every 16 codes, first
-//                               has the first 8 and second the others, 128 bits after 128 bits;
-//                               .pairs_at(even, odd, chunk) -> PairLevels{Sums vectors[4]}: of two rows, of every 16
-//                               codes, vector i has those from 4 * i on as pairs that share a lane
+//   CodeReader<bits, plane, dim>
+//                               ::at(row, chunk) -> codes of a chunk, of a type of its own
+//   Lookup<bits>                Lookup(levels), .of(codes) -> Levels{Sums first, second}: of every 16 codes, first has
+//                               the first 8 and second the others, 128 bits after 128 bits
+//   pairs_of<Reader>(lookup, even, odd, chunk)
+//                               -> PairLevels{Sums vectors[4]} of two rows: of every 16 codes, vector i has those from
+//                               4 * i on as pairs that share a lane
 //   add_products(sums, a, b)    sums + two products of 16-bit values, for every 32-bit lane
 //   kLaneStep                   a power of two: add_products adds the products of 16-bit values i and i ^ kLaneStep
 //                               to the same lane
 //   add(a, b), cut<bits>(a)     a + b, a / 2^bits, lane by lane
 //   add_across(sums[8], totals) the sums over all lanes, cut by kSumShift: totals[8]
-//   broadcast_pair(p)           the 16-bit values at p and p + 1, where pairs_at puts even and odd
+//   broadcast_pair(p)           the 16-bit values at p and p + 1, where pairs_of puts even and odd
 //   pin(sums)                   keeps the compiler from adding in another order, which would take more registers
 #pragma once
 
@@ -94,10 +97,10 @@ void quantize_query(const float* q, std::size_t head_dim, std::int16_t* values, 
 }
 
 /// A row whose codes are looked up when they are used.
-template <class RowLookup>
+template <class Reader, class CodesLookup>
 struct CodedRow {
-  [[gnu::always_inline]] Levels at(std::size_t chunk) const noexcept { return lookup.at(codes, chunk); }
-  const RowLookup& lookup;
+  [[gnu::always_inline]] Levels at(std::size_t chunk) const noexcept { return lookup.of(Reader::at(codes, chunk)); }
+  const CodesLookup& lookup;
   const std::uint8_t* codes;
 };
 
@@ -178,15 +181,15 @@ inline void finish_scores(const AttendTask& task, const KeyNorms<kHeadDim>& norm
 }
 
 /// While all chunks are looked up, all upcoming rows are asked for.
-template <std::size_t kHeadDim, class RowLookup>
+template <std::size_t kHeadDim, class Reader, class CodesLookup>
 struct CodedPairs {
   [[gnu::always_inline]] PairLevels at(std::size_t p) const noexcept {
     constexpr std::size_t kShare = kAttendTile * kChunk / kHeadDim, kPairs = kAttendTile / 2;
     const std::size_t first = chunk * kShare;
     for (std::size_t t = first + p * kShare / kPairs; t < first + (p + 1) * kShare / kPairs; ++t) upcoming.prefetch(t);
-    return lookup.pairs_at(rows.at[2 * p], rows.at[2 * p + 1], chunk);
+    return pairs_of<Reader>(lookup, rows.at[2 * p], rows.at[2 * p + 1], chunk);
   }
-  const RowLookup& lookup;
+  const CodesLookup& lookup;
   const TileRows& rows;
   std::size_t chunk;
   const TileRows& upcoming;
@@ -243,12 +246,13 @@ inline void add_rows(const AttendTask& task, std::size_t chunk, std::size_t r, s
 /// What is done with the rows of one format.
 template <unsigned kBits, bool kPlane, std::size_t kHeadDim>
 struct Format {
-  using RowLookup = Lookup<kBits, kPlane, kHeadDim>;
+  using Reader = CodeReader<kBits, kPlane, kHeadDim>;
+  using CodesLookup = Lookup<kBits>;
 
   /// Scores of all rows and the kKeyGroup keys of a tile from `first` on.
   static void score(const AttendTask& task, const KeyNorms<kHeadDim>& norms, const TileRows& keys, std::size_t first,
                     const TileRows& upcoming) noexcept {
-    const RowLookup lookup(*task.k.int16);
+    const CodesLookup lookup(*task.k.int16);
     // Memory for the queries ends on a whole group: see kQueryRows.
     if (task.rows == 1) return score_fused<1>(task, norms, keys, first, lookup, upcoming);
     if (task.rows == 2) return score_fused<2>(task, norms, keys, first, lookup, upcoming);
@@ -260,8 +264,8 @@ struct Format {
   /// Adds weights * values of one chunk of columns to all rows' outputs.
   static void add(const AttendTask& task, const TileRows& values, std::size_t pairs, std::size_t chunk,
                   const TileRows& upcoming) noexcept {
-    const RowLookup lookup(*task.v.int16);
-    const CodedPairs<kHeadDim, RowLookup> coded{lookup, values, chunk, upcoming};
+    const CodesLookup lookup(*task.v.int16);
+    const CodedPairs<kHeadDim, Reader, CodesLookup> coded{lookup, values, chunk, upcoming};
     if (task.rows == 1) return add_rows<kHeadDim, 1>(task, chunk, 0, pairs, coded);
     if (task.rows == 2) return add_rows<kHeadDim, 2>(task, chunk, 0, pairs, coded);
     PairLevels levels[kAttendTile / 2];
@@ -274,18 +278,18 @@ struct Format {
  private:
   template <std::size_t kRows>
   static void score_fused(const AttendTask& task, const KeyNorms<kHeadDim>& norms, const TileRows& keys,
-                          std::size_t first, const RowLookup& lookup, const TileRows& upcoming) noexcept {
+                          std::size_t first, const CodesLookup& lookup, const TileRows& upcoming) noexcept {
     DotSums<kHeadDim> dots;
     for (std::size_t t = 0; t < kKeyGroup; ++t) {
       upcoming.prefetch(first + t);
-      const CodedRow<RowLookup> key{lookup, keys.at[first + t]};
+      const CodedRow<Reader, CodesLookup> key{lookup, keys.at[first + t]};
       multiply_key<kHeadDim, kRows>(key, not_hoisted(task.q_int16.values), t, dots);
     }
     finish_scores(task, norms, first, 0, task.rows, dots);
   }
 
   static void score_decoded(const AttendTask& task, const KeyNorms<kHeadDim>& norms, const TileRows& keys,
-                            std::size_t first, const RowLookup& lookup, const TileRows& upcoming) noexcept {
+                            std::size_t first, const CodesLookup& lookup, const TileRows& upcoming) noexcept {
     alignas(64) std::int16_t levels[kKeyGroup][kHeadDim];
     for (std::size_t t = 0; t < kKeyGroup; ++t) {
       upcoming.prefetch(first + t);
@@ -293,7 +297,7 @@ struct Format {
       for (std::size_t part = 0; part < kHeadDim; part += kPartDim<kHeadDim>) {
 #pragma GCC unroll 8
         for (std::size_t j = part; j < part + kPartDim<kHeadDim>; j += kChunk) {
-          const Levels looked_up = lookup.at(keys.at[first + t], j / kChunk);
+          const Levels looked_up = lookup.of(Reader::at(keys.at[first + t], j / kChunk));
           store(levels[t] + j, looked_up.first);
           store(levels[t] + j + kChunk / 2, looked_up.second);
         }

@@ -156,49 +156,27 @@ struct CodeReader<kBits, true, kHeadDim> {
   }
 };
 
-/// The levels of two rows' codes, which are interleaved before they are looked up: that takes fewer steps than after.
-template <class CodesLookup>
-[[gnu::always_inline]] inline PairLevels look_up_pairs(const CodesLookup& lookup, __m512i even, __m512i odd) noexcept {
-  const Levels low = lookup.of(_mm512_unpacklo_epi8(even, odd)), high = lookup.of(_mm512_unpackhi_epi8(even, odd));
-  return {{low.first, low.second, high.first, high.second}};
-}
-
 /// Of 5 or 6 bits: the levels are repeated up to 64, so an index needs no mask.
-template <unsigned kBits, bool kPlane, std::size_t kHeadDim>
+template <unsigned kBits>
 class Lookup {
  public:
   explicit Lookup(const Int16Levels& levels) noexcept : tables_(levels.values) {}
 
-  Levels at(const std::uint8_t* row, std::size_t chunk) const noexcept { return of(Reader::at(row, chunk)); }
-
-  [[gnu::always_inline]] PairLevels pairs_at(const std::uint8_t* even, const std::uint8_t* odd,
-                                             std::size_t chunk) const noexcept {
-    return look_up_pairs(*this, Reader::at(even, chunk), Reader::at(odd, chunk));
-  }
-
-  Levels of(__m512i codes) const noexcept {
+  [[gnu::always_inline]] Levels of(__m512i codes) const noexcept {
     return join(_mm512_permutexvar_epi8(codes, tables_.low), _mm512_permutexvar_epi8(codes, tables_.high));
   }
 
  private:
-  using Reader = CodeReader<kBits, kPlane, kHeadDim>;
   ByteTables tables_;
 };
 
 /// Of 8 bits: the sign of a level is folded away, and 128 levels are left.
-template <bool kPlane, std::size_t kHeadDim>
-class Lookup<8, kPlane, kHeadDim> {
+template <>
+class Lookup<8> {
  public:
   explicit Lookup(const Int16Levels& levels) noexcept : first_(levels.values), second_(levels.values + 64) {}
 
-  Levels at(const std::uint8_t* row, std::size_t chunk) const noexcept { return of(Reader::at(row, chunk)); }
-
-  [[gnu::always_inline]] PairLevels pairs_at(const std::uint8_t* even, const std::uint8_t* odd,
-                                             std::size_t chunk) const noexcept {
-    return look_up_pairs(*this, Reader::at(even, chunk), Reader::at(odd, chunk));
-  }
-
-  Levels of(__m512i codes) const noexcept {
+  [[gnu::always_inline]] Levels of(__m512i codes) const noexcept {
     const __m512i ones = _mm512_set1_epi8(-1);
     const __mmask64 sign = _mm512_movepi8_mask(codes);
     const auto flip = [&](__m512i bytes) { return _mm512_mask_sub_epi8(bytes, sign, ones, bytes); };
@@ -212,9 +190,17 @@ class Lookup<8, kPlane, kHeadDim> {
   }
 
  private:
-  using Reader = CodeReader<8, false, kHeadDim>;
   ByteTables first_, second_;
 };
+
+/// Codes are interleaved before they are looked up: that takes fewer steps than after.
+template <class Reader, class CodesLookup>
+[[gnu::always_inline]] inline PairLevels pairs_of(const CodesLookup& lookup, const std::uint8_t* even,
+                                                  const std::uint8_t* odd, std::size_t chunk) noexcept {
+  const __m512i a = Reader::at(even, chunk), b = Reader::at(odd, chunk);
+  const Levels low = lookup.of(_mm512_unpacklo_epi8(a, b)), high = lookup.of(_mm512_unpackhi_epi8(a, b));
+  return {{low.first, low.second, high.first, high.second}};
+}
 
 }  // namespace
 }  // namespace tq_hb
