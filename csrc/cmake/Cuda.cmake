@@ -40,4 +40,6 @@ target_sources(tq_hb PRIVATE
   csrc/cuda/storage.cpp
   $<TARGET_OBJECTS:tq_hb_cuda_kernels>)
 target_link_libraries(tq_hb PUBLIC CUDA::cudart_static)
+# It is older than the default above, and holds objects of the language.
+set_target_properties(tq_hb PROPERTIES CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
 target_compile_definitions(tq_hb PRIVATE TQ_HB_HAVE_CUDA)
