@@ -2,6 +2,7 @@
 
 #include <tuple>
 #include <utility>
+#include <variant>
 
 #include "bind/bind.h"
 #include "core/codebook.h"
@@ -103,13 +104,18 @@ class HostArrays {
   std::vector<std::pair<Buffer, void*>> copies_;
 };
 
+using ArrayOrBuffer = std::variant<Buffer, py::array>;
+
 std::vector<Launched> attend(const Device& device, const std::string& op, const AttendFormat& format, bool batched,
-                             const py::array& q, py::array output, const std::optional<py::array>& sinks,
+                             const py::array& q, py::array output, const std::optional<ArrayOrBuffer>& sinks,
                              const std::optional<py::array>& score_bias, std::optional<py::array> lse,
                              const std::vector<Run>& runs) {
   HostArrays host(device, op);
   Arrays arrays{host.read("q", q), host.write("out", output), {}, {}, {}};
-  if (sinks) arrays.sinks = host.read("sinks", *sinks);
+  if (sinks) {
+    const auto* buffer = std::get_if<Buffer>(&*sinks);
+    arrays.sinks = buffer != nullptr ? *buffer : host.read("sinks", std::get<py::array>(*sinks));
+  }
   if (score_bias) arrays.score_bias = host.read("q", *score_bias);
   if (lse) arrays.lse = host.write("lse", *lse);
   const auto encoder = device.make_encoder();

@@ -221,7 +221,7 @@ def attend(
     batched: bool,
     q: _Floats,
     output: _Floats,
-    sinks: _Floats | None,
+    sinks: _Floats | Buffer | None,
     score_bias: _Floats | None,
     lse: _Floats | None,
     runs: list[_AttentionRun],

@@ -27,7 +27,7 @@ from tq_hb.visibility import Placement
 
 
 class AttentionCall:
-    """What all sequences of a call share, and the buffers that each has its rows in.
+    """What all sequences of a call share, and the arrays that each has its rows in.
 
     Nothing is written before :meth:`run`: it runs what :meth:`record` and :meth:`leave_empty` have noted.
     """

@@ -70,6 +70,15 @@ class TestCache:
         for side, its in zip(cache.dequantize(), other.dequantize(), strict=True):
             assert np.array_equal(side, its)
 
+    @pytest.mark.parametrize("on_gpu", ["q", "sinks"])
+    def test_sinks_may_be_elsewhere_than_queries(self, cuda, on_gpu):
+        cache = make_cache(cuda)
+        cache.append(normal((9, 2, 256), 1), normal((9, 2, 256), 2))
+        arrays = {"q": normal((4, 256), 3), "sinks": normal(4, 4)}
+        want = cache.attend(**{name: host(x) for name, x in arrays.items()})
+        got = cache.attend(**{name: x if name == on_gpu else host(x) for name, x in arrays.items()})
+        assert np.array_equal(host(torch.as_tensor(got)), want)
+
     def test_the_output_goes_where_it_is_asked_to(self, cuda):
         cache = make_cache(cuda)
         cache.append(normal((9, 2, 256)), normal((9, 2, 256)))
