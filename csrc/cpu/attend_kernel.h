@@ -15,17 +15,18 @@ constexpr std::size_t kQueryRows = 8;
 /// Sums of two blocks of coordinates, each with its own norm, at most.
 constexpr std::size_t kMaxNormBlocks = 2;
 
-/// The negative half of 256 levels by parabolas: value 8 * s + r is near
+/// The negative half of 256 levels by segments, each made of two shapes: value 8 * s + r is near
 ///
-///   start[s] + part(slope[s] - part(bend[s], r), r),  where part(x, r) = floor(x * r / 8).
+///   starts[s] + round((shares[0][s] * shapes[0][i] + shares[1][s] * shapes[1][i]) / 4),  i = r + 8 * family_of(s).
 ///
-/// The first levels are too far apart for that: those of kTabulated segments, whose start, slope and bend are 0.
-struct Int16Parabolas {
-  static constexpr std::size_t kSegments = 16, kSteps = 8, kTabulated = 2;
+/// The first segments, where levels are far apart, have shapes of their own.
+struct Int16Segments {
+  static constexpr std::size_t kSegments = 16, kSteps = 8, kFamilies = 2, kOuter = 2;
+  static constexpr std::size_t family_of(std::size_t segment) noexcept { return segment < kOuter; }
 
-  alignas(32) std::int16_t start[kSegments];
-  alignas(32) std::int16_t slope[kSegments];
-  alignas(32) std::int16_t bend[kSegments];  ///< of 8 bits
+  alignas(32) std::int16_t starts[kSegments];
+  alignas(16) std::uint8_t shares[2][kSegments];
+  alignas(16) std::int8_t shapes[2][kFamilies * kSteps];
 };
 
 /// A codebook in fixed point: level i is (values[i] + 1/2) * unit, so that ~values[i] stands for its negative, which
@@ -38,7 +39,7 @@ struct Int16Levels {
 
   alignas(64) std::int16_t values[256];
   double unit;
-  Int16Parabolas parabolas;  ///< where a code has 8 bits
+  Int16Segments segments;  ///< where a code has 8 bits
 };
 
 /// A codebook in float32, repeated over all values of a byte: indices above its width wrap.

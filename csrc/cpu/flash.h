@@ -27,17 +27,25 @@ struct Tile {
   std::size_t count;
 };
 
-/// The codes of a tile's keys or values, or of those of the next.
+/// The codes of a tile's keys or values.
 struct TileRows {
-  /// Into the second cache level: rows a power of two apart share places in the first. Rows are asked for one by one
-  /// between other work: a processor has room for a dozen requests, and stops at what goes beyond.
-  void prefetch(std::size_t t) const noexcept {
-    for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at[t] + i, 0, 2);
-  }
-
   const std::uint8_t* at[kAttendTile];
-  std::size_t bytes;  ///< of one; 0 if there are none
 };
+
+/// Codes that are worked on next. They follow each other except where the ring wraps: what is asked for beyond its end
+/// is not needed, and no error.
+struct UpcomingCodes {
+  /// Asks for the line of one code, which is a multiple of 8. Into the second cache level: rows a power of two apart
+  /// share places in the first. Lines are asked for one by one between other work: a processor has room for a dozen
+  /// requests, and stops at what goes beyond.
+  void prefetch(std::size_t code) const noexcept { __builtin_prefetch(first + code / 8 * bits, 0, 2); }
+
+  const std::uint8_t* first;
+  std::size_t bits;  ///< that a code takes up; 0 if nothing is to come
+};
+
+/// Codes whose lines are asked for at a time: they take up a line at most.
+constexpr std::size_t kCodesPerRequest = 64;
 
 inline const std::uint8_t* row_of(const HeadRows& side, std::size_t slot) noexcept {
   return side.codes + slot * side.row_bytes;
@@ -47,22 +55,20 @@ inline const std::uint8_t* row_of(const HeadRows& side, std::size_t slot) noexce
 template <std::size_t kTile>
 inline TileRows rows_of(const HeadRows& side, const Tile& tile) noexcept {
   TileRows rows;
-  rows.bytes = side.row_bytes;
   for (std::size_t t = 0; t < kTile; ++t) rows.at[t] = row_of(side, tile.slots[t]);
   return rows;
 }
 
+inline UpcomingCodes codes_from(const HeadRows& side, std::size_t head_dim, std::size_t slot) noexcept {
+  return {row_of(side, slot), side.row_bytes * 8 / head_dim};
+}
+
 /// The keys of the tile that follows, which may belong to the next range: a thread mostly takes that up, too.
 template <std::size_t kTile>
-inline TileRows keys_after(const AttendTask& task, const Tile& tile) noexcept {
-  TileRows next;
-  const bool is_last = tile.first_age + kTile >= task.end_age;
-  next.bytes = is_last ? 0 : task.k.row_bytes;
-  for (std::size_t t = 0; t < kTile; ++t) {
-    const std::size_t slot = tile.slots[t] + kTile;
-    next.at[t] = is_last ? nullptr : row_of(task.k, slot < task.capacity ? slot : slot - task.capacity);
-  }
-  return next;
+inline UpcomingCodes keys_after(const AttendTask& task, const Tile& tile) noexcept {
+  if (tile.first_age + kTile >= task.end_age) return {task.k.codes, 0};
+  const std::size_t slot = tile.slots[0] + kTile;
+  return codes_from(task.k, task.head_dim, slot < task.capacity ? slot : slot - task.capacity);
 }
 
 /// The norms of a tile's keys or values.

@@ -123,8 +123,7 @@ class Float32Path {
   explicit Float32Path(const AttendTask& task) noexcept : task_(task) {}
 
   void score(const Tile& tile) noexcept {
-    const TileRows values = rows_of<kTile>(task_.v, tile);
-    for (std::size_t t = 0; t < tile.count; ++t) values.prefetch(t);
+    prefetch(codes_from(task_.v, kHeadDim, tile.slots[0]));
     const Norms norms(task_.k, tile);
     for (std::size_t b = 0; b < kBlocks; ++b) {
       Decoder::decode(task_.k, tile, b, rows_);
@@ -138,8 +137,7 @@ class Float32Path {
   }
 
   void accumulate(const Tile& tile) noexcept {
-    const TileRows keys = keys_after<kTile>(task_, tile);
-    for (std::size_t t = 0; t < kTile; ++t) keys.prefetch(t);
+    prefetch(keys_after<kTile>(task_, tile));
     const Norms norms(task_.v, tile);
     for (std::size_t b = 0; b < kBlocks; ++b) {
       Decoder::decode(task_.v, tile, b, rows_);
@@ -154,6 +152,10 @@ class Float32Path {
  private:
   static constexpr std::size_t kBlocks = kNormBlocks<kHeadDim>, kDim = kBlockDim<kHeadDim>;
   using Norms = TileNorms<kTile, kBlocks>;
+
+  static void prefetch(const UpcomingCodes& tile) noexcept {
+    for (std::size_t code = 0; code < kTile * kHeadDim; code += kCodesPerRequest) tile.prefetch(code);
+  }
 
   /// Scores of kRows rows from `r` on and one norm block, not yet scaled; those of keys that a row does not see mean
   /// nothing, nor do keys beyond the tile's last, of which there is what an earlier tile left.

@@ -78,6 +78,13 @@ inline __m256i top_set(__m256i bytes) noexcept {
   return _mm256_cmpgt_epi8(_mm256_setzero_si256(), bytes);
 }
 
+/// 16 bytes to look up.
+template <class Byte>
+inline __m256i table_of(const Byte* bytes) noexcept {
+  static_assert(sizeof(Byte) == 1, "bytes");
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+}
+
 /// 16 levels as two tables of bytes.
 struct ByteTables {
   explicit ByteTables(const std::int16_t* levels) noexcept {
@@ -102,21 +109,19 @@ inline Halves look_up(const ByteTables& table, __m256i index) noexcept {
   return {_mm256_shuffle_epi8(table.low, index), _mm256_shuffle_epi8(table.high, index)};
 }
 
+/// Levels of their bytes.
+inline Levels join(Halves halves) noexcept {
+  return {_mm256_unpacklo_epi8(halves.low, halves.high), _mm256_unpackhi_epi8(halves.low, halves.high)};
+}
+
 /// b where the top bit of `choice` is set, else a.
 inline Halves choose(Halves a, Halves b, __m256i choice) noexcept {
   return {_mm256_blendv_epi8(a.low, b.low, choice), _mm256_blendv_epi8(a.high, b.high, choice)};
 }
 
-/// The one that is not 0.
-inline Halves either(Halves a, Halves b) noexcept {
-  return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)};
-}
-
 /// Gives levels the sign that was folded away, and joins their bytes.
 inline Levels unfold(Halves halves, __m256i sign) noexcept {
-  const __m256i low = _mm256_xor_si256(halves.low, sign);
-  const __m256i high = _mm256_xor_si256(halves.high, sign);
-  return {_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
+  return join({_mm256_xor_si256(halves.low, sign), _mm256_xor_si256(halves.high, sign)});
 }
 
 /// Codes taken apart. Bits other than those named mean nothing.
@@ -132,14 +137,18 @@ struct CodeReader;
 
 template <unsigned kBits, std::size_t kHeadDim>
 struct CodeReader<kBits, false, kHeadDim> {
-  static Codes at(const std::uint8_t* row, std::size_t chunk) noexcept {
-    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + chunk * kChunk));
-    return {codes, up<3>(codes), top_set(up<8 - kBits>(codes))};
+  /// What 8 bits are looked up by leaves no register for it.
+  static constexpr bool kPairsBytes = kBits < 8;
+  static Codes of(__m256i bytes) noexcept { return {bytes, up<3>(bytes), top_set(up<8 - kBits>(bytes))}; }
+  static __m256i load(const std::uint8_t* row, std::size_t chunk) noexcept {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + chunk * kChunk));
   }
+  static Codes at(const std::uint8_t* row, std::size_t chunk) noexcept { return of(load(row, chunk)); }
 };
 
 template <unsigned kBits, std::size_t kHeadDim>
 struct CodeReader<kBits, true, kHeadDim> {
+  static constexpr bool kPairsBytes = false;
   static constexpr std::size_t kBlock = kHeadDim < kPlaneBlock ? kHeadDim : kPlaneBlock;
   static constexpr std::size_t kChunks = kBlock / kChunk;
   static constexpr unsigned kHighBits = kBits - kNibbleBits;
@@ -211,59 +220,65 @@ class Lookup {
   ByteTables first_, second_;
 };
 
-/// A table for 128 levels would be eight of 16 entries and the blends between them. Parabolas take fewer steps.
+/// Of every segment, what turns the lowest bit of its number, bit 3 of an index, into one that names its shapes.
+struct ShapeBits {
+  constexpr ShapeBits() noexcept {
+    for (std::size_t s = 0; s < Int16Segments::kSegments; ++s) {
+      of_segment[s] = static_cast<std::uint8_t>((s % 2 ^ Int16Segments::family_of(s)) << 3);
+    }
+  }
+  alignas(16) std::uint8_t of_segment[Int16Segments::kSegments] = {};
+};
+constexpr ShapeBits kShapeBits;
+
+/// A table for 128 levels would be eight of 16 entries and the blends between them. Segments take fewer steps.
 template <>
 class Lookup<8> {
  public:
   explicit Lookup(const Int16Levels& levels) noexcept
-      : tabulated_(levels.values),
-        start_(levels.parabolas.start),
-        slope_(levels.parabolas.slope),
-        bend_(ByteTables(levels.parabolas.bend).low) {}
+      : starts_(levels.segments.starts), shape_bits_(table_of(kShapeBits.of_segment)) {
+    for (std::size_t i = 0; i < 2; ++i) {
+      shares_[i] = table_of(levels.segments.shares[i]);
+      shapes_[i] = table_of(levels.segments.shapes[i]);
+    }
+  }
 
   [[gnu::always_inline]] Levels of(const Codes& codes) const noexcept {
-    const __m256i zero = _mm256_setzero_si256();
     const __m256i index = _mm256_xor_si256(codes.low, codes.sign);
     const __m256i segment = _mm256_and_si256(_mm256_srli_epi16(index, 3), _mm256_set1_epi8(15));
-    // Nothing comes of an index with its top bit set, and the start of a tabulated segment is 0.
-    const __m256i in_table = _mm256_adds_epu8(index, _mm256_set1_epi8(static_cast<char>(0x80 - kTabulatedLevels)));
-    const Halves start = either(look_up(start_, segment), look_up(tabulated_, in_table));
-    const Halves slope = look_up(slope_, segment);
-    const __m256i bend = _mm256_shuffle_epi8(bend_, segment);
-    const __m256i step = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(steps()), index);
-    return {value(_mm256_unpacklo_epi8(start.low, start.high), _mm256_unpacklo_epi8(slope.low, slope.high),
-                  _mm256_unpacklo_epi8(bend, zero), _mm256_unpacklo_epi8(zero, step),
-                  _mm256_unpacklo_epi8(codes.sign, codes.sign)),
-            value(_mm256_unpackhi_epi8(start.low, start.high), _mm256_unpackhi_epi8(slope.low, slope.high),
-                  _mm256_unpackhi_epi8(bend, zero), _mm256_unpackhi_epi8(zero, step),
-                  _mm256_unpackhi_epi8(codes.sign, codes.sign))};
+    const __m256i step = _mm256_xor_si256(index, _mm256_shuffle_epi8(shape_bits_, segment));
+    const Levels start = join(look_up(starts_, segment)), sign = join({codes.sign, codes.sign});
+    const Levels share = join({_mm256_shuffle_epi8(shares_[0], segment), _mm256_shuffle_epi8(shares_[1], segment)});
+    const Levels shape = join({_mm256_shuffle_epi8(shapes_[0], step), _mm256_shuffle_epi8(shapes_[1], step)});
+    return {value(start.first, share.first, shape.first, sign.first),
+            value(start.second, share.second, shape.second, sign.second)};
   }
 
  private:
-  static constexpr int kTabulatedLevels = Int16Parabolas::kTabulated * Int16Parabolas::kSteps;
-
-  /// Of an index the step within its segment, in units of 1/8 of a byte's range.
-  static __m128i steps() noexcept {
-    constexpr std::int64_t kSteps = static_cast<std::int64_t>(0xE0C0A08060402000u);
-    return _mm_set1_epi64x(kSteps);
+  /// See Int16Segments.
+  static __m256i value(__m256i start, __m256i shares, __m256i shapes, __m256i sign) noexcept {
+    const __m256i rise = _mm256_mulhrs_epi16(_mm256_maddubs_epi16(shares, shapes), _mm256_set1_epi16(0x8000 / 4));
+    return _mm256_xor_si256(_mm256_add_epi16(start, rise), sign);
   }
 
-  /// See Int16Parabolas. Steps are eighths of 16 bits.
-  static __m256i value(__m256i start, __m256i slope, __m256i bend, __m256i step, __m256i sign) noexcept {
-    const __m256i bent = _mm256_sub_epi16(slope, _mm256_mulhi_epu16(bend, step));
-    return _mm256_xor_si256(_mm256_add_epi16(start, _mm256_mulhi_epu16(bent, step)), sign);
-  }
-
-  ByteTables tabulated_, start_, slope_;
-  __m256i bend_;
+  ByteTables starts_;
+  __m256i shape_bits_, shares_[2], shapes_[2];
 };
 
 template <class Reader, class CodesLookup>
 [[gnu::always_inline]] inline PairLevels pairs_of(const CodesLookup& lookup, const std::uint8_t* even,
                                                   const std::uint8_t* odd, std::size_t chunk) noexcept {
-  const Levels a = lookup.of(Reader::at(even, chunk)), b = lookup.of(Reader::at(odd, chunk));
-  return {{_mm256_unpacklo_epi16(a.first, b.first), _mm256_unpackhi_epi16(a.first, b.first),
-           _mm256_unpacklo_epi16(a.second, b.second), _mm256_unpackhi_epi16(a.second, b.second)}};
+  if constexpr (Reader::kPairsBytes) {
+    // Bytes in pairs are looked up as pairs, and there are half as many of them to put together.
+    const __m256i a = Reader::load(even, chunk), b = Reader::load(odd, chunk);
+    const Levels first = lookup.of(Reader::of(_mm256_unpacklo_epi8(a, b)));
+    const Levels second = lookup.of(Reader::of(_mm256_unpackhi_epi8(a, b)));
+    return {{first.first, first.second, second.first, second.second}};
+  } else {
+    const Levels a = lookup.of(Reader::at(even, chunk)), b = lookup.of(Reader::at(odd, chunk));
+    return {{_mm256_unpacklo_epi16(a.first, b.first), _mm256_unpackhi_epi16(a.first, b.first),
+             _mm256_unpacklo_epi16(a.second, b.second), _mm256_unpackhi_epi16(a.second, b.second)}};
+  }
 }
 
 }  // namespace

@@ -1,9 +1,11 @@
 #include "cpu/int16_levels.h"
 
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "core/spec_cache.h"
-#include "cpu/int16_parabolas.h"
+#include "cpu/int16_segments.h"
 
 namespace tq_hb {
 namespace {
@@ -24,23 +26,42 @@ double rounding_error(const Codebook& codebook, double unit) {
   return error / total;
 }
 
-Int16Levels make_levels(const Codebook& codebook) {
+/// A unit that could be a codebook's, and what would be wrong with it.
+struct Candidate {
+  double unit, error;
+};
+
+/// The least error first. Some units happen to suit the levels much better than others.
+std::vector<Candidate> candidates_of(const Codebook& codebook) {
   const double largest = static_cast<double>(codebook.levels[codebook.num_levels() - 1]);
-  // Some scales happen to suit a table of few levels much better than others.
-  Int16Levels made{};
-  double least = HUGE_VAL;
+  std::vector<Candidate> candidates;
   for (std::int32_t limit = Int16Levels::kLimit; limit > Int16Levels::kLimit * 4 / 5; limit -= 2) {
-    const double unit = largest / limit;
-    const double error = rounding_error(codebook, unit);
-    if (error >= least) continue;
-    least = error;
-    made.unit = unit;
+    candidates.push_back({largest / limit, rounding_error(codebook, largest / limit)});
+  }
+  std::stable_sort(candidates.begin(), candidates.end(), [](auto& a, auto& b) { return a.error < b.error; });
+  return candidates;
+}
+
+Int16Levels make_levels(const Codebook& codebook) {
+  const std::vector<Candidate> candidates = candidates_of(codebook);
+  Int16Levels made{};
+  made.unit = candidates.front().unit;
+  if (codebook.num_levels() == 256) {
+    // Nearly the same are worse for rounding: of them, the one that suits segments best.
+    constexpr std::size_t kTried = 32;
+    double least = HUGE_VAL;
+    for (std::size_t i = 0; i < kTried; ++i) {
+      const SegmentsFit fit = fit_segments(codebook.levels, candidates[i].unit);
+      if (fit.error >= least) continue;
+      least = fit.error;
+      made.unit = candidates[i].unit;
+      made.segments = fit.segments;
+    }
   }
   for (unsigned code = 0; code < 256; ++code) {
     const double level = static_cast<double>(codebook.levels[code % codebook.num_levels()]);
     made.values[code] = static_cast<std::int16_t>(fixed_point(level, made.unit));
   }
-  if (codebook.num_levels() == 256) made.parabolas = fit_parabolas(codebook.levels, made.unit);
   return made;
 }
 

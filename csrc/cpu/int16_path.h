@@ -180,19 +180,18 @@ inline void finish_scores(const AttendTask& task, const KeyNorms<kHeadDim>& norm
   }
 }
 
-/// While all chunks are looked up, all upcoming rows are asked for.
+/// While all chunks are looked up, all upcoming codes are asked for.
 template <std::size_t kHeadDim, class Reader, class CodesLookup>
 struct CodedPairs {
   [[gnu::always_inline]] PairLevels at(std::size_t p) const noexcept {
-    constexpr std::size_t kShare = kAttendTile * kChunk / kHeadDim, kPairs = kAttendTile / 2;
-    const std::size_t first = chunk * kShare;
-    for (std::size_t t = first + p * kShare / kPairs; t < first + (p + 1) * kShare / kPairs; ++t) upcoming.prefetch(t);
+    constexpr std::size_t kPairs = kAttendTile / 2, kCodes = 2 * kChunk;
+    for (std::size_t i = 0; i < kCodes; i += kCodesPerRequest) upcoming.prefetch((chunk * kPairs + p) * kCodes + i);
     return pairs_of<Reader>(lookup, rows.at[2 * p], rows.at[2 * p + 1], chunk);
   }
   const CodesLookup& lookup;
   const TileRows& rows;
   std::size_t chunk;
-  const TileRows& upcoming;
+  const UpcomingCodes& upcoming;
 };
 
 struct DecodedPairs {
@@ -251,7 +250,7 @@ struct Format {
 
   /// Scores of all rows and the kKeyGroup keys of a tile from `first` on.
   static void score(const AttendTask& task, const KeyNorms<kHeadDim>& norms, const TileRows& keys, std::size_t first,
-                    const TileRows& upcoming) noexcept {
+                    const UpcomingCodes& upcoming) noexcept {
     const CodesLookup lookup(*task.k.int16);
     // Memory for the queries ends on a whole group: see kQueryRows.
     if (task.rows == 1) return score_fused<1>(task, norms, keys, first, lookup, upcoming);
@@ -263,7 +262,7 @@ struct Format {
 
   /// Adds weights * values of one chunk of columns to all rows' outputs.
   static void add(const AttendTask& task, const TileRows& values, std::size_t pairs, std::size_t chunk,
-                  const TileRows& upcoming) noexcept {
+                  const UpcomingCodes& upcoming) noexcept {
     const CodesLookup lookup(*task.v.int16);
     const CodedPairs<kHeadDim, Reader, CodesLookup> coded{lookup, values, chunk, upcoming};
     if (task.rows == 1) return add_rows<kHeadDim, 1>(task, chunk, 0, pairs, coded);
@@ -276,12 +275,17 @@ struct Format {
   }
 
  private:
+  /// While all keys are scored, all upcoming codes are asked for.
+  static void prefetch_beside(std::size_t key, const UpcomingCodes& upcoming) noexcept {
+    for (std::size_t i = 0; i < kHeadDim; i += kCodesPerRequest) upcoming.prefetch(key * kHeadDim + i);
+  }
+
   template <std::size_t kRows>
   static void score_fused(const AttendTask& task, const KeyNorms<kHeadDim>& norms, const TileRows& keys,
-                          std::size_t first, const CodesLookup& lookup, const TileRows& upcoming) noexcept {
+                          std::size_t first, const CodesLookup& lookup, const UpcomingCodes& upcoming) noexcept {
     DotSums<kHeadDim> dots;
     for (std::size_t t = 0; t < kKeyGroup; ++t) {
-      upcoming.prefetch(first + t);
+      prefetch_beside(first + t, upcoming);
       const CodedRow<Reader, CodesLookup> key{lookup, keys.at[first + t]};
       multiply_key<kHeadDim, kRows>(key, not_hoisted(task.q_int16.values), t, dots);
     }
@@ -289,10 +293,10 @@ struct Format {
   }
 
   static void score_decoded(const AttendTask& task, const KeyNorms<kHeadDim>& norms, const TileRows& keys,
-                            std::size_t first, const CodesLookup& lookup, const TileRows& upcoming) noexcept {
+                            std::size_t first, const CodesLookup& lookup, const UpcomingCodes& upcoming) noexcept {
     alignas(64) std::int16_t levels[kKeyGroup][kHeadDim];
     for (std::size_t t = 0; t < kKeyGroup; ++t) {
-      upcoming.prefetch(first + t);
+      prefetch_beside(first + t, upcoming);
 #pragma GCC unroll 1
       for (std::size_t part = 0; part < kHeadDim; part += kPartDim<kHeadDim>) {
 #pragma GCC unroll 8
@@ -329,9 +333,9 @@ struct FormatCalls {
   }
 
   void (*score)(const AttendTask& task, const KeyNorms<kHeadDim>& norms, const TileRows& keys, std::size_t first,
-                const TileRows& upcoming) noexcept;
+                const UpcomingCodes& upcoming) noexcept;
   void (*add)(const AttendTask& task, const TileRows& values, std::size_t pairs, std::size_t chunk,
-              const TileRows& upcoming) noexcept;
+              const UpcomingCodes& upcoming) noexcept;
 };
 
 template <std::size_t kHeadDim>
@@ -345,9 +349,9 @@ class Int16Path {
   void score(const Tile& tile) noexcept {
     const TileRows keys = rows_of<kTile>(task_.k, tile);
     const KeyNorms<kHeadDim> norms(task_.k, tile);
-    values_ = rows_of<kTile>(task_.v, tile);
+    const UpcomingCodes values = codes_from(task_.v, kHeadDim, tile.slots[0]);
     for (std::size_t first = 0; first < tile.count; first += kKeyGroup) {
-      k_.score(task_, norms, keys, first, values_);
+      k_.score(task_, norms, keys, first, values);
     }
   }
 
@@ -355,8 +359,9 @@ class Int16Path {
     // Two pairs at a time: keys beyond the last have a weight of 0.
     const std::size_t pairs = (tile.count + 3) / 4 * 2;
     fix_weights(tile);
-    const TileRows next = keys_after<kTile>(task_, tile);
-    for (std::size_t chunk = 0; chunk < kHeadDim / kChunk; ++chunk) v_.add(task_, values_, pairs, chunk, next);
+    const TileRows values = rows_of<kTile>(task_.v, tile);
+    const UpcomingCodes next = keys_after<kTile>(task_, tile);
+    for (std::size_t chunk = 0; chunk < kHeadDim / kChunk; ++chunk) v_.add(task_, values, pairs, chunk, next);
   }
 
   void finish() noexcept { order_columns<kChunk>(task_.out, task_.rows * kHeadDim); }
@@ -420,7 +425,6 @@ class Int16Path {
 
   const AttendTask& task_;
   FormatCalls<kHeadDim> k_, v_;
-  TileRows values_;
 };
 
 void attend_int16(const AttendTask& task) noexcept {

@@ -316,23 +316,28 @@ TEST(CpuAttend, KeepsThePromiseOfDefaultPrecision) {
   }
 }
 
-TEST(Int16Levels, ParabolasStayNearTheTable) {
-  const auto part = [](int x, int step) { return x * step / static_cast<int>(Int16Parabolas::kSteps); };
+TEST(Int16Levels, SegmentsStayNearTheLevels) {
   for (const CodebookName name : {CodebookName::kLloydMax, CodebookName::kMlxNative}) {
-    const Int16Levels& levels = int16_levels(find_codebook("test", name, 8));
-    const Int16Parabolas& fit = levels.parabolas;
-    double error = 0.0, energy = 0.0;
-    for (std::size_t code = Int16Parabolas::kTabulated * Int16Parabolas::kSteps; code < 128; ++code) {
-      const std::size_t s = code / Int16Parabolas::kSteps;
-      const int step = static_cast<int>(code % Int16Parabolas::kSteps);
-      const double value = fit.start[s] + part(fit.slope[s] - part(fit.bend[s], step), step);
-      EXPECT_NEAR(value, levels.values[code], 5.0) << code;
+    const Codebook& codebook = find_codebook("test", name, 8);
+    const Int16Levels& levels = int16_levels(codebook);
+    const Int16Segments& fit = levels.segments;
+    double error = 0.0, total = 0.0;
+    int before = -Int16Levels::kLimit - 1;
+    for (std::size_t code = 0; code < 128; ++code) {
+      const std::size_t s = code / Int16Segments::kSteps;
+      const std::size_t i = code % Int16Segments::kSteps + Int16Segments::kSteps * Int16Segments::family_of(s);
+      const int rise = fit.shares[0][s] * fit.shapes[0][i] + fit.shares[1][s] * fit.shapes[1][i];
+      ASSERT_LT(std::abs(rise), 0x8000) << code;
+      const int value = fit.starts[s] + static_cast<int>(std::floor(rise / 4.0 + 0.5));
+      EXPECT_GT(value, before) << code;
+      before = value;
+      const double level = static_cast<double>(codebook.levels[code]), near = (value + 0.5) * levels.unit;
+      EXPECT_NEAR(near, level, 5e-4 * std::max(1.0, -level)) << code;
       // Of a unit normal distribution's values, which is what the levels are for.
-      const double level = (levels.values[code] + 0.5) * levels.unit, weight = std::exp(-level * level / 3.0);
-      error += weight * std::pow((value - levels.values[code]) * levels.unit, 2);
-      energy += weight;
+      error += std::exp(-level * level / 3.0) * std::pow(near - level, 2);
+      total += std::exp(-level * level / 3.0);
     }
-    EXPECT_LT(std::sqrt(error / energy), 1e-4);
+    EXPECT_LT(std::sqrt(error / total), 0.9e-4);
   }
 }
 
