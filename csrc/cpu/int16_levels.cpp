@@ -38,7 +38,9 @@ std::vector<Candidate> candidates_of(const Codebook& codebook) {
   for (std::int32_t limit = Int16Levels::kLimit; limit > Int16Levels::kLimit * 4 / 5; limit -= 2) {
     candidates.push_back({largest / limit, rounding_error(codebook, largest / limit)});
   }
-  std::stable_sort(candidates.begin(), candidates.end(), [](auto& a, auto& b) { return a.error < b.error; });
+  std::sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) {
+    return a.error != b.error ? a.error < b.error : a.unit < b.unit;
+  });
   return candidates;
 }
 
