@@ -19,10 +19,10 @@ constexpr std::size_t kMaxNormBlocks = 2;
 ///
 ///   starts[s] + round((shares[0][s] * shapes[0][i] + shares[1][s] * shapes[1][i]) / 4),  i = r + 8 * family_of(s).
 ///
-/// The first segments, where levels are far apart, have shapes of their own.
+/// The first segment, where levels are far apart, has shapes of its own.
 struct Int16Segments {
-  static constexpr std::size_t kSegments = 16, kSteps = 8, kFamilies = 2, kOuter = 2;
-  static constexpr std::size_t family_of(std::size_t segment) noexcept { return segment < kOuter; }
+  static constexpr std::size_t kSegments = 16, kSteps = 8, kFamilies = 2;
+  static constexpr std::size_t family_of(std::size_t segment) noexcept { return segment == 0; }
 
   alignas(32) std::int16_t starts[kSegments];
   alignas(16) std::uint8_t shares[2][kSegments];

@@ -50,7 +50,7 @@ Int16Levels make_levels(const Codebook& codebook) {
   made.unit = candidates.front().unit;
   if (codebook.num_levels() == 256) {
     // Nearly the same are worse for rounding: of them, the one that suits segments best.
-    constexpr std::size_t kTried = 32;
+    constexpr std::size_t kTried = 256;
     double least = HUGE_VAL;
     for (std::size_t i = 0; i < kTried; ++i) {
       const SegmentsFit fit = fit_segments(codebook.levels, candidates[i].unit);

@@ -9,116 +9,131 @@ namespace tq_hb {
 namespace {
 
 constexpr std::size_t kSteps = Int16Segments::kSteps;
+/// Sums of shapes are in fourths of a unit.
+constexpr std::int32_t kPrecision = 4;
 constexpr std::int32_t kLargestShare = 255;
 /// What a level that hardly occurs counts, beside 1 for those in the middle.
-constexpr double kLeastWeight = 2e-3;
+constexpr double kLeastWeight = 3e-3;
 
-/// Two shapes that a segment is made of: a line, and what also bends.
+/// Two shapes that a segment is made of.
 struct Shapes {
-  std::int8_t line[kSteps];
-  std::int8_t bent[kSteps];
+  std::int8_t values[2][kSteps];
 };
 
-/// Found by a search among whole numbers for what comes nearest to the levels of both codebooks of 8 bits. Where levels
-/// are close to each other, a step of the line's share is 1/2 of a unit per step; the bent shape rises so steeply that
-/// shares of 8 bits serve where they are not.
-constexpr Shapes kShapes[Int16Segments::kFamilies] = {
-    {{0, 2, 4, 6, 8, 10, 12, 14}, {0, 16, 31, 45, 58, 70, 81, 91}},
-    {{-49, -41, -23, -3, 18, 39, 60, 80}, {-80, -11, 29, 58, 80, 98, 113, 126}}};
+/// A line and what also bends, found by a search among whole numbers for what comes nearest to the levels of both
+/// codebooks of 8 bits. Where levels are close, a step of the line's share is half of a unit per step; the other shape
+/// rises so steeply that shares of 8 bits serve where they are not.
+constexpr Shapes kInnerShapes{{{0, 2, 4, 6, 8, 10, 12, 14}, {0, 18, 35, 50, 64, 77, 89, 100}}};
 
 /// What a segment should give, and how much an error counts.
 struct Target {
-  double values[kSteps];
-  double weights[kSteps];
+  Target(const float* levels, double unit) {
+    for (std::size_t r = 0; r < kSteps; ++r) {
+      const auto level = static_cast<double>(levels[r]);
+      values[r] = level / unit - 0.5;
+      weights[r] = frequency_of(level) + kLeastWeight;
+      total_weight += weights[r];
+    }
+  }
 
-  double total(const double* numbers) const {
+  template <class Number>
+  double mean(const Number* numbers) const {
     double sum = 0.0;
-    for (std::size_t r = 0; r < kSteps; ++r) sum += weights[r] * numbers[r];
-    return sum;
+    for (std::size_t r = 0; r < kSteps; ++r) sum += weights[r] * static_cast<double>(numbers[r]);
+    return sum / total_weight;
   }
-  double mean(const double* numbers) const {
-    double weight = 0.0;
-    for (double w : weights) weight += w;
-    return total(numbers) / weight;
+
+  template <class A, class B>
+  double covariance(const A* a, const B* b) const {
+    double products[kSteps];
+    for (std::size_t r = 0; r < kSteps; ++r) products[r] = static_cast<double>(a[r]) * static_cast<double>(b[r]);
+    return mean(products) - mean(a) * mean(b);
   }
+
+  double values[kSteps], weights[kSteps];
+  double total_weight = 0.0;
 };
 
 struct Segment {
-  std::int32_t start, line, bent;
+  std::int32_t start, shares[2];
 
   /// As the kernel rounds.
-  std::int32_t at(const Shapes& shapes, std::size_t r) const {
-    const std::int32_t rise = line * shapes.line[r] + bent * shapes.bent[r];
-    return start + (rise + 2 - ((rise + 2) & 3)) / 4;
+  double at(const Shapes& shapes, std::size_t r) const {
+    const double rise = shares[0] * shapes.values[0][r] + shares[1] * shapes.values[1][r];
+    return start + std::floor(rise / kPrecision + 0.5);
   }
 };
 
-/// The line's best share, as a real number: the slope of the regression line of what the bent shape leaves.
-double best_line(const Target& target, const Shapes& shapes, std::int32_t bent) {
-  double left[kSteps], line[kSteps], products[kSteps], squares[kSteps];
-  for (std::size_t r = 0; r < kSteps; ++r) {
-    left[r] = 4.0 * target.values[r] - bent * shapes.bent[r];
-    line[r] = shapes.line[r];
-    products[r] = left[r] * line[r];
-    squares[r] = line[r] * line[r];
-  }
-  const double mean = target.mean(line);
-  return (target.mean(products) - target.mean(left) * mean) / (target.mean(squares) - mean * mean);
-}
-
-struct SegmentFit {
+struct Fit {
   Segment segment{};
   double error = HUGE_VAL;
 };
 
 /// The best start for two shares.
-SegmentFit fit_start(const Target& target, const Shapes& shapes, std::int32_t line, std::int32_t bent) {
-  Segment segment{0, line, bent};
+Fit fit_start(const Target& target, const Shapes& shapes, std::int32_t line, std::int32_t bent) {
+  Segment segment{0, {line, bent}};
   double left[kSteps], errors[kSteps];
   for (std::size_t r = 0; r < kSteps; ++r) left[r] = target.values[r] - segment.at(shapes, r);
   segment.start = static_cast<std::int32_t>(std::lround(target.mean(left)));
   for (std::size_t r = 0; r < kSteps; ++r) errors[r] = std::pow(left[r] - segment.start, 2);
-  const bool is_in_range = segment.at(shapes, 0) >= -Int16Levels::kLimit;
-  return {segment, is_in_range ? target.total(errors) : HUGE_VAL};
+  return {segment, target.mean(errors) * target.total_weight};
 }
 
-SegmentFit fit(const Target& target, const Shapes& shapes) {
-  SegmentFit best;
-  for (std::int32_t bent = 0; bent <= kLargestShare; ++bent) {
-    const double line = best_line(target, shapes, bent);
-    if (!(line >= 0.0 && line <= kLargestShare)) continue;
-    for (const double rounded : {std::floor(line), std::ceil(line)}) {
-      const SegmentFit candidate = fit_start(target, shapes, static_cast<std::int32_t>(rounded), bent);
-      if (candidate.error < best.error) best = candidate;
+/// By linear regression, and then among the whole numbers around its result.
+Fit fit_inner(const Target& target) {
+  const std::int8_t* line = kInnerShapes.values[0];
+  const std::int8_t* bent = kInnerShapes.values[1];
+  const double of_line = target.covariance(line, line), of_bent = target.covariance(bent, bent);
+  const double of_both = target.covariance(line, bent);
+  const double line_rise = kPrecision * target.covariance(line, target.values);
+  const double bent_rise = kPrecision * target.covariance(bent, target.values);
+  const double best = (bent_rise * of_line - line_rise * of_both) / (of_line * of_bent - of_both * of_both);
+  constexpr std::int32_t kAround = 8;
+  const auto middle = static_cast<std::int32_t>(std::lround(best));
+  Fit found;
+  for (std::int32_t bent_share = std::max(0, middle - kAround); bent_share <= std::min(kLargestShare, middle + kAround);
+       ++bent_share) {
+    const double line_share = (line_rise - bent_share * of_both) / of_line;
+    if (!(line_share >= 0.0 && line_share <= kLargestShare)) continue;
+    for (const double rounded : {std::floor(line_share), std::ceil(line_share)}) {
+      const Fit candidate = fit_start(target, kInnerShapes, static_cast<std::int32_t>(rounded), bent_share);
+      if (candidate.error < found.error) found = candidate;
     }
   }
-  return best;
+  return found;
+}
+
+/// Shapes for one segment alone: with the largest share of the first, and one of the second, they give all its values.
+Shapes outer_shapes(const Target& target) {
+  Shapes shapes;
+  for (std::size_t r = 0; r < kSteps; ++r) {
+    const double rise = std::nearbyint(kPrecision * (target.values[r] - target.values[0]));
+    const double whole = std::nearbyint(rise / kLargestShare);
+    shapes.values[0][r] = static_cast<std::int8_t>(whole);
+    shapes.values[1][r] = static_cast<std::int8_t>(rise - whole * kLargestShare);
+  }
+  return shapes;
 }
 
 }  // namespace
 
 SegmentsFit fit_segments(const float* levels, double unit) {
   SegmentsFit made{};
-  double total = 0.0;
+  double total_weight = 0.0;
+  const Shapes families[Int16Segments::kFamilies] = {kInnerShapes, outer_shapes(Target(levels, unit))};
   for (std::size_t s = 0; s < Int16Segments::kSegments; ++s) {
-    Target target;
-    for (std::size_t r = 0; r < kSteps; ++r) {
-      const auto level = static_cast<double>(levels[s * kSteps + r]);
-      target.values[r] = level / unit - 0.5;
-      target.weights[r] = frequency_of(level) + kLeastWeight;
-      total += target.weights[r];
+    const Target target(levels + s * kSteps, unit);
+    const std::size_t family = Int16Segments::family_of(s);
+    const Fit fit = family == 0 ? fit_inner(target) : fit_start(target, families[family], kLargestShare, 1);
+    made.segments.starts[s] = static_cast<std::int16_t>(fit.segment.start);
+    for (std::size_t i = 0; i < 2; ++i) {
+      made.segments.shares[i][s] = static_cast<std::uint8_t>(fit.segment.shares[i]);
+      std::copy_n(families[family].values[i], kSteps, made.segments.shapes[i] + family * kSteps);
     }
-    const SegmentFit best = fit(target, kShapes[Int16Segments::family_of(s)]);
-    made.segments.starts[s] = static_cast<std::int16_t>(best.segment.start);
-    made.segments.shares[0][s] = static_cast<std::uint8_t>(best.segment.line);
-    made.segments.shares[1][s] = static_cast<std::uint8_t>(best.segment.bent);
-    made.error += best.error * unit * unit;
+    made.error += fit.error * unit * unit;
+    total_weight += target.total_weight;
   }
-  made.error /= total;
-  for (std::size_t family = 0; family < Int16Segments::kFamilies; ++family) {
-    std::copy_n(kShapes[family].line, kSteps, made.segments.shapes[0] + family * kSteps);
-    std::copy_n(kShapes[family].bent, kSteps, made.segments.shapes[1] + family * kSteps);
-  }
+  made.error /= total_weight;
   return made;
 }
 
