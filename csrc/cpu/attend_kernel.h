@@ -17,11 +17,13 @@ constexpr std::size_t kMaxNormBlocks = 2;
 
 /// The negative half of 256 levels by segments, each made of two shapes: value 8 * s + r is near
 ///
-///   starts[s] + round((shares[0][s] * shapes[0][i] + shares[1][s] * shapes[1][i]) / 4),  i = r + 8 * family_of(s).
+///   starts[s] + round((shares[0][s] * shapes[0][i] + shares[1][s] * shapes[1][i]) / kFraction),  i = r + 8 *
+///   family_of(s).
 ///
 /// The first segment, where levels are far apart, has shapes of its own.
 struct Int16Segments {
   static constexpr std::size_t kSegments = 16, kSteps = 8, kFamilies = 2;
+  static constexpr int kFraction = 4;  ///< of a unit, which sums of shapes are in
   static constexpr std::size_t family_of(std::size_t segment) noexcept { return segment == 0; }
 
   alignas(32) std::int16_t starts[kSegments];

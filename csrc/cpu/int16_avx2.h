@@ -137,8 +137,9 @@ struct CodeReader;
 
 template <unsigned kBits, std::size_t kHeadDim>
 struct CodeReader<kBits, false, kHeadDim> {
-  /// What 8 bits are looked up by leaves no register for it.
+  /// Whether rows are interleaved before they are looked up: what 8 bits are looked up by leaves no register for it.
   static constexpr bool kPairsBytes = kBits < 8;
+
   static Codes of(__m256i bytes) noexcept { return {bytes, up<3>(bytes), top_set(up<8 - kBits>(bytes))}; }
   static __m256i load(const std::uint8_t* row, std::size_t chunk) noexcept {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + chunk * kChunk));
@@ -257,7 +258,8 @@ class Lookup<8> {
  private:
   /// See Int16Segments.
   static __m256i value(__m256i start, __m256i shares, __m256i shapes, __m256i sign) noexcept {
-    const __m256i rise = _mm256_mulhrs_epi16(_mm256_maddubs_epi16(shares, shapes), _mm256_set1_epi16(0x8000 / 4));
+    constexpr short kScale = 0x8000 / Int16Segments::kFraction;
+    const __m256i rise = _mm256_mulhrs_epi16(_mm256_maddubs_epi16(shares, shapes), _mm256_set1_epi16(kScale));
     return _mm256_xor_si256(_mm256_add_epi16(start, rise), sign);
   }
 

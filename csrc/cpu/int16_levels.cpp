@@ -49,7 +49,7 @@ Int16Levels make_levels(const Codebook& codebook) {
   Int16Levels made{};
   made.unit = candidates.front().unit;
   if (codebook.num_levels() == 256) {
-    // Nearly the same are worse for rounding: of them, the one that suits segments best.
+    // Many units round nearly as well: of those, the one that suits segments best.
     constexpr std::size_t kTried = 256;
     double least = HUGE_VAL;
     for (std::size_t i = 0; i < kTried; ++i) {

@@ -9,8 +9,7 @@ namespace tq_hb {
 namespace {
 
 constexpr std::size_t kSteps = Int16Segments::kSteps;
-/// Sums of shapes are in fourths of a unit.
-constexpr std::int32_t kPrecision = 4;
+constexpr std::int32_t kFraction = Int16Segments::kFraction;
 constexpr std::int32_t kLargestShare = 255;
 /// What a level that hardly occurs counts, beside 1 for those in the middle.
 constexpr double kLeastWeight = 3e-3;
@@ -60,7 +59,7 @@ struct Segment {
   /// As the kernel rounds.
   double at(const Shapes& shapes, std::size_t r) const {
     const double rise = shares[0] * shapes.values[0][r] + shares[1] * shapes.values[1][r];
-    return start + std::floor(rise / kPrecision + 0.5);
+    return start + std::floor(rise / kFraction + 0.5);
   }
 };
 
@@ -85,8 +84,8 @@ Fit fit_inner(const Target& target) {
   const std::int8_t* bent = kInnerShapes.values[1];
   const double of_line = target.covariance(line, line), of_bent = target.covariance(bent, bent);
   const double of_both = target.covariance(line, bent);
-  const double line_rise = kPrecision * target.covariance(line, target.values);
-  const double bent_rise = kPrecision * target.covariance(bent, target.values);
+  const double line_rise = kFraction * target.covariance(line, target.values);
+  const double bent_rise = kFraction * target.covariance(bent, target.values);
   const double best = (bent_rise * of_line - line_rise * of_both) / (of_line * of_bent - of_both * of_both);
   constexpr std::int32_t kAround = 8;
   const auto middle = static_cast<std::int32_t>(std::lround(best));
@@ -107,7 +106,7 @@ Fit fit_inner(const Target& target) {
 Shapes outer_shapes(const Target& target) {
   Shapes shapes;
   for (std::size_t r = 0; r < kSteps; ++r) {
-    const double rise = std::nearbyint(kPrecision * (target.values[r] - target.values[0]));
+    const double rise = std::nearbyint(kFraction * (target.values[r] - target.values[0]));
     const double whole = std::nearbyint(rise / kLargestShare);
     shapes.values[0][r] = static_cast<std::int8_t>(whole);
     shapes.values[1][r] = static_cast<std::int8_t>(rise - whole * kLargestShare);
