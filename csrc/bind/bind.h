@@ -53,7 +53,7 @@ void bind_errors(py::module_& module);
 void bind_params(py::module_& module);
 void bind_buffer(py::module_& module);
 void bind_encoder(py::module_& module);
-void bind_attend(py::module_& module);
+void bind_cache(py::module_& module);
 void bind_device(py::module_& module);
 void bind_dlpack_import(py::module_& module);
 

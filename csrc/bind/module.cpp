@@ -74,7 +74,7 @@ PYBIND11_MODULE(_core, module) {
   bind_params(module);
   bind_buffer(module);
   bind_encoder(module);
-  bind_attend(module);
+  bind_cache(module);
   bind_device(module);
   bind_dlpack_import(module);
 

@@ -179,7 +179,7 @@ class CommandEncoder:
 # Place in the arrays, codes and norms of K and of V, params, whether by the group kernel, head tile, splits, position.
 _AttentionRun = tuple[int, Buffer, Buffer, Buffer, Buffer, FlashAttnVecTqHbParams, bool, int, int, int]
 
-class AttendFormat:
+class CacheFormat:
     def __init__(self, op: str, k_bits: int, v_bits: int, codebook: str, packing: str, precision: str) -> None: ...
 
 class Launched:
@@ -214,10 +214,36 @@ class Device:
     def make_encoder(self, auto_barrier: bool = ..., stream: int | None = ...) -> CommandEncoder: ...
     def warm_up(self, bits: list[int]) -> None: ...
 
+def append(
+    device: Device,
+    op: str,
+    form: CacheFormat,
+    hp: HadamardQuantizeKvHbParams,
+    k: _Floats,
+    v: _Floats,
+    k_packed: Buffer,
+    k_norms: Buffer,
+    v_packed: Buffer,
+    v_norms: Buffer,
+    /,
+) -> None: ...
+def record_append(
+    encoder: CommandEncoder,
+    op: str,
+    form: CacheFormat,
+    hp: HadamardQuantizeKvHbParams,
+    k: Buffer,
+    v: Buffer,
+    k_packed: Buffer,
+    k_norms: Buffer,
+    v_packed: Buffer,
+    v_norms: Buffer,
+    /,
+) -> None: ...
 def attend(
     device: Device,
     op: str,
-    form: AttendFormat,
+    form: CacheFormat,
     batched: bool,
     q: _Floats,
     output: _Floats,
@@ -230,7 +256,7 @@ def attend(
 def record_attention(
     encoder: CommandEncoder,
     op: str,
-    form: AttendFormat,
+    form: CacheFormat,
     batched: bool,
     q: Buffer,
     output: Buffer,

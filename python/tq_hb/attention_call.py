@@ -136,7 +136,7 @@ class AttentionCall:
             launched = _core.attend(
                 self._form.device._core,
                 self.op,
-                self._form.attend_format,
+                self._form.core_format,
                 self._batched,
                 self._rows,
                 self._result,
@@ -157,7 +157,7 @@ class AttentionCall:
         launched = _core.record_attention(
             encoder,
             self.op,
-            self._form.attend_format,
+            self._form.core_format,
             self._batched,
             staging.read("q", self._rows),
             staging.fill("out", self._result),

@@ -383,12 +383,16 @@ class KVCache:
         with self._lock:
             self._outstanding.enter(core, where)
             self._make_room(op, tokens)
-            staging, encoder = Staging(op, core), core.make_encoder(stream=where)
-            self._record_append(op, encoder, staging.read("k", rows_k), staging.read("v", rows_v))
-            if is_on_gpu(k) and is_on_gpu(v):
-                self._outstanding.run(core, where, encoder)
+            if isinstance(rows_k, np.ndarray) and isinstance(rows_v, np.ndarray):
+                place = self._place_of_next()
+                _core.append(core, op, self._form.core_format, place, rows_k, rows_v, *self._sides)
             else:
-                staging.run(encoder)
+                staging, encoder = Staging(op, core), core.make_encoder(stream=where)
+                self._record_append(op, encoder, staging.read("k", rows_k), staging.read("v", rows_v))
+                if is_on_gpu(k) and is_on_gpu(v):
+                    self._outstanding.run(core, where, encoder)
+                else:
+                    staging.run(encoder)
             self._count(tokens)
 
     def _rows(self, op: str, field: str, x: Array) -> Rows:
@@ -402,12 +406,14 @@ class KVCache:
 
     def _record_append(self, op: str, encoder: _core.CommandEncoder, k: Buffer, v: Buffer) -> None:
         """Record the encoding of float32 (T, num_kv_heads, head_dim), k less its mean, for which there is room."""
-        targets = [
-            (key, rows, side.packed, side.norms, side.bits)
-            for key, rows, side in (("k", k, self._k), ("v", v, self._v))
-        ]
-        hp = self._k.params(self._offset % self._capacity if self._window else self._offset)
-        encoder.hadamard_quantize(op, hp, targets, self._form.codebook, self._form.packing)
+        _core.record_append(encoder, op, self._form.core_format, self._place_of_next(), k, v, *self._sides)
+
+    def _place_of_next(self) -> _core.HadamardQuantizeKvHbParams:
+        return self._k.params(self._offset % self._capacity if self._window else self._offset)
+
+    @property
+    def _sides(self) -> tuple[Buffer, Buffer, Buffer, Buffer]:
+        return self._k.packed, self._k.norms, self._v.packed, self._v.norms
 
     def _count(self, tokens: int) -> None:
         """Take note of tokens that have been written."""
@@ -615,8 +621,7 @@ class KVCache:
             offers_group=self._form.offers_group,
             multiprocessors=self._form.num_multiprocessors,
         )
-        sides = (self._k.packed, self._k.norms, self._v.packed, self._v.norms)
-        call.record(index, sides, params, dispatch, placement)
+        call.record(index, self._sides, params, dispatch, placement)
         return params, dispatch
 
     def _attention_params(self, call: AttentionCall, placement: Placement) -> _core.FlashAttnVecTqHbParams:

@@ -82,9 +82,9 @@ class CacheFormat:
         return self.num_kv_heads * (self.row_bytes(self.k_bits) + self.row_bytes(self.v_bits) + norms)
 
     @cached_property
-    def attend_format(self) -> _core.AttendFormat:
-        """The same for attention calls."""
-        return _core.AttendFormat("KVCache", self.k_bits, self.v_bits, self.codebook, self.packing, self.precision)
+    def core_format(self) -> _core.CacheFormat:
+        """What of it the core needs to know for every call."""
+        return _core.CacheFormat("KVCache", self.k_bits, self.v_bits, self.codebook, self.packing, self.precision)
 
     @cached_property
     def offers_group(self) -> bool:
@@ -195,10 +195,14 @@ class Codes:
 
     def params(self, position: int) -> _core.HadamardQuantizeKvHbParams:
         """Params of the ops that write and read vectors from a position on."""
+        return self._lasting_params.replace(write_pos=position)
+
+    @cached_property
+    def _lasting_params(self) -> _core.HadamardQuantizeKvHbParams:
         return _core.HadamardQuantizeKvHbParams(
             head_dim=self.form.head_dim,
             num_kv_heads=self.form.num_kv_heads,
-            write_pos=position,
+            write_pos=0,
             cache_capacity=self.capacity,
             is_sliding=int(self.is_ring),
             codebook_bits=self.bits,

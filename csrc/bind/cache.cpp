@@ -1,4 +1,4 @@
-// Attention of a call's sequences as one step of Python: what happens for every token and layer has to be short.
+// A cache's calls as one step of Python each: what happens for every token and layer has to be short.
 
 #include <tuple>
 #include <utility>
@@ -12,21 +12,32 @@ namespace tq_hb {
 namespace {
 
 /// How codes are stored and how exactly they are attended to: what all calls on a cache have in common.
-struct AttendFormat {
+struct CacheFormat {
   const Codebook* k_codebook;
   const Codebook* v_codebook;
   Packing packing;
   Precision precision;
 };
 
-AttendFormat make_format(const std::string& op, unsigned k_bits, unsigned v_bits, const std::string& codebook,
-                         const std::string& packing, const std::string& precision) {
+CacheFormat make_format(const std::string& op, unsigned k_bits, unsigned v_bits, const std::string& codebook,
+                        const std::string& packing, const std::string& precision) {
   const CodebookName name = parse_codebook_name(op, codebook);
   return {&find_codebook(op, name, k_bits), &find_codebook(op, name, v_bits), parse_packing(op, packing),
           parse_precision(op, precision)};
 }
 
-/// The arguments and results of a call, with a leading axis if they are for several sequences.
+/// Records the encoding of K and V into the place that the params give: codes and norms of K, then of V.
+void record_append(CommandEncoder& encoder, const std::string& op, const CacheFormat& format,
+                   const TqHadamardQuantizeArgs& args, const Buffer& k, const Buffer& v, const Buffer& k_packed,
+                   const Buffer& k_norms, const Buffer& v_packed, const Buffer& v_norms) {
+  encoder.hadamard_quantize(
+      {op,
+       args,
+       {{k, k_packed, k_norms, format.k_codebook, "k"}, {v, v_packed, v_norms, format.v_codebook, "v"}},
+       format.packing});
+}
+
+/// The arguments and results of an attention call, with a leading axis if they are for several sequences.
 struct Arrays {
   Buffer q, output;
   std::optional<Buffer> sinks, score_bias, lse;
@@ -43,7 +54,7 @@ struct Launched {
   Precision precision;
 };
 
-std::vector<Launched> record_runs(CommandEncoder& encoder, const std::string& op, const AttendFormat& format,
+std::vector<Launched> record_runs(CommandEncoder& encoder, const std::string& op, const CacheFormat& format,
                                   bool batched, const Arrays& arrays, const std::vector<Run>& runs) {
   const auto of_sequence = [&](const Buffer& all, std::size_t index) { return batched ? all.row(index) : all; };
   const auto if_given = [&](const std::optional<Buffer>& all, std::size_t index) -> std::optional<Buffer> {
@@ -104,9 +115,24 @@ class HostArrays {
   std::vector<std::pair<Buffer, void*>> copies_;
 };
 
+void run(CommandEncoder& encoder) {
+  const ReleasedGil released;
+  encoder.commit();
+  encoder.wait();
+}
+
+void append(const Device& device, const std::string& op, const CacheFormat& format, const TqHadamardQuantizeArgs& args,
+            const py::array& k, const py::array& v, const Buffer& k_packed, const Buffer& k_norms,
+            const Buffer& v_packed, const Buffer& v_norms) {
+  const HostArrays host(device, op);
+  const auto encoder = device.make_encoder();
+  record_append(*encoder, op, format, args, host.read("k", k), host.read("v", v), k_packed, k_norms, v_packed, v_norms);
+  run(*encoder);
+}
+
 using ArrayOrBuffer = std::variant<Buffer, py::array>;
 
-std::vector<Launched> attend(const Device& device, const std::string& op, const AttendFormat& format, bool batched,
+std::vector<Launched> attend(const Device& device, const std::string& op, const CacheFormat& format, bool batched,
                              const py::array& q, py::array output, const std::optional<ArrayOrBuffer>& sinks,
                              const std::optional<py::array>& score_bias, std::optional<py::array> lse,
                              const std::vector<Run>& runs) {
@@ -120,14 +146,12 @@ std::vector<Launched> attend(const Device& device, const std::string& op, const 
   if (lse) arrays.lse = host.write("lse", *lse);
   const auto encoder = device.make_encoder();
   std::vector<Launched> launched = record_runs(*encoder, op, format, batched, arrays, runs);
-  const ReleasedGil released;
-  encoder->commit();
-  encoder->wait();
+  run(*encoder);
   host.finish();
   return launched;
 }
 
-std::vector<Launched> record(CommandEncoder& encoder, const std::string& op, const AttendFormat& format, bool batched,
+std::vector<Launched> record(CommandEncoder& encoder, const std::string& op, const CacheFormat& format, bool batched,
                              const Buffer& q, const Buffer& output, const std::optional<Buffer>& sinks,
                              const std::optional<Buffer>& score_bias, const std::optional<Buffer>& lse,
                              const std::vector<Run>& runs) {
@@ -136,13 +160,15 @@ std::vector<Launched> record(CommandEncoder& encoder, const std::string& op, con
 
 }  // namespace
 
-void bind_attend(py::module_& module) {
-  py::class_<AttendFormat>(module, "AttendFormat")
+void bind_cache(py::module_& module) {
+  py::class_<CacheFormat>(module, "CacheFormat")
       .def(py::init(&make_format), py::arg("op"), py::arg("k_bits"), py::arg("v_bits"), py::arg("codebook"),
            py::arg("packing"), py::arg("precision"));
   py::class_<Launched>(module, "Launched")
       .def_property_readonly("nodes", [](const Launched& self) { return to_tuple(self.nodes); })
       .def_property_readonly("precision", [](const Launched& self) { return name_of(self.precision); });
+  module.def("append", &append);
+  module.def("record_append", &record_append);
   module.def("attend", &attend);
   module.def("record_attention", &record);
 }
