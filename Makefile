@@ -87,7 +87,7 @@ bench: $(STAMP)-demo $(STAMP)-test $(STAMP)-peers $(STAMP)-package
 	$(BIN)/python -m bench.tables
 
 mutants: $(STAMP)-test $(STAMP)-googletest
-	$(BIN)/python tests/mutants/run.py
+	$(BIN)/python tests/mutants/run.py $(MUTANTS_ARGS)
 
 clean:
 	rm -rf .venv build dist
