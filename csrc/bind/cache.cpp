@@ -26,15 +26,22 @@ CacheFormat make_format(const std::string& op, unsigned k_bits, unsigned v_bits,
           parse_precision(op, precision)};
 }
 
-/// Records the encoding of K and V into the place that the params give: codes and norms of K, then of V.
-void record_append(CommandEncoder& encoder, const std::string& op, const CacheFormat& format,
-                   const TqHadamardQuantizeArgs& args, const Buffer& k, const Buffer& v, const Buffer& k_packed,
-                   const Buffer& k_norms, const Buffer& v_packed, const Buffer& v_norms) {
-  encoder.hadamard_quantize(
-      {op,
-       args,
-       {{k, k_packed, k_norms, format.k_codebook, "k"}, {v, v_packed, v_norms, format.v_codebook, "v"}},
-       format.packing});
+/// One sequence that is appended to: its place in the arrays, how many of its tokens are taken, where the first of them
+/// goes, codes and norms of K and V.
+using AppendRun = std::tuple<std::size_t, std::size_t, TqHadamardQuantizeArgs, Buffer, Buffer, Buffer, Buffer>;
+
+/// K and V have a leading axis if they are for several sequences.
+void record_append(CommandEncoder& encoder, const std::string& op, const CacheFormat& format, bool batched,
+                   const Buffer& k, const Buffer& v, const std::vector<AppendRun>& runs) {
+  const auto tokens_of = [&](const Buffer& all, std::size_t index, std::size_t count) {
+    return (batched ? all.row(index) : all).slice(0, count);
+  };
+  for (const auto& [index, count, args, k_packed, k_norms, v_packed, v_norms] : runs) {
+    QuantizeOp record{op, args, {}, format.packing};
+    record.targets.push_back({tokens_of(k, index, count), k_packed, k_norms, format.k_codebook, "k"});
+    record.targets.push_back({tokens_of(v, index, count), v_packed, v_norms, format.v_codebook, "v"});
+    encoder.hadamard_quantize(std::move(record));
+  }
 }
 
 /// The arguments and results of an attention call, with a leading axis if they are for several sequences.
@@ -43,10 +50,10 @@ struct Arrays {
   std::optional<Buffer> sinks, score_bias, lse;
 };
 
-/// One sequence: its place in the arrays, codes and norms of K and V, the kernel's params, whether that is the group
-/// kernel, its head tile and number of splits, and the last query's position.
-using Run = std::tuple<std::size_t, Buffer, Buffer, Buffer, Buffer, TqFlashAttnVecArgs, bool, unsigned, unsigned,
-                       std::uint32_t>;
+/// One sequence that is attended to: its place in the arrays, codes and norms of K and V, the kernel's params, whether
+/// that is the group kernel, its head tile and number of splits, and the last query's position.
+using AttendRun = std::tuple<std::size_t, Buffer, Buffer, Buffer, Buffer, TqFlashAttnVecArgs, bool, unsigned, unsigned,
+                             std::uint32_t>;
 
 /// What one of them has launched.
 struct Launched {
@@ -54,8 +61,8 @@ struct Launched {
   Precision precision;
 };
 
-std::vector<Launched> record_runs(CommandEncoder& encoder, const std::string& op, const CacheFormat& format,
-                                  bool batched, const Arrays& arrays, const std::vector<Run>& runs) {
+std::vector<Launched> record_attention(CommandEncoder& encoder, const std::string& op, const CacheFormat& format,
+                                       bool batched, const Arrays& arrays, const std::vector<AttendRun>& runs) {
   const auto of_sequence = [&](const Buffer& all, std::size_t index) { return batched ? all.row(index) : all; };
   const auto if_given = [&](const std::optional<Buffer>& all, std::size_t index) -> std::optional<Buffer> {
     return all ? std::optional(of_sequence(*all, index)) : std::nullopt;
@@ -121,12 +128,11 @@ void run(CommandEncoder& encoder) {
   encoder.wait();
 }
 
-void append(const Device& device, const std::string& op, const CacheFormat& format, const TqHadamardQuantizeArgs& args,
-            const py::array& k, const py::array& v, const Buffer& k_packed, const Buffer& k_norms,
-            const Buffer& v_packed, const Buffer& v_norms) {
+void append(const Device& device, const std::string& op, const CacheFormat& format, bool batched, const py::array& k,
+            const py::array& v, const std::vector<AppendRun>& runs) {
   const HostArrays host(device, op);
   const auto encoder = device.make_encoder();
-  record_append(*encoder, op, format, args, host.read("k", k), host.read("v", v), k_packed, k_norms, v_packed, v_norms);
+  record_append(*encoder, op, format, batched, host.read("k", k), host.read("v", v), runs);
   run(*encoder);
 }
 
@@ -135,7 +141,7 @@ using ArrayOrBuffer = std::variant<Buffer, py::array>;
 std::vector<Launched> attend(const Device& device, const std::string& op, const CacheFormat& format, bool batched,
                              const py::array& q, py::array output, const std::optional<ArrayOrBuffer>& sinks,
                              const std::optional<py::array>& score_bias, std::optional<py::array> lse,
-                             const std::vector<Run>& runs) {
+                             const std::vector<AttendRun>& runs) {
   HostArrays host(device, op);
   Arrays arrays{host.read("q", q), host.write("out", output), {}, {}, {}};
   if (sinks) {
@@ -145,17 +151,10 @@ std::vector<Launched> attend(const Device& device, const std::string& op, const 
   if (score_bias) arrays.score_bias = host.read("q", *score_bias);
   if (lse) arrays.lse = host.write("lse", *lse);
   const auto encoder = device.make_encoder();
-  std::vector<Launched> launched = record_runs(*encoder, op, format, batched, arrays, runs);
+  std::vector<Launched> launched = record_attention(*encoder, op, format, batched, arrays, runs);
   run(*encoder);
   host.finish();
   return launched;
-}
-
-std::vector<Launched> record(CommandEncoder& encoder, const std::string& op, const CacheFormat& format, bool batched,
-                             const Buffer& q, const Buffer& output, const std::optional<Buffer>& sinks,
-                             const std::optional<Buffer>& score_bias, const std::optional<Buffer>& lse,
-                             const std::vector<Run>& runs) {
-  return record_runs(encoder, op, format, batched, {q, output, sinks, score_bias, lse}, runs);
 }
 
 }  // namespace
@@ -170,7 +169,12 @@ void bind_cache(py::module_& module) {
   module.def("append", &append);
   module.def("record_append", &record_append);
   module.def("attend", &attend);
-  module.def("record_attention", &record);
+  module.def("record_attention", [](CommandEncoder& encoder, const std::string& op, const CacheFormat& format,
+                                    bool batched, const Buffer& q, const Buffer& output,
+                                    const std::optional<Buffer>& sinks, const std::optional<Buffer>& score_bias,
+                                    const std::optional<Buffer>& lse, const std::vector<AttendRun>& runs) {
+    return record_attention(encoder, op, format, batched, {q, output, sinks, score_bias, lse}, runs);
+  });
 }
 
 }  // namespace tq_hb

@@ -176,6 +176,8 @@ class CommandEncoder:
     @property
     def threadgroup_bytes(self) -> int: ...
 
+# Place in the arrays, number of tokens, where the first goes, codes and norms of K and of V.
+_AppendRun = tuple[int, int, HadamardQuantizeKvHbParams, Buffer, Buffer, Buffer, Buffer]
 # Place in the arrays, codes and norms of K and of V, params, whether by the group kernel, head tile, splits, position.
 _AttentionRun = tuple[int, Buffer, Buffer, Buffer, Buffer, FlashAttnVecTqHbParams, bool, int, int, int]
 
@@ -218,26 +220,20 @@ def append(
     device: Device,
     op: str,
     form: CacheFormat,
-    hp: HadamardQuantizeKvHbParams,
+    batched: bool,
     k: _Floats,
     v: _Floats,
-    k_packed: Buffer,
-    k_norms: Buffer,
-    v_packed: Buffer,
-    v_norms: Buffer,
+    runs: list[_AppendRun],
     /,
 ) -> None: ...
 def record_append(
     encoder: CommandEncoder,
     op: str,
     form: CacheFormat,
-    hp: HadamardQuantizeKvHbParams,
+    batched: bool,
     k: Buffer,
     v: Buffer,
-    k_packed: Buffer,
-    k_norms: Buffer,
-    v_packed: Buffer,
-    v_norms: Buffer,
+    runs: list[_AppendRun],
     /,
 ) -> None: ...
 def attend(

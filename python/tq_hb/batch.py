@@ -13,10 +13,10 @@ from tq_hb.attention_call import AttentionCall
 from tq_hb.cache import KVCache
 from tq_hb.cache_format import CacheFormat, positive
 from tq_hb.device import Device
-from tq_hb.gpu_arrays import is_on_gpu, stream
+from tq_hb.gpu_arrays import stream
 from tq_hb.interop import Array, Rows, as_rows, borrow, require_rows
 from tq_hb.options import invalid
-from tq_hb.staging import Outstanding, Staging
+from tq_hb.staging import Outstanding
 from tq_hb.visibility import check_position
 
 Integers = Array | Sequence[int]
@@ -212,18 +212,13 @@ class BatchedKVCache:
         with self._locked(chosen):
             for slot, count in zip(chosen, taken, strict=True):
                 self._caches[slot]._make_room(f"{op}: slot {slot}", count)
-            core, where = self._form.device._core, stream(k, v)
-            self._outstanding.enter(core, where)
-            staging, encoder = Staging(op, core), core.make_encoder(stream=where)
-            staged_k, staged_v = staging.read("k", rows_k), staging.read("v", rows_v)
-            for index, (slot, count) in enumerate(zip(chosen, taken, strict=True)):
-                if count:
-                    new_k, new_v = staged_k[index][:count], staged_v[index][:count]
-                    self._caches[slot]._record_append(f"{op}: slot {slot}", encoder, new_k, new_v)
-            if is_on_gpu(k) and is_on_gpu(v):
-                self._outstanding.run(core, where, encoder)
-            else:
-                staging.run(encoder)
+            self._outstanding.enter(self._form.device._core, stream(k, v))
+            runs = [
+                self._caches[slot]._append_run(index, count)
+                for index, (slot, count) in enumerate(zip(chosen, taken, strict=True))
+                if count
+            ]
+            self._form.append(op, self._outstanding, (k, v), (rows_k, rows_v), runs, batched=True)
             for slot, count in zip(chosen, taken, strict=True):
                 self._caches[slot]._count(count)
 

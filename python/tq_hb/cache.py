@@ -17,10 +17,10 @@ from tq_hb.cache_format import CacheFormat, Codes, positive
 from tq_hb.device import Device, resolve_device
 from tq_hb.encoder import Buffer
 from tq_hb.files import SavedCache, read_caches, write_caches
-from tq_hb.gpu_arrays import is_on_gpu, stream
+from tq_hb.gpu_arrays import stream
 from tq_hb.interop import Array, Float32Array, Rows, as_rows, require_rows
 from tq_hb.options import invalid
-from tq_hb.staging import Outstanding, Staging
+from tq_hb.staging import Outstanding
 from tq_hb.visibility import Held, Placement, check_position, last_position, place
 
 _MIN_GROWTH = 64
@@ -379,20 +379,11 @@ class KVCache:
         rows_k = self._form.residual(op, rows_k, k)
         require_rows(op, "k", rows_k)
         require_rows(op, "v", rows_v)
-        core, where = self._form.device._core, stream(k, v)
         with self._lock:
-            self._outstanding.enter(core, where)
+            self._outstanding.enter(self._form.device._core, stream(k, v))
             self._make_room(op, tokens)
-            if isinstance(rows_k, np.ndarray) and isinstance(rows_v, np.ndarray):
-                place = self._place_of_next()
-                _core.append(core, op, self._form.core_format, place, rows_k, rows_v, *self._sides)
-            else:
-                staging, encoder = Staging(op, core), core.make_encoder(stream=where)
-                self._record_append(op, encoder, staging.read("k", rows_k), staging.read("v", rows_v))
-                if is_on_gpu(k) and is_on_gpu(v):
-                    self._outstanding.run(core, where, encoder)
-                else:
-                    staging.run(encoder)
+            runs = [self._append_run(0, tokens)]
+            self._form.append(op, self._outstanding, (k, v), (rows_k, rows_v), runs, batched=False)
             self._count(tokens)
 
     def _rows(self, op: str, field: str, x: Array) -> Rows:
@@ -404,12 +395,10 @@ class KVCache:
             raise invalid(op, field, f"must have shape {heads} or (tokens, {str(heads)[1:]}", rows.shape)
         return rows
 
-    def _record_append(self, op: str, encoder: _core.CommandEncoder, k: Buffer, v: Buffer) -> None:
-        """Record the encoding of float32 (T, num_kv_heads, head_dim), k less its mean, for which there is room."""
-        _core.record_append(encoder, op, self._form.core_format, self._place_of_next(), k, v, *self._sides)
-
-    def _place_of_next(self) -> _core.HadamardQuantizeKvHbParams:
-        return self._k.params(self._offset % self._capacity if self._window else self._offset)
+    def _append_run(self, index: int, tokens: int) -> _core._AppendRun:
+        """Say where tokens go for which there is room; ``index`` is the sequence's place in the call's arrays."""
+        first = self._offset % self._capacity if self._window else self._offset
+        return index, tokens, self._k.params(first), *self._sides
 
     @property
     def _sides(self) -> tuple[Buffer, Buffer, Buffer, Buffer]:

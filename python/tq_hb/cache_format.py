@@ -22,7 +22,7 @@ from tq_hb.options import (
     norms_shape,
 )
 from tq_hb.policy import AttendKernel
-from tq_hb.staging import Staging
+from tq_hb.staging import Outstanding, Staging
 
 Slots = slice | npt.NDArray[np.int64]
 
@@ -120,6 +120,30 @@ class CacheFormat:
             return gpu_arrays.view(op, "k", left, self.device._core)
         with np.errstate(all="ignore"):
             return k - self.k_mean
+
+    def append(
+        self,
+        op: str,
+        outstanding: Outstanding,
+        given: tuple[Array, Array],
+        rows: tuple[Rows, Rows],
+        runs: list[_core._AppendRun],
+        *,
+        batched: bool,
+    ) -> None:
+        """Encode K and V, ``given`` as some arrays, into codes; of arrays on a GPU without waiting for it."""
+        core, (k, v) = self.device._core, rows
+        if isinstance(k, np.ndarray) and isinstance(v, np.ndarray):
+            _core.append(core, op, self.core_format, batched, k, v, runs)
+            return
+        where = gpu_arrays.stream(*given)
+        staging, encoder = Staging(op, core), core.make_encoder(stream=where)
+        buffers = staging.read("k", k), staging.read("v", v)
+        _core.record_append(encoder, op, self.core_format, batched, *buffers, runs)
+        if all(map(gpu_arrays.is_on_gpu, given)):
+            outstanding.run(core, where, encoder)
+        else:
+            staging.run(encoder)
 
     def score_bias(self, op: str, q: Rows, given: Array, scale: float) -> Rows | None:
         """Return what the mean key adds to every score of a query: (..., H), or None without a mean key."""
