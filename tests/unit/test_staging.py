@@ -160,6 +160,25 @@ class TestKVCache:
             assert np.array_equal(k, contents[0][0])
             assert np.array_equal(v, contents[0][1])
 
+    def test_recorded_runs_write_what_an_append_does(self, device):
+        x = np.random.default_rng(4).standard_normal((2, 3, 5, 2, 256), np.float32)
+        counts = [5, 1, 4]
+        batches = [tq_hb.BatchedKVCache(3, 2, 256, 8, k_bits=6, v_bits=5, device=device) for _ in range(2)]
+        batches[0].append([2, 0, 1], *x, counts=counts)
+
+        core, recorded = device._core, batches[1]
+        encoder = core.make_encoder()
+        runs = [recorded[slot]._append_run(i, n) for i, (slot, n) in enumerate(zip([2, 0, 1], counts, strict=True))]
+        buffers = [device.array(rows) for rows in x]
+        tq_hb._core.record_append(encoder, "op", recorded._form.core_format, True, *buffers, runs)
+        encoder.commit()
+        encoder.wait()
+        for slot, count in zip([2, 0, 1], counts, strict=True):
+            recorded[slot]._count(count)
+            for want, got in zip(*(batch[slot].dequantize() for batch in batches), strict=True):
+                assert len(got) == count
+                assert np.array_equal(got, want)
+
     def test_attention_takes_arrays_from_anywhere(self, device):
         rng = np.random.default_rng(4)
         cache = tq_hb.KVCache(2, 256, device=device)
