@@ -26,17 +26,18 @@ CacheFormat make_format(const std::string& op, unsigned k_bits, unsigned v_bits,
           parse_precision(op, precision)};
 }
 
-/// One sequence that is appended to: its place in the arrays, how many of its tokens are taken, where the first of them
-/// goes, codes and norms of K and V.
-using AppendRun = std::tuple<std::size_t, std::size_t, TqHadamardQuantizeArgs, Buffer, Buffer, Buffer, Buffer>;
+/// One sequence that is appended to: what errors call it, its place in the arrays, how many of its tokens are taken,
+/// where the first of them goes, codes and norms of K and V.
+using AppendRun =
+    std::tuple<std::string, std::size_t, std::size_t, TqHadamardQuantizeArgs, Buffer, Buffer, Buffer, Buffer>;
 
 /// K and V have a leading axis if they are for several sequences.
-void record_append(CommandEncoder& encoder, const std::string& op, const CacheFormat& format, bool batched,
-                   const Buffer& k, const Buffer& v, const std::vector<AppendRun>& runs) {
+void record_append(CommandEncoder& encoder, const CacheFormat& format, bool batched, const Buffer& k, const Buffer& v,
+                   const std::vector<AppendRun>& runs) {
   const auto tokens_of = [&](const Buffer& all, std::size_t index, std::size_t count) {
     return (batched ? all.row(index) : all).slice(0, count);
   };
-  for (const auto& [index, count, args, k_packed, k_norms, v_packed, v_norms] : runs) {
+  for (const auto& [op, index, count, args, k_packed, k_norms, v_packed, v_norms] : runs) {
     QuantizeOp record{op, args, {}, format.packing};
     record.targets.push_back({tokens_of(k, index, count), k_packed, k_norms, format.k_codebook, "k"});
     record.targets.push_back({tokens_of(v, index, count), v_packed, v_norms, format.v_codebook, "v"});
@@ -132,7 +133,7 @@ void append(const Device& device, const std::string& op, const CacheFormat& form
             const py::array& v, const std::vector<AppendRun>& runs) {
   const HostArrays host(device, op);
   const auto encoder = device.make_encoder();
-  record_append(*encoder, op, format, batched, host.read("k", k), host.read("v", v), runs);
+  record_append(*encoder, format, batched, host.read("k", k), host.read("v", v), runs);
   run(*encoder);
 }
 

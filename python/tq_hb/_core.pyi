@@ -176,8 +176,8 @@ class CommandEncoder:
     @property
     def threadgroup_bytes(self) -> int: ...
 
-# Place in the arrays, number of tokens, where the first goes, codes and norms of K and of V.
-_AppendRun = tuple[int, int, HadamardQuantizeKvHbParams, Buffer, Buffer, Buffer, Buffer]
+# Name in errors, place in the arrays, number of tokens, where the first goes, codes and norms of K and of V.
+_AppendRun = tuple[str, int, int, HadamardQuantizeKvHbParams, Buffer, Buffer, Buffer, Buffer]
 # Place in the arrays, codes and norms of K and of V, params, whether by the group kernel, head tile, splits, position.
 _AttentionRun = tuple[int, Buffer, Buffer, Buffer, Buffer, FlashAttnVecTqHbParams, bool, int, int, int]
 
@@ -228,7 +228,6 @@ def append(
 ) -> None: ...
 def record_append(
     encoder: CommandEncoder,
-    op: str,
     form: CacheFormat,
     batched: bool,
     k: Buffer,

@@ -214,7 +214,7 @@ class BatchedKVCache:
                 self._caches[slot]._make_room(f"{op}: slot {slot}", count)
             self._outstanding.enter(self._form.device._core, stream(k, v))
             runs = [
-                self._caches[slot]._append_run(index, count)
+                self._caches[slot]._append_run(f"{op}: slot {slot}", index, count)
                 for index, (slot, count) in enumerate(zip(chosen, taken, strict=True))
                 if count
             ]

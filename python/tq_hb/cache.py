@@ -382,7 +382,7 @@ class KVCache:
         with self._lock:
             self._outstanding.enter(self._form.device._core, stream(k, v))
             self._make_room(op, tokens)
-            runs = [self._append_run(0, tokens)]
+            runs = [self._append_run(op, 0, tokens)]
             self._form.append(op, self._outstanding, (k, v), (rows_k, rows_v), runs, batched=False)
             self._count(tokens)
 
@@ -395,10 +395,10 @@ class KVCache:
             raise invalid(op, field, f"must have shape {heads} or (tokens, {str(heads)[1:]}", rows.shape)
         return rows
 
-    def _append_run(self, index: int, tokens: int) -> _core._AppendRun:
+    def _append_run(self, op: str, index: int, tokens: int) -> _core._AppendRun:
         """Say where tokens go for which there is room; ``index`` is the sequence's place in the call's arrays."""
         first = self._offset % self._capacity if self._window else self._offset
-        return index, tokens, self._k.params(first), *self._sides
+        return op, index, tokens, self._k.params(first), *self._sides
 
     @property
     def _sides(self) -> tuple[Buffer, Buffer, Buffer, Buffer]:

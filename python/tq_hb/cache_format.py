@@ -139,7 +139,7 @@ class CacheFormat:
         where = gpu_arrays.stream(*given)
         staging, encoder = Staging(op, core), core.make_encoder(stream=where)
         buffers = staging.read("k", k), staging.read("v", v)
-        _core.record_append(encoder, op, self.core_format, batched, *buffers, runs)
+        _core.record_append(encoder, self.core_format, batched, *buffers, runs)
         if all(map(gpu_arrays.is_on_gpu, given)):
             outstanding.run(core, where, encoder)
         else:

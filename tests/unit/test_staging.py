@@ -168,9 +168,10 @@ class TestKVCache:
 
         core, recorded = device._core, batches[1]
         encoder = core.make_encoder()
-        runs = [recorded[slot]._append_run(i, n) for i, (slot, n) in enumerate(zip([2, 0, 1], counts, strict=True))]
+        places = enumerate(zip([2, 0, 1], counts, strict=True))
+        runs = [recorded[slot]._append_run("op", i, n) for i, (slot, n) in places]
         buffers = [device.array(rows) for rows in x]
-        tq_hb._core.record_append(encoder, "op", recorded._form.core_format, True, *buffers, runs)
+        tq_hb._core.record_append(encoder, recorded._form.core_format, True, *buffers, runs)
         encoder.commit()
         encoder.wait()
         for slot, count in zip([2, 0, 1], counts, strict=True):
@@ -178,6 +179,16 @@ class TestKVCache:
             for want, got in zip(*(batch[slot].dequantize() for batch in batches), strict=True):
                 assert len(got) == count
                 assert np.array_equal(got, want)
+
+    def test_an_error_of_a_recorded_run_has_its_name(self, device):
+        batch, x = tq_hb.BatchedKVCache(2, 1, 256, 8, device=device), np.ones((2, 3, 1, 256), np.float32)
+        x[1, 2, 0, 7] = np.nan
+        encoder, rows = device._core.make_encoder(), device.array(x)
+        runs = [batch[slot]._append_run(f"slot {slot}", slot, 3) for slot in range(2)]
+        tq_hb._core.record_append(encoder, batch._form.core_format, True, rows, rows, runs)
+        encoder.commit()
+        with pytest.raises(tq_hb.InvalidArgument, match="^slot 1: src_k must be finite .* at token 2"):
+            encoder.wait()
 
     def test_attention_takes_arrays_from_anywhere(self, device):
         rng = np.random.default_rng(4)
