@@ -170,8 +170,8 @@ bool is_encodable_row(const float* src, std::size_t head_dim) noexcept {
   return rotate_and_measure(src, head_dim, y, norms);
 }
 
-float largest_magnitude(const float* row, std::size_t head_dim) noexcept {
-  // Without its sign bit a float32 orders like its bits do, NaN last.
+bool is_finite_row(const float* row, std::size_t head_dim) noexcept {
+  // Without its sign bit a float32 orders like its bits do, what is not finite last.
   std::int32_t largest = 0;
   for (std::size_t j = 0; j < head_dim; ++j) {
     std::int32_t bits;
@@ -181,11 +181,7 @@ float largest_magnitude(const float* row, std::size_t head_dim) noexcept {
   }
   float magnitude;
   std::memcpy(&magnitude, &largest, sizeof(magnitude));
-  return magnitude;
-}
-
-bool is_finite_row(const float* row, std::size_t head_dim) noexcept {
-  return std::isfinite(largest_magnitude(row, head_dim));
+  return std::isfinite(magnitude);
 }
 
 float decode_factor(float norm, std::size_t head_dim, float scale_factor_d512) noexcept {

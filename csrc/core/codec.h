@@ -30,9 +30,6 @@ bool encode_row(const float* src, std::size_t head_dim, float scale_factor_d512,
 /// Whether encode_row would accept `src`.
 bool is_encodable_row(const float* src, std::size_t head_dim) noexcept;
 
-/// NaN if one of the values is.
-float largest_magnitude(const float* row, std::size_t head_dim) noexcept;
-
 bool is_finite_row(const float* row, std::size_t head_dim) noexcept;
 
 /// What a level is multiplied by when a row with this norm is decoded.

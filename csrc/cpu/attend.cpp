@@ -115,23 +115,6 @@ struct Workspace {
   Scratch<RowScratch> scratch;
 };
 
-/// Copies a query head, rotated by a kernel if there is one, scaled by a power of two so that nothing can overflow.
-///
-/// Returns what undoes that scaling, or NaN if the query is not finite.
-double prepare_query(const float* q, std::size_t head_dim, const IsaKernel* rotating, float* out) noexcept {
-  const float largest = largest_magnitude(q, head_dim);
-  if (!std::isfinite(largest)) {
-    std::fill_n(out, head_dim, 0.0f);  // its products are made with those of the others, and thrown away
-    return std::numeric_limits<double>::quiet_NaN();
-  }
-  // Clamped so that the factor itself is a normal float32.
-  const int exponent = largest > 0.0f ? std::clamp(std::ilogb(largest), -126, 126) : 0;
-  const float factor = std::ldexp(1.0f, -exponent);
-  for (std::size_t j = 0; j < head_dim; ++j) out[j] = q[j] * factor;
-  if (rotating != nullptr) rotating->rotate(out, head_dim);
-  return std::ldexp(1.0, exponent);
-}
-
 /// Up to kQueryBlock consecutive queries. A row is one head of one of them: the rows of a KV head follow each other,
 /// query by query, so that they can share its keys.
 class QueryBlock {
@@ -197,8 +180,8 @@ QueryBlock::QueryBlock(const AttendOp& op, const IsaKernel& kernel, float row_sc
     const std::size_t at = query * args.num_heads + row / rows_ * group_ + row % group_;
     memory_.bias[row] = op.score_bias ? static_cast<double>(op.score_bias->data<const float>()[at]) : 0.0;
     float* placed = memory_.q + row * head_dim_;
-    const double undo = prepare_query(op.q.data<const float>() + at * head_dim_, head_dim_,
-                                      args.fuse_fwht_pre == 1 ? &kernel : nullptr, placed);
+    const double undo = kernel.scale_query(op.q.data<const float>() + at * head_dim_, head_dim_, placed);
+    if (args.fuse_fwht_pre == 1) kernel.rotate(placed, head_dim_);
     if (!in_int16_ && kernel.place_query != nullptr) {
       float natural[kMaxHeadDim];
       std::copy_n(placed, head_dim_, natural);

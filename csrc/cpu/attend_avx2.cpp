@@ -4,13 +4,14 @@
 #include "cpu/float32_lookup.h"
 #include "cpu/int16_path.h"
 #include "cpu/partials.h"
+#include "cpu/query_scale.h"
 #include "cpu/rotation.h"
 
 namespace tq_hb {
 
 const IsaKernel& attend_kernel_avx2() noexcept {
-  static const IsaKernel kernel{"avx2",         rotate_in_vectors, unrotate_in_vectors, add_partials,
-                                attend_float32, place_query,       attend_int16,        quantize_query};
+  static const IsaKernel kernel{"avx2",         scale_query, rotate_in_vectors, unrotate_in_vectors, add_partials,
+                                attend_float32, place_query, attend_int16,      quantize_query};
   return kernel;
 }
 

@@ -103,6 +103,9 @@ struct AttendTask {
 
 struct IsaKernel {
   const char* isa;
+  /// Copies a row of q, scaled by a power of two so that no product of it can overflow. Returns what undoes that, or
+  /// NaN if the row is not finite.
+  double (*scale_query)(const float* q, std::size_t head_dim, float* scaled) noexcept;
   /// The codec's rotation of one row and its inverse, in place.
   void (*rotate)(float* row, std::size_t head_dim) noexcept;
   void (*unrotate)(float* row, std::size_t head_dim) noexcept;

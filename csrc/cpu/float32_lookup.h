@@ -12,14 +12,18 @@
 namespace tq_hb {
 namespace {
 
-/// Where the lookup leaves coordinate j.
-inline std::size_t place_of_level(std::size_t j) noexcept {
-  const std::size_t within = j % kChunk;
-  return j - within + within % 16 / 4 * kLanes + within / 16 * 4 + within % 4;
+/// Where the lookup leaves coordinate j of a chunk.
+constexpr std::size_t place_of_level(std::size_t j) noexcept {
+  return j % 16 / 4 * kLanes + j / 16 * 4 + j % 4;
 }
 
 void place_query(const float* q, std::size_t head_dim, float* placed) noexcept {
-  for (std::size_t j = 0; j < head_dim; ++j) placed[place_of_level(j)] = q[j];
+  for (std::size_t chunk = 0; chunk < head_dim; chunk += kChunk) {
+#pragma GCC unroll 16
+    for (std::size_t j = 0; j < kChunk; j += 4) {
+      __builtin_memcpy(placed + chunk + place_of_level(j), q + chunk + j, 4 * sizeof(*q));
+    }
+  }
 }
 
 template <std::size_t kHeadDim>

@@ -42,11 +42,9 @@ constexpr unsigned kPartShift = kParts<kHeadDim> == 4   ? 2
                                 : kParts<kHeadDim> == 2 ? 1
                                                         : 0;
 
-/// Where the lookup leaves coordinate i of every 16: its place among vectors of levels.
-inline std::size_t place_of(std::size_t j) noexcept {
-  constexpr std::size_t kHalf = kChunk / 2;
-  const std::size_t within = j % kChunk;
-  return j - within + (within % 16 / 8) * kHalf + within / 16 * 8 + within % 8;
+/// Where the lookup leaves coordinate j of a chunk: its place among vectors of levels.
+constexpr std::size_t place_of(std::size_t j) noexcept {
+  return j % 16 / 8 * (kChunk / 2) + j / 16 * 8 + j % 8;
 }
 
 void quantize_query(const float* q, std::size_t head_dim, std::int16_t* values, double* units,
@@ -56,8 +54,12 @@ void quantize_query(const float* q, std::size_t head_dim, std::int16_t* values, 
   const std::size_t block_dim = head_dim < kNormBlock ? head_dim : kNormBlock;
   for (std::size_t first = 0; first < head_dim; first += block_dim) {
     float placed[kNormBlock];
-    for (std::size_t j = 0; j < block_dim; j += 8)
-      __builtin_memcpy(placed + place_of(j), q + first + j, 8 * sizeof(*q));
+    for (std::size_t chunk = 0; chunk < block_dim; chunk += kChunk) {
+#pragma GCC unroll 8
+      for (std::size_t j = 0; j < kChunk; j += 8) {
+        __builtin_memcpy(placed + chunk + place_of(j), q + first + chunk + j, 8 * sizeof(*q));
+      }
+    }
     float unit = 1e-30f;
     for (std::size_t part = 0; part < block_dim; part += kDotPart) {
       const std::size_t end = part + kDotPart < block_dim ? part + kDotPart : block_dim;

@@ -147,6 +147,10 @@ inline Vec max(Vec a, Vec b) noexcept {
   return a > b ? a : b;
 }
 
+inline std::int32_t max_of_lanes(IntVec vec) noexcept {
+  return fold_lanes<std::int32_t, kLanes>(vec, [](auto a, auto b) { return a > b ? a : b; });
+}
+
 inline float max_of_lanes(Vec vec) noexcept {
   return fold_lanes<float, kLanes>(vec, [](auto a, auto b) { return a > b ? a : b; });
 }

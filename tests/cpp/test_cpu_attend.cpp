@@ -12,6 +12,7 @@
 #include "cache_case.h"
 #include "cpu/device.h"
 #include "cpu/int16_levels.h"
+#include "cpu/isa.h"
 
 namespace tq_hb {
 namespace {
@@ -31,6 +32,38 @@ TEST(CpuAttend, KeepsItsOrderWhereScoresExceedFloat32) {
   // Whether or not fixed point tells the largest two apart, the output is a value and no NaN.
   test.precision = Precision::kDefault;
   for (const float value : test.attend()) EXPECT_TRUE(std::isfinite(value));
+}
+
+TEST(CpuAttend, ScalesAQueryByAPowerOfTwo) {
+  constexpr std::size_t kHeadDim = 64;
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for (const IsaKernel* kernel : available_kernels()) {
+    for (const std::size_t place : {0u, 7u, 31u, 63u}) {
+      for (const float largest : {0.0f, 1e-45f, 1e-38f, 1.2e-38f, -1.0f, 1.99f, -2.0f, 3e38f, -3.4028235e38f}) {
+        float q[kHeadDim], scaled[kHeadDim];
+        for (std::size_t j = 0; j < kHeadDim; ++j) q[j] = largest / static_cast<float>(2 + j);
+        q[place] = largest;
+        const double undo = kernel->scale_query(q, kHeadDim, scaled);
+        ASSERT_EQ(std::exp2(std::round(std::log2(undo))), undo) << kernel->isa;
+        const double magnitude = std::fabs(static_cast<double>(scaled[place]));
+        // What is below the smallest normal number keeps its distance from 1, and the largest ones are 2 at least.
+        EXPECT_LT(magnitude, 4.0) << kernel->isa << " " << largest;
+        if (std::fabs(largest) >= 1.2e-38f) {
+          EXPECT_GE(magnitude, 1.0) << kernel->isa << " " << largest;
+        }
+        for (std::size_t j = 0; j < kHeadDim; ++j) {
+          EXPECT_EQ(static_cast<double>(scaled[j]) * undo, static_cast<double>(q[j])) << kernel->isa << " " << largest;
+        }
+      }
+      for (const float bad : {kInfinity, -kInfinity, std::numeric_limits<float>::quiet_NaN()}) {
+        float q[kHeadDim], scaled[kHeadDim];
+        std::fill_n(q, kHeadDim, 1.0f);
+        q[place] = bad;
+        EXPECT_TRUE(std::isnan(kernel->scale_query(q, kHeadDim, scaled))) << kernel->isa << " " << bad;
+        for (const float value : scaled) EXPECT_EQ(value, 0.0f);
+      }
+    }
+  }
 }
 
 TEST(CpuAttend, GivesTheSameBitsForAnyNumberOfThreads) {
