@@ -42,11 +42,11 @@ ctest: $(STAMP)-venv $(STAMP)-googletest $(STAMP)-metal-sim
 	$(CMAKE) -B build/test -DCMAKE_BUILD_TYPE=Release -DTQ_HB_PYTHON=OFF -DTQ_HB_BUILD_TESTS=ON -DTQ_HB_WERROR=ON \
 	  -DTQ_HB_METAL=$(METAL)
 	$(BIN)/cmake --build build/test
-	$(BIN)/ctest --test-dir build/test --output-on-failure
+	$(BIN)/ctest --test-dir build/test --output-on-failure --parallel 2
 	$(CMAKE) -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTQ_HB_PYTHON=OFF -DTQ_HB_BUILD_TESTS=ON \
 	  -DTQ_HB_WERROR=ON -DTQ_HB_SANITIZE=address,undefined -DTQ_HB_METAL=$(METAL) $(SANITIZE_CXX)
 	$(BIN)/cmake --build build/sanitize
-	ASAN_OPTIONS=allocator_may_return_null=1 $(BIN)/ctest --test-dir build/sanitize --output-on-failure
+	ASAN_OPTIONS=allocator_may_return_null=1 $(BIN)/ctest --test-dir build/sanitize --output-on-failure --parallel 2
 
 # The C++ tests built for 64-bit ARM and run under QEMU: for correctness, no time is measured there. The compiler
 # contracts a*b+c there unless it is told not to, so there's no need of test_codec_contracting.
