@@ -6,8 +6,9 @@
 namespace tq_hb {
 namespace {
 
-/// Copies a row, its largest magnitude brought between 1 and 2. Returns what undoes that, or NaN for a row that is not
-/// finite: of it, zeros are copied, whose products are made with those of the others and thrown away.
+/// Copies a row, its largest magnitude brought between 1 and 2, or as near as a factor does that is a normal number
+/// with a normal inverse. Returns what undoes that, or NaN for a row that is not finite: of it, zeros are copied, whose
+/// products are made with those of the others and thrown away.
 double scale_query(const float* q, std::size_t head_dim, float* scaled) noexcept {
   // Without its sign bit a float32 orders like its bits do, NaN last.
   IntVec magnitudes{};
@@ -15,7 +16,7 @@ double scale_query(const float* q, std::size_t head_dim, float* scaled) noexcept
     const IntVec bits = load_as<IntVec>(q + j) & 0x7fffffff;
     magnitudes = bits > magnitudes ? bits : magnitudes;
   }
-  constexpr int kMantissaBits = 23, kBias = 127, kMostExponent = 126;  // of a float32 whose inverse is a normal one
+  constexpr int kMantissaBits = 23, kBias = 127, kMostExponent = 126;
   const std::int32_t largest = max_of_lanes(magnitudes);
   if (largest >> kMantissaBits == 2 * kBias + 1) {
     for (std::size_t j = 0; j < head_dim; j += kLanes) store(scaled + j, Vec{});
