@@ -22,6 +22,8 @@ constexpr std::size_t kMinRange = 128;
 constexpr std::size_t kMaxRange = 1024;
 // Enough units of work for many threads to share evenly, few enough that merging them costs nothing.
 constexpr std::size_t kTargetUnits = 32;
+// What a long cache may have: every unit keeps partial results until they are merged.
+constexpr std::size_t kMostUnits = 1024;
 // Queries that share the decoding of a key. Scratch is kept for these alone, however many there are in all.
 constexpr std::size_t kQueryBlock = 8;
 // Keeps sums of 2^24 values whose norms are as large as float32 goes finite; undone when they are divided.
@@ -29,8 +31,9 @@ constexpr float kHeadroom = 0x1p-24f;
 
 /// Keys per range. Depends on the shape alone, so the bits do not depend on the number of threads.
 std::size_t range_length(std::size_t visible, std::size_t num_kv_heads) {
-  const std::size_t wanted = (visible * num_kv_heads + kTargetUnits - 1) / kTargetUnits;
-  const std::size_t clamped = std::min(std::max(wanted, kMinRange), kMaxRange);
+  const auto share_of = [&](std::size_t units) { return (visible * num_kv_heads + units - 1) / units; };
+  const std::size_t longest = std::max(kMaxRange, share_of(kMostUnits));
+  const std::size_t clamped = std::min(std::max(share_of(kTargetUnits), kMinRange), longest);
   return (clamped + kAttendTile - 1) / kAttendTile * kAttendTile;
 }
 
@@ -122,8 +125,6 @@ class QueryBlock {
   QueryBlock(const AttendOp& op, const IsaKernel& kernel, float row_scale, std::size_t first, std::size_t queries,
              Workspace& memory);
 
-  /// Puts the rows into fixed point, for keys of the given unit.
-  void quantize_rows(double key_unit);
   /// Attends all rows to one range of one KV head's keys, into the partial states.
   void attend_unit(std::size_t unit, const Side& k, const Side& v);
   std::size_t num_units() const { return kv_heads_ * ranges_; }
@@ -133,6 +134,14 @@ class QueryBlock {
   void finish(std::size_t query, std::size_t head, BadRows& bad_rows) const;
 
  private:
+  /// What every row sees of the cache, and the ranges of what any of them sees.
+  void set_ranges();
+  /// Scales the rows, rotates them if the op asks for it, and puts them into the kernel's order.
+  void place_rows();
+  /// Puts the rows into fixed point, for keys of the given unit.
+  void quantize_rows(double key_unit);
+  void reserve_partials();
+
   /// The first partial state of a row; those of its further ranges follow at distances of rows_.
   std::size_t first_partial(std::size_t row) const { return row / rows_ * ranges_ * rows_ + row % rows_; }
   void merge(std::size_t row, std::size_t head, float* out, float* lse) const;
@@ -160,44 +169,47 @@ QueryBlock::QueryBlock(const AttendOp& op, const IsaKernel& kernel, float row_sc
       first_query_(first),
       rows_(queries * group_),
       memory_(memory) {
-  const TqFlashAttnVecArgs& args = op.args;
+  set_ranges();
+  place_rows();
+  if (in_int16_) quantize_rows(int16_levels(*op.k_codebook).unit);
+  reserve_partials();
+}
+
+void QueryBlock::set_ranges() {
+  const TqFlashAttnVecArgs& args = op_.args;
   const TqU32 window = args.mask_type == 2 ? args.sliding_window : 0;
   memory_.seen.reserve(rows_);
   for (std::size_t row = 0; row < rows_; ++row) {
-    const std::size_t later = args.num_queries - 1 - (first + row / group_);
+    const std::size_t later = args.num_queries - 1 - (first_query_ + row / group_);
     const TqU32 position = args.query_position - static_cast<TqU32>(later);
     memory_.seen[row] = query_range(position, args.kv_seq_len, window);
   }
   keys_ = {memory_.seen[0].begin, memory_.seen[rows_ - 1].end};
   range_ = range_length(keys_.end - keys_.begin, kv_heads_);
   ranges_ = (keys_.end - keys_.begin + range_ - 1) / range_;
+}
 
+void QueryBlock::place_rows() {
+  const TqFlashAttnVecArgs& args = op_.args;
   memory_.q.reserve(num_rows() * head_dim_);
   memory_.scale.reserve(num_rows());
   memory_.bias.reserve(num_rows());
   for (std::size_t row = 0; row < num_rows(); ++row) {
-    const std::size_t query = first + row % rows_ / group_;
+    const std::size_t query = first_query_ + row % rows_ / group_;
     const std::size_t at = query * args.num_heads + row / rows_ * group_ + row % group_;
-    memory_.bias[row] = op.score_bias ? static_cast<double>(op.score_bias->data<const float>()[at]) : 0.0;
+    memory_.bias[row] = op_.score_bias ? static_cast<double>(op_.score_bias->data<const float>()[at]) : 0.0;
     float* placed = memory_.q + row * head_dim_;
-    const double undo = kernel.scale_query(op.q.data<const float>() + at * head_dim_, head_dim_, placed);
-    if (args.fuse_fwht_pre == 1) kernel.rotate(placed, head_dim_);
-    if (!in_int16_ && kernel.place_query != nullptr) {
+    const double undo = kernel_.scale_query(op_.q.data<const float>() + at * head_dim_, head_dim_, placed);
+    if (args.fuse_fwht_pre == 1) kernel_.rotate(placed, head_dim_);
+    if (!in_int16_ && kernel_.place_query != nullptr) {
       float natural[kMaxHeadDim];
       std::copy_n(placed, head_dim_, natural);
-      kernel.place_query(natural, head_dim_, placed);
+      kernel_.place_query(natural, head_dim_, placed);
     }
     memory_.scale[row] = std::isfinite(memory_.bias[row])
-                             ? undo * static_cast<double>(args.scale) * static_cast<double>(row_scale)
+                             ? undo * static_cast<double>(args.scale) * static_cast<double>(row_scale_)
                              : std::numeric_limits<double>::quiet_NaN();
   }
-
-  const std::size_t partials = kv_heads_ * ranges_ * rows_;
-  memory_.max.reserve(partials);
-  memory_.sum.reserve(partials);
-  memory_.out.reserve(partials * head_dim_);
-  memory_.scratch.reserve(partials);
-  if (in_int16_) quantize_rows(int16_levels(*op.k_codebook).unit);
 }
 
 void QueryBlock::quantize_rows(double key_unit) {
@@ -210,6 +222,14 @@ void QueryBlock::quantize_rows(double key_unit) {
                            memory_.halves + row * kMaxNormBlocks);
     for (std::size_t b = 0; b < norms_per_row(head_dim_); ++b) units[b] *= key_unit * memory_.scale[row];
   }
+}
+
+void QueryBlock::reserve_partials() {
+  const std::size_t partials = kv_heads_ * ranges_ * rows_;
+  memory_.max.reserve(partials);
+  memory_.sum.reserve(partials);
+  memory_.out.reserve(partials * head_dim_);
+  memory_.scratch.reserve(partials);
 }
 
 void QueryBlock::attend_unit(std::size_t unit, const Side& k, const Side& v) {

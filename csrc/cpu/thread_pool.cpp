@@ -153,11 +153,13 @@ ThreadPool::Job& ThreadPool::free_job() {
 }
 
 void ThreadPool::parallel_for(std::size_t count, TaskRef task) {
-  const Claim claim(*this, Claim::kTry);
-  if (count <= 1 || num_threads() == 1 || !claim.is_held()) {
+  const auto run_alone = [&] {
     for (std::size_t i = 0; i < count; ++i) task(i);
-    return;
-  }
+  };
+  // Without a claim: others may need the workers meanwhile.
+  if (count <= 1 || num_threads() == 1) return run_alone();
+  const Claim claim(*this, Claim::kTry);
+  if (!claim.is_held()) return run_alone();
   start_workers();
   Job* job;
   {
