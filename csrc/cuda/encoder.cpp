@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -95,6 +96,29 @@ class Stopwatch {
 
  private:
   cudaEvent_t start_ = nullptr, stop_ = nullptr;
+};
+
+/// Memory that is taken and given back in the order of a stream.
+class StreamMemory {
+ public:
+  StreamMemory(std::uint64_t bytes, cudaStream_t stream, const std::string& what) : stream_(stream) {
+    check_cuda(cudaMallocAsync(&data_, bytes, stream), what);
+  }
+  StreamMemory(const StreamMemory&) = delete;
+  StreamMemory& operator=(const StreamMemory&) = delete;
+  /// What goes wrong is found as the last error.
+  ~StreamMemory() { static_cast<void>(cudaFreeAsync(data_, stream_)); }
+  void* data() const noexcept { return data_; }
+
+ private:
+  cudaStream_t stream_;
+  void* data_ = nullptr;
+};
+
+/// An attention's launches, and the partial results between them if the caller brings no memory for these.
+struct Attention {
+  AttendCall call;
+  std::unique_ptr<StreamMemory> partials;
 };
 
 class CudaEncoder final : public CommandEncoder {
@@ -212,24 +236,24 @@ class CudaEncoder final : public CommandEncoder {
     }
     call.status = bad_rows_.watch(op.name, "q", args.num_heads);
 
-    // The memory of partial results belongs to the op: its address is known once it runs.
-    const auto shared = std::make_shared<AttendCall>(call);
+    // Memory for partial results is taken when the launches are made; if one fails, what holds them gives it back.
+    const auto attention = std::make_shared<Attention>(Attention{call, nullptr});
     const std::uint64_t own_bytes =
         op.tmp ? 0 : tmp_buffer_bytes(args.num_heads, args.head_dim, args.num_queries, args.nwg);
     const std::string attend = is_group ? "flash_attn_vec_tq_hb_gqa" + std::to_string(op.head_tile) + "_dk"
                                         : std::string("flash_attn_vec_tq_hb_dk");
     record(NodeKind::kSdpa, with_head_dim(attend, args.head_dim),
-           is_group ? attend_group_launch(call) : attend_launch(call),
-           [shared, own_bytes, is_group](cudaStream_t stream) {
+           is_group ? attend_group_launch(call) : attend_launch(call), [attention, own_bytes](cudaStream_t stream) {
+             AttendCall& launched = attention->call;
              if (own_bytes > 0) {
-               void* memory = nullptr;
-               check_cuda(cudaMallocAsync(&memory, own_bytes, stream), "cuda: allocating partial results");
-               shared->partials = static_cast<float*>(memory);
+               attention->partials =
+                   std::make_unique<StreamMemory>(own_bytes, stream, "cuda: allocating partial results");
+               launched.partials = static_cast<float*>(attention->partials->data());
              }
-             if (is_group) {
-               launch_attend_group(*shared, stream);
+             if (launched.is_group) {
+               launch_attend_group(launched, stream);
              } else {
-               launch_attend(*shared, stream);
+               launch_attend(launched, stream);
              }
            });
     const std::string merge = is_group ? "flash_attn_vec_merge_" : "flash_attn_vec_reduce_";
@@ -238,9 +262,9 @@ class CudaEncoder final : public CommandEncoder {
                                   : is_group    ? "tq_hb_dk"
                                                 : "dk"),
                          args.head_dim),
-           merge_launch(call), [shared, own_bytes](cudaStream_t stream) {
-             launch_merge(*shared, stream);
-             if (own_bytes > 0) check_cuda(cudaFreeAsync(shared->partials, stream), "cuda: freeing partial results");
+           merge_launch(call), [attention](cudaStream_t stream) {
+             launch_merge(attention->call, stream);
+             attention->partials.reset();
            });
   }
 

@@ -12,7 +12,8 @@ void launch_attend_group(const AttendCall& call, const Launch& sizes, cudaStream
 
 Launch attend_group_launch(const AttendCall& call) {
   const TqU32 sharing = call.args.num_heads / call.args.num_kv_heads * call.args.num_queries;
-  Launch sizes{{call.args.nwg, call.args.num_kv_heads, (sharing + call.head_tile - 1) / call.head_tile}, {}};
+  // Tiles, of which there may be more than a grid has room for but in x, and which read the same keys.
+  Launch sizes{{(sharing + call.head_tile - 1) / call.head_tile, call.args.num_kv_heads, call.args.nwg}, {}};
   switch (call.args.head_dim) {
     case 128:
       set_group_block<128>(call, sizes);

@@ -80,8 +80,8 @@ struct Shape {
 struct RowTile {
   __device__ RowTile(const AttendCall& call)
       : group(call.args.num_heads / call.args.num_kv_heads),
-        first(blockIdx.z * call.head_tile),
-        count(min(call.head_tile, group * call.args.num_queries - blockIdx.z * call.head_tile)) {}
+        first(blockIdx.x * call.head_tile),
+        count(min(call.head_tile, group * call.args.num_queries - first)) {}
 
   /// Index of a row in q.
   __device__ TqU32 row(const AttendCall& call, unsigned index) const {
@@ -228,6 +228,7 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kKHighBits, kVHighBits, kIsNar
   auto* scales = reinterpret_cast<float*>(states + S::kUnits * kRows);
   const unsigned lane = threadIdx.x, warp = threadIdx.y, g = lane / 4, t = lane % 4;
   const unsigned unit = warp / kBlocks, block = warp % kBlocks;
+  const TqU32 split = blockIdx.z, splits = gridDim.z;
   const TqFlashAttnVecArgs& args = call.args;
 
   // With few rows the merge finds room beside this kernel, and can wait for it; otherwise it is only in the way.
@@ -251,9 +252,9 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kKHighBits, kVHighBits, kIsNar
   const TqU32 first_key = first_range.begin, last_key = last_range.end;
   // A split has `some` tiles, and the first ones one more.
   const TqU32 num_tiles = (last_key - first_key) / kKeys + ((last_key - first_key) % kKeys != 0 ? 1 : 0);
-  const TqU32 some = num_tiles / gridDim.x, more = num_tiles % gridDim.x;
-  const TqU32 first_tile = blockIdx.x * some + min(blockIdx.x, more);
-  const TqU32 tiles_end = first_tile + some + (blockIdx.x < more ? 1 : 0);
+  const TqU32 some = num_tiles / splits, more = num_tiles % splits;
+  const TqU32 first_tile = split * some + min(split, more);
+  const TqU32 tiles_end = first_tile + some + (split < more ? 1 : 0);
   TqU32 tile = first_tile + unit;
 
   const std::uint64_t first_slot = std::uint64_t{blockIdx.y} * args.kv_capacity;
@@ -565,12 +566,12 @@ __global__ void __launch_bounds__(Shape<kHeadDim, kKHighBits, kVHighBits, kIsNar
     const unsigned coordinate =
         pair / (S::kBlockDim / 2) * S::kBlockDim + step / 8 * 128 + group * kChunk + step % 8 * 2;
     const std::uint64_t row = rows.row(call, r);
-    *reinterpret_cast<float2*>(outputs_of_row<kHeadDim>(call, row) + blockIdx.x * kHeadDim + coordinate) = sum;
+    *reinterpret_cast<float2*>(outputs_of_row<kHeadDim>(call, row) + split * kHeadDim + coordinate) = sum;
   }
   if (thread_index() < rows.count) {
     const std::uint64_t row = rows.row(call, thread_index());
     const float2 merged = merged_state(thread_index());
-    states_of_row<GroupState, kHeadDim>(call, row)[blockIdx.x] = {merged.x, merged.y};
+    states_of_row<GroupState, kHeadDim>(call, row)[split] = {merged.x, merged.y};
   }
 #endif
 }
@@ -601,9 +602,9 @@ template <unsigned kHeadDim>
 void launch_attend_group(const AttendCall& call, const Launch& sizes, cudaStream_t stream) {
   with_group_format(call, [&](auto k_high_bits, auto v_high_bits, auto is_narrow) {
     constexpr auto kKernel = attend_group_kernel<kHeadDim, k_high_bits, v_high_bits, is_narrow>;
-    static const cudaError_t allowed =
-        cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kGroupSharedBytes);
-    if (allowed == cudaSuccess) launch_overlapping(kKernel, sizes, stream, call);
+    // Holds for the current device alone. Where it is refused, so is the launch.
+    static_cast<void>(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kGroupSharedBytes));
+    launch_overlapping(kKernel, sizes, stream, call);
   });
 }
 
