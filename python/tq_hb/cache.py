@@ -56,6 +56,7 @@ def _renew_locks() -> None:
     """Give a forked child's caches new locks: the thread that held an old one is not there to release it."""
     for cache in _caches:
         cache._lock = threading.RLock()
+        cache._outstanding.renew_lock()
 
 
 if hasattr(os, "register_at_fork"):
