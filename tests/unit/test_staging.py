@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -340,6 +341,58 @@ class TestArraysOnAGpu:
             ):
                 call()
         assert len(cache) == 0
+
+    @pytest.fixture
+    def cuda(self, monkeypatch):
+        """The cpu as a device whose arrays are torch's of float32, on a stream that torch is asked for."""
+        torch = pytest.importorskip("torch")
+        device = tq_hb.Device("cpu")
+        device._core = BorrowingCore()
+        for module in ("gpu_arrays", "interop", "attention_call", "staging"):
+            monkeypatch.setattr(f"tq_hb.{module}.is_on_gpu", lambda x: isinstance(x, torch.Tensor))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=77))
+        return device
+
+    @pytest.mark.parametrize("queries", [(), (3,)], ids=str)
+    def test_an_empty_caches_sinks_are_copied_by_the_library_that_has_them(self, cuda, queries, monkeypatch):
+        torch = pytest.importorskip("torch")
+        sinks = torch.tensor([0.5, -torch.inf])
+        cache = tq_hb.KVCache(1, 256, device=cuda)
+        # numpy() is a copy on the device's stream, which knows nothing of what torch's still computes.
+        monkeypatch.setattr(tq_hb.Buffer, "numpy", None)
+        out, lse = cache.attend(torch.ones((*queries, 2, 256)), sinks=sinks, q_offset=5, return_lse=True)
+        assert not out.any()
+        assert torch.equal(lse, sinks.expand(*queries, 2))
+        assert cuda._core.orders == [BorrowingCore.NO_ORDER] * 2
+
+    def test_sinks_are_waited_for_where_queries_are_the_hosts(self, cuda):
+        torch = pytest.importorskip("torch")
+        cache = tq_hb.KVCache(1, 256, device=cuda)
+        q = np.ones((2, 256), np.float32)
+        _, lse = cache.attend(q, sinks=torch.tensor([0.5, -1.0]), q_offset=5, return_lse=True)
+        assert lse.tolist() == [0.5, -1.0]
+        assert cuda._core.orders == [BorrowingCore.LEGACY_STREAM]
+
+
+class BorrowingCore:
+    """The cpu as a device on which arrays of another library are, and how each was ordered with its stream."""
+
+    NO_ORDER, LEGACY_STREAM = -1, 1
+    backend = "cuda"
+
+    def __init__(self):
+        self._core = tq_hb.Device("cpu")._core
+        self.orders: list[int] = []
+
+    def __getattr__(self, name):
+        return getattr(self._core, name)
+
+    def borrow(self, op, field, array, order):
+        self.orders.append(order)
+        return self._core.wrap(op, field, array.numpy())
+
+    def is_capturing(self, stream):
+        return False
 
 
 class FakeDevice:
