@@ -76,8 +76,9 @@ def replay() -> str:
         )
         for row in report["replay"]["settings"]
     ]
-    command = "tq-hb generate --out bench/results"
-    return table(header, rows) + _source({"command": command}, "generate") + _machine(report)
+    # A report that names no command was written by this one.
+    source = {"command": "tq-hb generate --out bench/results", **report}
+    return table(header, rows) + _source(source, "generate") + _machine(report)
 
 
 def memory() -> str:
