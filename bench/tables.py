@@ -17,6 +17,7 @@ from typing import Any
 from bench import gate_tables, harness, metal_tables, quality_tables
 from bench.markdown import table
 from bench.peers import tables as peers_tables
+from tq_hb.cli._machine import threads_in_words
 
 _DOCUMENTS = (
     "README.md",
@@ -175,7 +176,8 @@ def cpu_append(name: str = "cpu_append") -> str:
         )
         for result in report["results"]
     ]
-    where = f": {report['machine']['processor']}, one thread, load average {report['load_average'][0]:.1f}.\n"
+    machine, load = report["machine"], report["load_average"][0]
+    where = f": {machine['processor']}, {threads_in_words(machine['threads'])}, load average {load:.1f}.\n"
     return table(("KV heads / D", "bits", *names), rows) + _source(report, name) + where
 
 
@@ -310,7 +312,7 @@ def _source(report: dict[str, Any], name: str) -> str:
 def _machine(report: dict[str, Any]) -> str:
     machine = report["machine"]
     torch = machine["libraries"]["torch"]
-    return f": {machine['processor']}, {machine['threads']} threads, {machine['isa']}, torch {torch}.\n"
+    return f": {machine['processor']}, {threads_in_words(machine['threads'])}, {machine['isa']}, torch {torch}.\n"
 
 
 if __name__ == "__main__":

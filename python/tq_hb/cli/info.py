@@ -78,11 +78,12 @@ def _print_tables(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from tq_hb.cli._machine import threads_in_words
     from tq_hb.cli._output import SIMULATED, table
 
     facts = Table.grid(padding=(0, 2))
     facts.add_row("tq_hb", report["tq_hb"])
-    facts.add_row("processor", f"{report['processor']}, {report['isa']}, {report['threads']} threads")
+    facts.add_row("processor", f"{report['processor']}, {report['isa']}, {threads_in_words(report['threads'])}")
     facts.add_row("system", f"{report['system']}, Python {report['python']}")
     facts.add_row("head dimensions", ", ".join(map(str, report["head_dims"])))
     facts.add_row("bits per value", ", ".join(map(str, report["bits"])))
