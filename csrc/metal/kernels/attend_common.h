@@ -46,6 +46,11 @@ inline ulong num_rows(constant TqFlashAttnVecArgs& args) {
   return ulong(args.num_queries) * args.num_heads;
 }
 
+/// Within the largest scores; NaN stays, which clamp would turn into the least of them.
+inline float bounded_score(float score) {
+  return isnan(score) ? score : clamp(score, -kLargestScore, kLargestScore);
+}
+
 /// What turns a dot product of codes into a score: a factor with an exponent range beyond float's.
 struct ScoreScale {
   float mantissa;
@@ -54,7 +59,7 @@ struct ScoreScale {
   float softcap;
 
   float apply(float dot) const {
-    const float score = clamp(ldexp(dot * mantissa, exponent) + bias, -kLargestScore, kLargestScore);
+    const float score = bounded_score(ldexp(dot * mantissa, exponent) + bias);
     return softcap > 0.0f ? softcap * precise::tanh(score / softcap) : score;
   }
 };
