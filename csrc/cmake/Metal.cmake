@@ -59,7 +59,8 @@ add_custom_command(
   OUTPUT ${metal_source} ${metal_text}
   COMMAND ${CMAKE_COMMAND} -D INPUT=${PROJECT_SOURCE_DIR}/csrc/metal/kernels/tq_hb.metal
     -D ROOT=${PROJECT_SOURCE_DIR}/csrc -D TEXT=${metal_source} -D CXX=${metal_text} -P ${embed}
-  DEPENDS ${metal_kernels} csrc/core/abi.h csrc/core/head_dims.h csrc/core/query_range.h ${embed}
+  DEPENDS ${metal_kernels} csrc/core/abi.h csrc/core/codec_constants.h csrc/core/head_dims.h csrc/core/query_range.h
+    ${embed}
   COMMENT "Embedding the Metal kernels"
   VERBATIM)
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/abi.h"
+#include "core/codec_constants.h"
 #include "core/query_range.h"
 #include "metal/kernels/attend_layout.h"
 #include "metal/kernels/packing.h"
@@ -77,7 +78,7 @@ inline ScoreScale score_scale(constant TqFlashAttnVecArgs& args, threadgroup con
 /// The constant part of the factor between a code's level and the value: the rest is the row's norm.
 template <int D>
 inline float row_scale(constant TqFlashAttnVecArgs& args) {
-  return tq_hb::norm_blocks(D) == 2 ? precise::divide(1.0f, args.scale_factor_d512) : rotation_scale(D);
+  return tq_hb::norm_blocks(D) == 2 ? precise::divide(1.0f, args.scale_factor_d512) : tq_hb::inverse_sqrt_head_dim(D);
 }
 
 /// The exponent of the SIMD group's largest value, which is then below 2 in the unit 2^exponent.
