@@ -1,5 +1,7 @@
-// Numbers of the codec that every implementation shares: host and device code, and files with their own instruction-set
-// flags.
+// Numbers of the codec that every implementation shares, host and device code.
+//
+// Its function is static: files with their own instruction-set flags include this, and one function for all files could
+// be linked from the wrong one.
 #pragma once
 
 #include "core/abi.h"
@@ -23,7 +25,7 @@ TQ_SHARED_CONSTANT float kSmallestNorm = 1e-10f;
 /// 1 / sqrt(kNormBlock): turns a block's L2 norm into its RMS.
 TQ_SHARED_CONSTANT float kBlockRms = 0.0625f;
 
-constexpr float inverse_sqrt_head_dim(size_t head_dim) {
+static constexpr float inverse_sqrt_head_dim(size_t head_dim) {
   switch (head_dim) {
     case 64:
       return 0.125f;

@@ -1,4 +1,4 @@
-// Sizes that the format fixes. Constants only: files with their own instruction-set flags include this.
+// Sizes that the format fixes. The functions are static for the reason in codec_constants.h.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@ constexpr std::size_t kMaxHeadDim = 512;
 /// Coordinates that share a norm; a shorter row has one norm as well.
 constexpr std::size_t kNormBlock = 256;
 
-constexpr std::size_t norms_per_row(std::size_t head_dim) {
+static constexpr std::size_t norms_per_row(std::size_t head_dim) {
   return head_dim > kNormBlock ? head_dim / kNormBlock : 1;
 }
 
