@@ -157,9 +157,7 @@ class CudaEncoder final : public CommandEncoder {
       check_aligned(op.name, target.packed_name(), target.packed, kCodesAlignment);
     }
     const std::uint64_t tokens = op.num_tokens();
-    const std::uint64_t capacity = op.args.cache_capacity;
-    // Of a run longer than the ring only the newest tokens survive, and two tokens must not race for a slot.
-    const std::uint64_t skipped = tokens > capacity ? tokens - capacity : 0;
+    const std::uint64_t skipped = op.num_skipped();
     checked_rows(op.name, tokens * op.args.num_kv_heads);
     if (tokens == 0) return;
     QuantizeCall call{};

@@ -95,8 +95,7 @@ class MetalEncoder final : public CommandEncoder {
     }
     TqHadamardQuantizeArgs args = op.args;
     const std::uint64_t tokens = op.num_tokens();
-    // Of a run longer than the ring only the newest tokens survive, and two tokens must not race for a slot.
-    const std::uint64_t skipped = tokens > args.cache_capacity ? tokens - args.cache_capacity : 0;
+    const std::uint64_t skipped = op.num_skipped();
     checked_rows(op.name, (tokens - skipped) * args.num_kv_heads);
     if (tokens == 0) return;
     if (args.is_sliding == 1) {
