@@ -1,4 +1,5 @@
-// Sizes that the format fixes. The functions are static for the reason in codec_constants.h.
+// Sizes that the format fixes, and how its arrays are aligned. The functions are static for the reason in
+// codec_constants.h.
 #pragma once
 
 #include <cstddef>
@@ -20,5 +21,10 @@ constexpr std::size_t kPlaneBlock = 128;
 
 /// Bits of a code in the nibble plane; the others are in the high plane.
 constexpr unsigned kNibbleBits = 4;
+
+/// Kernels of a GPU load rows of floats in vectors of up to this many bytes.
+constexpr std::size_t kRowAlignment = 16;
+/// Codes may start wherever a row of a larger buffer may: the shortest have 40 bytes.
+constexpr std::size_t kCodesAlignment = 8;
 
 }  // namespace tq_hb

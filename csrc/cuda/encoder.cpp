@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "core/device.h"
+#include "core/layout.h"
 #include "core/params.h"
 #include "cuda/bad_rows.h"
 #include "cuda/kernels/kernels.h"
@@ -18,11 +19,6 @@
 
 namespace tq_hb {
 namespace {
-
-/// Rows of floats are loaded in vectors of this many bytes.
-constexpr std::uintptr_t kRowAlignment = 16;
-/// Codes may start wherever a row of a larger buffer may: the shortest have 40 bytes.
-constexpr std::uintptr_t kCodesAlignment = 8;
 
 void check_aligned(const std::string& op, const std::string& field, const Buffer& rows,
                    std::uintptr_t alignment = kRowAlignment) {
