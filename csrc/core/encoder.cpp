@@ -103,11 +103,11 @@ void CommandEncoder::wait() {
     state_ = State::kFinished;
     try {
       gpu_time_ = finish();
-    } catch (const Error& error) {
-      failure_ = error;
+    } catch (...) {
+      failure_ = std::current_exception();
     }
   }
-  if (failure_) throw *failure_;
+  if (failure_ != nullptr) std::rethrow_exception(failure_);
 }
 
 bool CommandEncoder::is_done() const {

@@ -6,8 +6,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <mutex>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -98,7 +98,7 @@ class CommandEncoder {
   std::vector<Node> nodes_;
   Precision precision_ = Precision::kStrict;
   HazardTracker pending_;
-  std::optional<Error> failure_;
+  std::exception_ptr failure_;
   double gpu_time_ = 0.0;
 };
 
