@@ -2,7 +2,6 @@
 
 #include "core/buffer.h"
 
-#include <cstring>
 #include <utility>
 
 #include "bind/bind.h"

@@ -147,11 +147,4 @@ Precision CommandEncoder::precision() const {
   return precision_;
 }
 
-std::uint64_t CommandEncoder::threadgroup_bytes() const {
-  const auto lock = enter("threadgroup_bytes");
-  std::uint64_t bytes = 0;
-  for (const Node& node : nodes_) bytes = std::max(bytes, node.threadgroup_bytes);
-  return bytes;
-}
-
 }  // namespace tq_hb

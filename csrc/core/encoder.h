@@ -59,8 +59,6 @@ class CommandEncoder {
   std::size_t num_nodes() const;
   /// Names of the kernels encoded so far.
   std::vector<std::string> kernels() const;
-  /// The largest threadgroup memory of any kernel encoded so far.
-  std::uint64_t threadgroup_bytes() const;
   /// The class of accuracy that all attention encoded so far keeps to.
   Precision precision() const;
 

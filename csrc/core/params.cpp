@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "core/checked.h"
-#include "core/codec.h"
+#include "core/layout.h"
 
 namespace tq_hb {
 namespace {

@@ -358,7 +358,6 @@ TEST(Metal, NodesTellWhatWasLaunched) {
   EXPECT_EQ(nodes[3].kind, NodeKind::kBarrier);
   EXPECT_EQ(nodes[4].threadgroups.depth, 1u);
   EXPECT_EQ(encoder->kernels().size(), 3u);
-  EXPECT_EQ(encoder->threadgroup_bytes(), nodes[0].threadgroup_bytes);
 }
 
 TEST(Metal, EveryQueryAndHeadIsARow) {

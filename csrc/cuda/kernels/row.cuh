@@ -8,7 +8,6 @@
 
 #include "core/codec_constants.h"
 #include "core/layout.h"
-#include "core/packing.h"
 #include "cuda/kernels/tables.cuh"
 
 namespace tq_hb {

@@ -2,7 +2,6 @@
 //
 // Grid:  (rows, 1, 1) threadgroups of (32, 1, 1) threads.
 
-#include "core/abi.h"
 #include "core/codec_constants.h"
 #include "metal/kernels/rotation.h"
 #include "metal/kernels/row_shape.h"
