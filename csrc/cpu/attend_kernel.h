@@ -23,7 +23,7 @@ constexpr std::size_t kMaxNormBlocks = 2;
 /// The first segment, where levels are far apart, has shapes of its own.
 struct Int16Segments {
   static constexpr std::size_t kSegments = 16, kSteps = 8, kFamilies = 2;
-  static constexpr int kFraction = 4;  ///< of a unit, which sums of shapes are in
+  static constexpr int kFraction = 8;  ///< of a unit, which sums of shapes are in
   static constexpr std::size_t family_of(std::size_t segment) noexcept { return segment == 0; }
 
   alignas(32) std::int16_t starts[kSegments];

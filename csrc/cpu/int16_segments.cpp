@@ -23,7 +23,7 @@ struct Shapes {
 /// A line and what also bends, found by a search among whole numbers for what comes nearest to the levels of both
 /// codebooks of 8 bits. Where levels are close, a step of the line's share is half of a unit per step; the other shape
 /// rises so steeply that shares of 8 bits serve where they are not.
-constexpr Shapes kInnerShapes{{{0, 2, 4, 6, 8, 10, 12, 14}, {0, 18, 35, 50, 64, 77, 89, 100}}};
+constexpr Shapes kInnerShapes{{{-14, -10, -6, -2, 2, 6, 10, 14}, {-60, -39, -19, -1, 16, 32, 47, 61}}};
 
 // The kernel adds the two products in 16 bits.
 static_assert(kLargestShare * (kInnerShapes.values[0][kSteps - 1] + kInnerShapes.values[1][kSteps - 1]) < 0x8000);
@@ -114,9 +114,10 @@ std::int8_t bounded_shape(double value) {
 
 /// Shapes for one segment alone: with the largest share of the first, and one of the second, they give all its values.
 Shapes outer_shapes(const Target& target) {
+  const double middle = (target.values[0] + target.values[kSteps - 1]) / 2.0;
   Shapes shapes;
   for (std::size_t r = 0; r < kSteps; ++r) {
-    const double rise = std::nearbyint(kFraction * (target.values[r] - target.values[0]));
+    const double rise = std::nearbyint(kFraction * (target.values[r] - middle));
     const double whole = std::nearbyint(rise / kLargestShare);
     shapes.values[0][r] = bounded_shape(whole);
     shapes.values[1][r] = bounded_shape(rise - whole * kLargestShare);
