@@ -22,6 +22,7 @@ _KV_HEADS, _HEADS, _TOKENS = 2, 8, 4096
 
 def main() -> None:
     """Measure every combination."""
+    harness.parser("bench.codec", __doc__).parse_args()
     results = [
         measure(codebook, head_dim, bits)
         for codebook in _CODEBOOKS

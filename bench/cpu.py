@@ -5,7 +5,6 @@ Writes ``bench/results/cpu.json``. ``python -m bench.tables`` makes README's tab
 
 from __future__ import annotations
 
-import argparse
 import itertools
 
 from bench import harness
@@ -19,7 +18,7 @@ _APPEND_BITS = (8, 6, 5)
 
 def main() -> None:
     """Measure the grid."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = harness.parser("bench.cpu", __doc__)
     parser.add_argument("--samples", type=int, default=40)
     samples = parser.parse_args().samples
     results = []

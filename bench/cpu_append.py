@@ -7,7 +7,6 @@ from it.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable
 
@@ -29,7 +28,7 @@ Floats = npt.NDArray[np.float32]
 
 def main() -> None:
     """Measure every shape in every form, on one thread."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = harness.parser("bench.cpu_append", __doc__)
     parser.add_argument("--samples", type=int, default=30)
     samples = parser.parse_args().samples
     tq_hb.set_num_threads(1)

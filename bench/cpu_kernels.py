@@ -7,7 +7,6 @@ what a call takes where there is next to nothing to attend to. ``python -m bench
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -91,7 +90,7 @@ def short_call(heads: int, kv_heads: int, head_dim: int, samples: int) -> dict[s
 
 def main() -> None:
     """Measure every shape in every form, on one thread."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = harness.parser("bench.cpu_kernels", __doc__)
     parser.add_argument("--samples", type=int, default=30)
     samples = parser.parse_args().samples
     tq_hb.set_num_threads(1)

@@ -11,7 +11,6 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its waiting threads would take the cores
 
-import argparse
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -163,7 +162,7 @@ def measure(case: Case) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = harness.parser("bench.hard_keys", __doc__)
     parser.add_argument("--no-model", action="store_true", help="synthetic keys only")
     args = parser.parse_args()
     torch.set_num_threads(1)

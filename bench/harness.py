@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime as dt
 import json
 import os
@@ -15,6 +16,13 @@ from tq_hb.cli import _machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+
+
+def parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of the arguments of ``python -m module``."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def write(name: str, module: str, results: list[dict[str, Any]]) -> Path:

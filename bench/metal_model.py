@@ -373,6 +373,7 @@ def plot(bounds: Sequence[dict[str, Any]]) -> bytes:
 
 def main() -> None:
     """Count, compare, and write the bounds."""
+    harness.parser("bench.metal_model", __doc__).parse_args()
     device = metal_counts.simulated_device()
     if device is None:
         print("skipped: the metal device is not the simulated one (build with -DTQ_HB_METAL=simulator)")

@@ -316,7 +316,7 @@ def _run(
 
 def main() -> None:
     """Measure the grid."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser("bench.peers_cpu", __doc__)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_const", dest="size", const="quick", help="4 shapes: a minute")
     size.add_argument(

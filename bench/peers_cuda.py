@@ -19,7 +19,6 @@ Counters come from Nsight Compute, a shape at a time, and ``--counters`` names w
 
 from __future__ import annotations
 
-import argparse
 import csv
 import functools
 import re
@@ -365,7 +364,7 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser("bench.peers_cuda", __doc__)
     parser.add_argument("--checks", type=Path, nargs="*", default=[], help="JUnit files of test runs on this machine")
     parser.add_argument("--counters", type=Path, nargs="*", default=[], help="what Nsight Compute wrote of such runs")
     parser.add_argument(

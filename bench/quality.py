@@ -12,7 +12,6 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its waiting threads would take the cores
 
-import argparse
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -283,7 +282,7 @@ UNITS = (
 
 def main() -> None:
     """Measure what is missing and write everything."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = harness.parser("bench.quality", __doc__)
     parser.add_argument("--parts", nargs="*", default=_PARTS, choices=_PARTS, help="default: all")
     parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS, help="default: both")
     args = parser.parse_args()

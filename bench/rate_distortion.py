@@ -152,6 +152,7 @@ def plot(results: Sequence[dict[str, Any]]) -> bytes:
 
 def main() -> None:
     """Compare at every head size."""
+    harness.parser("bench.rate_distortion", __doc__).parse_args()
     results = []
     for head_dim in tq_hb.supported_head_dims():
         print("D =", head_dim, flush=True)

@@ -6,7 +6,6 @@ a table that is not the one the results give is an error.
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 import sys
@@ -286,7 +285,7 @@ _TABLES: dict[str, Callable[[], str]] = {
 
 def main() -> None:
     """Write the tables, or check them."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = harness.parser("bench.tables", __doc__)
     parser.add_argument("--check", action="store_true", help="fail if a document's table is out of date")
     check = parser.parse_args().check
     stale = []
