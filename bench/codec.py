@@ -22,14 +22,14 @@ _KV_HEADS, _HEADS, _TOKENS = 2, 8, 4096
 
 def main() -> None:
     """Measure every combination."""
-    harness.parser("bench.codec", __doc__).parse_args()
+    args = harness.parse(harness.measuring_parser("bench.codec", __doc__))
     results = [
         measure(codebook, head_dim, bits)
         for codebook in _CODEBOOKS
         for head_dim in tq_hb.supported_head_dims()
         for bits in tq_hb.supported_bits()
     ]
-    print(harness.write("codec", "bench.codec", results))
+    print(harness.write("codec", results, args.out))
 
 
 def measure(codebook: str, head_dim: int, bits: int) -> dict[str, Any]:

@@ -18,20 +18,18 @@ _APPEND_BITS = (8, 6, 5)
 
 def main() -> None:
     """Measure the grid."""
-    parser = harness.parser("bench.cpu", __doc__)
-    parser.add_argument("--samples", type=int, default=40)
-    samples = parser.parse_args().samples
+    args = harness.parse(harness.measuring_parser("bench.cpu", __doc__, samples=40))
     results = []
     grid = itertools.product(_LENGTHS, _HEADS, _BITS)
     for length, (heads, kv_heads, head_dim), (k_bits, v_bits, packing) in grid:
         shape = Shape(heads, kv_heads, head_dim, length, k_bits, v_bits, packing)
         print(shape, flush=True)
-        results.append(measure_attend(shape, samples=samples, device="cpu"))
+        results.append(measure_attend(shape, samples=args.samples, device="cpu"))
     for (heads, kv_heads, head_dim), bits in itertools.product((_HEADS[0], _HEADS[2]), _APPEND_BITS):
         shape = Shape(heads, kv_heads, head_dim, 4096, bits, bits)
         print("append", shape, flush=True)
-        results.append(measure_append(shape, samples=samples, device="cpu"))
-    print(harness.write("cpu", "bench.cpu", results))
+        results.append(measure_append(shape, samples=args.samples, device="cpu"))
+    print(harness.write("cpu", results, args.out))
 
 
 if __name__ == "__main__":

@@ -28,21 +28,19 @@ Floats = npt.NDArray[np.float32]
 
 def main() -> None:
     """Measure every shape in every form, on one thread."""
-    parser = harness.parser("bench.cpu_append", __doc__)
-    parser.add_argument("--samples", type=int, default=30)
-    samples = parser.parse_args().samples
+    args = harness.parse(harness.measuring_parser("bench.cpu_append", __doc__, samples=30))
     tq_hb.set_num_threads(1)
     results = []
     for (kv_heads, head_dim), (bits, packing) in itertools.product(_SHAPES, _FORMS):
         shape = {"kv_heads": kv_heads, "head_dim": head_dim, "bits": bits, "packing": packing}
         print(shape, flush=True)
-        timings = sample(contenders(kv_heads, head_dim, bits, packing), samples)
+        timings = sample(contenders(kv_heads, head_dim, bits, packing), args.samples)
         rows = {
             name: {"median_us": timing.median_us, "lower_us": timing.lower_us, "upper_us": timing.upper_us}
             for name, timing in timings.items()
         }
         results.append({**shape, "tokens": _TOKENS, "rows": rows})
-    print(harness.write("cpu_append", "bench.cpu_append", results))
+    print(harness.write("cpu_append", results, args.out))
 
 
 def contenders(kv_heads: int, head_dim: int, bits: int, packing: str) -> dict[str, Callable[[int], object]]:

@@ -90,27 +90,25 @@ def short_call(heads: int, kv_heads: int, head_dim: int, samples: int) -> dict[s
 
 def main() -> None:
     """Measure every shape in every form, on one thread."""
-    parser = harness.parser("bench.cpu_kernels", __doc__)
-    parser.add_argument("--samples", type=int, default=30)
-    samples = parser.parse_args().samples
+    args = harness.parse(harness.measuring_parser("bench.cpu_kernels", __doc__, samples=30))
     tq_hb.set_num_threads(1)
     results: list[dict[str, Any]] = []
     for heads, kv_heads, head_dim in _SHAPES:
         print("short calls", heads, kv_heads, head_dim, flush=True)
         few = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "bits": 8, "tokens": _FEW_TOKENS}
-        results.append({**few, **short_call(heads, kv_heads, head_dim, 10 * samples)})
+        results.append({**few, **short_call(heads, kv_heads, head_dim, 10 * args.samples)})
     for (heads, kv_heads, head_dim), (bits, packing) in itertools.product(_SHAPES, _FORMS):
         shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "bits": bits, "packing": packing}
         print(shape, flush=True)
         calls, nbytes = contenders(heads, kv_heads, head_dim, bits, packing)
-        timings = sample({**calls, "read": PlainRead(1)}, samples)
+        timings = sample({**calls, "read": PlainRead(1)}, args.samples)
         read_gb_s = timings.pop("read").gb_s(PlainRead.nbytes)
         rows = {
             name: {"median_us": timing.median_us, "share_of_read": timing.gb_s(nbytes) / read_gb_s}
             for name, timing in timings.items()
         }
         results.append({**shape, "tokens": _TOKENS, "rows": rows})
-    print(harness.write("cpu_kernels", "bench.cpu_kernels", results))
+    print(harness.write("cpu_kernels", results, args.out))
 
 
 if __name__ == "__main__":

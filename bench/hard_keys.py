@@ -162,9 +162,9 @@ def measure(case: Case) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure and write."""
-    parser = harness.parser("bench.hard_keys", __doc__)
+    parser = harness.measuring_parser("bench.hard_keys", __doc__)
     parser.add_argument("--no-model", action="store_true", help="synthetic keys only")
-    args = parser.parse_args()
+    args = harness.parse(parser, is_partial=lambda args: args.no_model)
     torch.set_num_threads(1)
     cases = [synthetic(0, None)]
     cases += [synthetic(channels, period) for channels in (1, 2) for period in (None, *PERIODS.values())]
@@ -172,7 +172,7 @@ def main() -> None:
     for row in results:
         figures = f"{row['nmse']:.1e}  {row['cosine']['mean']:.5f}  {row['cosine']['p1']:.4f}"
         print(f"{row['case']:45}{row['k_mean']:12}{row['bits']}  {figures}")
-    print(harness.write("hard_keys", "bench.hard_keys", results))
+    print(harness.write("hard_keys", results, args.out))
 
 
 if __name__ == "__main__":

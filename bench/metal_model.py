@@ -373,7 +373,7 @@ def plot(bounds: Sequence[dict[str, Any]]) -> bytes:
 
 def main() -> None:
     """Count, compare, and write the bounds."""
-    harness.parser("bench.metal_model", __doc__).parse_args()
+    args = harness.parse(harness.measuring_parser("bench.metal_model", __doc__))
     device = metal_counts.simulated_device()
     if device is None:
         print("skipped: the metal device is not the simulated one (build with -DTQ_HB_METAL=simulator)")
@@ -392,8 +392,8 @@ def main() -> None:
         bound(shape, keys, per_head=per_head) for shape in SHAPES for per_head in (False, True) for keys in shape.keys
     ]
     gpus = [{"kind": "gpu", **asdict(gpu), "fp32_tflops": round(gpu.fp32_tflops, 2)} for gpu in GPUS]
-    (harness.RESULTS / "metal_model.png").write_bytes(plot(bounds))
-    print(harness.write("metal_model", "bench.metal_model", [*gpus, *sizes, *counts, *costs, *bounds]))
+    (args.out / "metal_model.png").write_bytes(plot(bounds))
+    print(harness.write("metal_model", [*gpus, *sizes, *counts, *costs, *bounds], args.out))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ THREADS = (1, 2)
 OURS = "tq_hb"
 
 _CHECKED_TOKENS = 1024
+_FEWEST_SECONDS = 1.0  # of a shape, in a file that the documents show
 # About what a cached value takes in all contenders' forms together, and what else is needed, for libraries and copies.
 _BYTES_PER_VALUE = 32
 _SPARE_BYTES = 7 << 29
@@ -283,14 +284,14 @@ def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
         yield lambda text, done: progress.update(task, description=text, completed=done, refresh=True)
 
 
-def _write(results: list[dict[str, Any]], account: dict[str, Any]) -> Path:
+def _write(results: list[dict[str, Any]], account: dict[str, Any], out: Path) -> Path:
     tq_hb.set_num_threads(max(THREADS))  # what the file says of the machine is the same whenever it is written
     ordered = sorted(results, key=lambda r: (r["head_dim"], -r["kv_heads"], r["tokens"], r["threads"]))
-    return harness.write("peers_cpu", "bench.peers_cpu", [account, *ordered])
+    return harness.write("peers_cpu", [account, *ordered], out)
 
 
 def _run(
-    shapes: Sequence[Shape], account: dict[str, Any], peers: dict[str, Build], results: list[dict[str, Any]]
+    shapes: Sequence[Shape], account: dict[str, Any], peers: dict[str, Build], results: list[dict[str, Any]], out: Path
 ) -> None:
     """Measure what `results` lacks, and write it."""
     done = {key(result) for result in results}
@@ -310,15 +311,17 @@ def _run(
                     results.append(measure(shape, threads, entrants, checks, account["seconds"], account["samples"]))
                 del entrants
                 gc.collect()  # contenders refer to their caches in circles
-            _write(results, account)
+            _write(results, account, out)
         progress("done", len(shapes) * len(THREADS))
 
 
 def main() -> None:
     """Measure the grid."""
-    parser = harness.parser("bench.peers_cpu", __doc__)
+    parser = harness.measuring_parser("bench.peers_cpu", __doc__)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_const", dest="size", const="quick", help="4 shapes: a minute")
+    size.add_argument(
+        "--quick", action="store_const", dest="size", const="quick", help="4 shapes (with --out): a minute"
+    )
     size.add_argument(
         "--full",
         action="store_const",
@@ -330,7 +333,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="for the samples of a shape (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=30, help="at most, of one contender (default: %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="measure again what the file has")
-    args = parser.parse_args()
+    args = harness.parse(
+        parser, is_partial=lambda args: args.size == "quick" or args.shapes or args.seconds < _FEWEST_SECONDS
+    )
 
     peers, account = find_peers(PEERS)
     account |= {"seconds": args.seconds, "samples": args.samples}
@@ -338,12 +343,12 @@ def main() -> None:
         print(f"{name} is skipped: {reason}")
     tq_hb.set_num_threads(max(THREADS))
     results: list[dict[str, Any]] = []
-    if not args.fresh and (harness.RESULTS / "peers_cpu.json").exists():
-        results = finished(harness.read("peers_cpu"), harness.commit(), _machine.describe(), account)
-    _run(args.shapes or grid(args.size or "default"), account, peers, results)
+    if not args.fresh and (args.out / "peers_cpu.json").exists():
+        results = finished(harness.read("peers_cpu", args.out), harness.commit(), _machine.describe(), account)
+    _run(args.shapes or grid(args.size or "default"), account, peers, results, args.out)
     if any(result["ratio"] for result in results):
-        (harness.RESULTS / "peers_cpu.png").write_bytes(tables.plot(results))
-    print(_write(results, account))
+        (args.out / "peers_cpu.png").write_bytes(tables.plot(results))
+    print(_write(results, account, args.out))
 
 
 if __name__ == "__main__":

@@ -317,7 +317,7 @@ def counters_of(report: Path) -> dict[str, Any]:
     return {"shape": report.stem, "kernel": values[header.index("Kernel Name")], **found}
 
 
-def plot(results: list[dict[str, Any]]) -> None:
+def plot(results: list[dict[str, Any]], out: Path) -> None:
     """Draw every shape's times over the number of keys, with the floor."""
     try:
         import matplotlib.pyplot as plt
@@ -347,7 +347,7 @@ def plot(results: list[dict[str, Any]]) -> None:
     panels[0].set_ylabel("us of a call")
     panels[0].legend(fontsize="small")
     figure.suptitle(f"One token's attention on {results[0]['gpu']}: heads / KV heads / head size")
-    figure.savefig(harness.RESULTS / "peers_cuda.png", dpi=100)
+    figure.savefig(out / "peers_cuda.png", dpi=100)
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -364,13 +364,13 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = harness.parser("bench.peers_cuda", __doc__)
+    parser = harness.measuring_parser("bench.peers_cuda", __doc__)
     parser.add_argument("--checks", type=Path, nargs="*", default=[], help="JUnit files of test runs on this machine")
     parser.add_argument("--counters", type=Path, nargs="*", default=[], help="what Nsight Compute wrote of such runs")
     parser.add_argument(
         "--once", type=int, nargs=5, metavar="N", help="one call: heads, KV heads, head size, keys, bits"
     )
-    options = parser.parse_args()
+    options = harness.parse(parser)
     device = tq_hb.Device("cuda")
     if options.once:
         *shape, bits = options.once
@@ -404,8 +404,8 @@ def main() -> None:
         result = encode(device, tokens, copying)
         results.append(result)
         print(f"encode {tokens}: {1e6 * result['seconds']:.1f} us, {100 * result['share_of_copy']:.0f} % of a copy")
-    plot(results)
-    print(harness.write("peers_cuda", "bench.peers_cuda", results))
+    plot(results, options.out)
+    print(harness.write("peers_cuda", results, options.out))
 
 
 if __name__ == "__main__":

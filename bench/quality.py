@@ -12,6 +12,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its waiting threads would take the cores
 
+import argparse
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -282,19 +283,25 @@ UNITS = (
 
 def main() -> None:
     """Measure what is missing and write everything."""
-    parser = harness.parser("bench.quality", __doc__)
+    parser = harness.measuring_parser("bench.quality", __doc__)
     parser.add_argument("--parts", nargs="*", default=_PARTS, choices=_PARTS, help="default: all")
     parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS, help="default: both")
-    args = parser.parse_args()
+
+    def is_chosen(unit: Unit, args: argparse.Namespace) -> bool:
+        return unit.part in args.parts and unit.model in args.models
+
+    args = harness.parse(
+        parser, is_partial=lambda args: not all(is_chosen(unit, args) or unit.kept.exists() for unit in UNITS)
+    )
     torch.set_num_threads(1)
     tq_hb.set_num_threads(1)
     _KEPT.mkdir(parents=True, exist_ok=True)
     for unit in UNITS:
-        if unit.part in args.parts and unit.model in args.models:
+        if is_chosen(unit, args):
             unit.run()
     results = [row for unit in UNITS if unit.kept.exists() for row in json.loads(unit.kept.read_text())]
-    (harness.RESULTS / "quality.png").write_bytes(plot(results))
-    print(harness.write("quality", "bench.quality", results))
+    (args.out / "quality.png").write_bytes(plot(results))
+    print(harness.write("quality", results, args.out))
 
 
 def plot(results: list[dict[str, Any]]) -> bytes:

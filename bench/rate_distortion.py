@@ -152,14 +152,14 @@ def plot(results: Sequence[dict[str, Any]]) -> bytes:
 
 def main() -> None:
     """Compare at every head size."""
-    harness.parser("bench.rate_distortion", __doc__).parse_args()
+    args = harness.parse(harness.measuring_parser("bench.rate_distortion", __doc__))
     results = []
     for head_dim in tq_hb.supported_head_dims():
         print("D =", head_dim, flush=True)
         results += compare(head_dim)
     plotted = [result for result in results if result["head_dim"] == PLOTTED_HEAD_DIM]
-    (harness.RESULTS / "rate_distortion.png").write_bytes(plot(plotted))
-    print(harness.write("rate_distortion", "bench.rate_distortion", results))
+    (args.out / "rate_distortion.png").write_bytes(plot(plotted))
+    print(harness.write("rate_distortion", results, args.out))
 
 
 if __name__ == "__main__":

@@ -188,13 +188,13 @@ def test_a_run_of_changed_sources_starts_over(report):
     assert peers_cpu.finished(report, "abc with changes", report["machine"], report["results"][0]) == []
 
 
-def test_only_what_is_missing_is_measured(report, monkeypatch):
-    monkeypatch.setattr(peers_cpu, "_write", lambda results, account: None)
+def test_only_what_is_missing_is_measured(report, monkeypatch, tmp_path):
+    monkeypatch.setattr(peers_cpu, "_write", lambda results, account, out: None)
     monkeypatch.setattr(peers_cpu, "_available_bytes", lambda: 0)
     results = report["results"][1:3]
     shapes = [Shape(16, 16, 256, 4096), Shape(16, 8, 256, 4096)]
 
-    peers_cpu._run(shapes, report["results"][0], {}, results)
+    peers_cpu._run(shapes, report["results"][0], {}, results, tmp_path)
 
     assert [peers_cpu.key(r) for r in results[2:]] == [(16, 8, 256, 4096, 1), (16, 8, 256, 4096, 2)]
     assert "0 are available" in results[2]["skipped"]["all"]

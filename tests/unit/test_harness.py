@@ -1,0 +1,62 @@
+"""Where benchmarks write, and what they refuse to write over."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bench import harness
+
+
+def parse(monkeypatch, *arguments: str, partial: bool = False):
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    parser = harness.measuring_parser("bench.cpu", "What it costs.", samples=30)
+    return harness.parse(parser, is_partial=lambda _: partial)
+
+
+def test_results_go_to_the_folder_that_documents_show():
+    assert harness.RESULTS == harness.ROOT / "bench" / "results"
+
+
+def test_results_go_where_they_are_asked_to(monkeypatch, tmp_path):
+    out = parse(monkeypatch, "--samples", "3", "--out", str(tmp_path / "new")).out
+    path = harness.write("cpu", [{"op": "attend"}], out)
+
+    assert path == tmp_path / "new" / "cpu.json"
+    assert json.loads(path.read_text())["command"].startswith("python -m bench.cpu --samples 3 --out ")
+    assert harness.read("cpu", out)["results"] == [{"op": "attend"}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "partial"),
+    [(["--samples", "14"], False), ([], True), (["--samples", "14", "--out", str(harness.RESULTS)], False)],
+    ids=["few samples", "some shapes", "named"],
+)
+def test_a_short_run_replaces_no_results(arguments, partial, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(monkeypatch, *arguments, partial=partial)
+
+    assert "name another folder, as in --out build/bench" in capsys.readouterr().err
+
+
+def test_a_file_is_no_folder_for_results(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").touch()
+
+    with pytest.raises(SystemExit, match="2"):
+        parse(monkeypatch, "--out", str(tmp_path / "file"))
+
+    assert "argument --out: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(harness.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_results_have_the_samples_that_a_new_run_needs(path, monkeypatch):
+    command = json.loads(path.read_text()).get("command", "")
+    samples = re.findall(r"--samples \d+", command)
+
+    assert parse(monkeypatch, *" ".join(samples).split()).out == harness.RESULTS
