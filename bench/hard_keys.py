@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 import tq_hb
-from bench import harness, quality
+from bench import harness, quality, quality_tables
 from bench.formats import Floats
 from tq_hb.cli._gate_caches import FloatCache, Layer, attention_weights, weigh
 from tq_hb.cli._gate_replay import replay, replay_reference
@@ -168,11 +168,10 @@ def main() -> None:
     torch.set_num_threads(1)
     cases = [synthetic(0, None)]
     cases += [synthetic(channels, period) for channels in (1, 2) for period in (None, *PERIODS.values())]
-    results = [row for case in [*cases, *([] if args.no_model else real())] for row in measure(case)]
-    for row in results:
-        figures = f"{row['nmse']:.1e}  {row['cosine']['mean']:.5f}  {row['cosine']['p1']:.4f}"
-        print(f"{row['case']:45}{row['k_mean']:12}{row['bits']}  {figures}")
-    print(harness.write("hard_keys", results, args.out))
+    if not args.no_model:
+        cases += real()
+    results = [row for case in harness.track(cases, lambda case: case.name) for row in measure(case)]
+    harness.finish("hard_keys", results, args.out, quality_tables.hard_synthetic, quality_tables.hard_real)
 
 
 if __name__ == "__main__":

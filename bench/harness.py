@@ -1,22 +1,29 @@
-"""Writes what a benchmark measured, together with everything needed to read it and to run it again."""
+"""What benchmarks share: their arguments, how far they are, and their files.
+
+A file has what was measured, together with everything needed to read it and to run it again.
+"""
 
 from __future__ import annotations
 
 import argparse
 import datetime as dt
+import inspect
 import json
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from bench.markdown import Report
 from tq_hb.cli import _machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+Case = TypeVar("Case")
+
 FEWEST_SAMPLES = 15  # in a file that the documents show
 
 
@@ -62,8 +69,8 @@ def parse(
     return args
 
 
-def write(name: str, results: list[dict[str, Any]], out: Path) -> Path:
-    """Write what ``bench.<name>`` measured into a folder, and return the file's path."""
+def write(name: str, results: list[dict[str, Any]], out: Path) -> None:
+    """Write what ``bench.<name>`` measured into a folder."""
     report = {
         "command": shlex.join(["python", "-m", f"bench.{name}", *sys.argv[1:]]),
         "commit": commit(),
@@ -72,15 +79,50 @@ def write(name: str, results: list[dict[str, Any]], out: Path) -> Path:
         "machine": _machine.describe(),
         "results": results,
     }
-    path = out / f"{name}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    return path
+    (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
-def read(name: str, folder: Path | None = None) -> dict[str, Any]:
-    """Return what was written as `name` into a folder, by default that of the documents' results."""
-    report: dict[str, Any] = json.loads(((folder or RESULTS) / f"{name}.json").read_text())
+def read(name: str, folder: Path | None = None) -> Report:
+    """Return what was written as `name` into a folder, by default that of the documents' results, and its ``path``."""
+    path = (folder or RESULTS) / f"{name}.json"
+    report: Report = json.loads(path.read_text())
+    shown = path.resolve()
+    report["path"] = str(shown.relative_to(ROOT) if shown.is_relative_to(ROOT) else path)
     return report
+
+
+def finish(name: str, results: list[dict[str, Any]], out: Path, *tables: Callable[[Report], str]) -> None:
+    """Write what ``bench.<name>`` measured into a folder, and show it."""
+    write(name, results, out)
+    show(name, out, *tables)
+
+
+def show(name: str, folder: Path, *tables: Callable[[Report], str]) -> None:
+    """Print tables of what was written as `name` into a folder, headed by what their functions return, and its path."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    report = read(name, folder)
+    # Where there is no terminal, nothing has to fit into 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for table in tables:
+        what = (inspect.getdoc(table) or "").removeprefix("Return ")
+        console.print(Markdown(f"**{what[:1].upper()}{what[1:]}**\n\n{table(report)}"))
+    print(folder / f"{name}.json")
+
+
+def track(cases: Sequence[Case], describe: Callable[[Case], str] = str) -> Iterator[Case]:
+    """Pass on what is to be measured, and show how far the run is."""
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    # Drawn between measurements only, not by a thread of its own.
+    with Progress(*columns, auto_refresh=False) as progress:
+        task = progress.add_task("", total=len(cases))
+        for done, case in enumerate(cases):
+            progress.update(task, description=describe(case), completed=done, refresh=True)
+            yield case
+        progress.update(task, description="done", completed=len(cases), refresh=True)
 
 
 def commit() -> str:

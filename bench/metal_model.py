@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import tq_hb
-from bench import apple_gpus, harness, metal_counts
+from bench import apple_gpus, harness, metal_counts, metal_tables
 from bench.apple_gpus import GPUS, Gpu
 from tq_hb import _core, policy
 from tq_hb.policy import AttendKernel
@@ -379,8 +379,8 @@ def main() -> None:
         print("skipped: the metal device is not the simulated one (build with -DTQ_HB_METAL=simulator)")
         return
     counts = []
-    for shape, keys, per_head in itertools.product(COUNTED_SHAPES, COUNTED_KEYS, (False, True)):
-        print(shape.name, keys, "keys,", "per head" if per_head else "group", flush=True)
+    cases = list(itertools.product(COUNTED_SHAPES, COUNTED_KEYS, (False, True)))
+    for shape, keys, per_head in harness.track(cases, lambda case: f"{case[0].name}, {case[1]:,} keys"):
         counts.append(count(device, shape, keys, per_head=per_head))
     sizes = [
         {"kind": "threadgroup", "head_dim": head_dim, "tile": tile, "k_bits": k_bits, "v_bits": v_bits}
@@ -393,7 +393,7 @@ def main() -> None:
     ]
     gpus = [{"kind": "gpu", **asdict(gpu), "fp32_tflops": round(gpu.fp32_tflops, 2)} for gpu in GPUS]
     (args.out / "metal_model.png").write_bytes(plot(bounds))
-    print(harness.write("metal_model", [*gpus, *sizes, *counts, *costs, *bounds], args.out))
+    harness.finish("metal_model", [*gpus, *sizes, *counts, *costs, *bounds], args.out, metal_tables.bounds)
 
 
 if __name__ == "__main__":

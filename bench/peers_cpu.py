@@ -16,8 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -271,23 +270,10 @@ def _available_bytes() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
-    """Show how far the run is; the function that it gives takes what comes next, and how much is done."""
-    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
-
-    with Progress(
-        *Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn(), auto_refresh=False
-    ) as progress:
-        task = progress.add_task("", total=total)
-        # Drawn between measurements only, not by a thread of its own.
-        yield lambda text, done: progress.update(task, description=text, completed=done, refresh=True)
-
-
-def _write(results: list[dict[str, Any]], account: dict[str, Any], out: Path) -> Path:
+def _write(results: list[dict[str, Any]], account: dict[str, Any], out: Path) -> None:
     tq_hb.set_num_threads(max(THREADS))  # what the file says of the machine is the same whenever it is written
     ordered = sorted(results, key=lambda r: (r["head_dim"], -r["kv_heads"], r["tokens"], r["threads"]))
-    return harness.write("peers_cpu", [account, *ordered], out)
+    harness.write("peers_cpu", [account, *ordered], out)
 
 
 def _run(
@@ -295,24 +281,20 @@ def _run(
 ) -> None:
     """Measure what `results` lacks, and write it."""
     done = {key(result) for result in results}
+    missing = {shape: [n for n in THREADS if (*asdict(shape).values(), n) not in done] for shape in shapes}
     checks = Checks(peers)
-    with _progress(len(shapes) * len(THREADS)) as progress:
-        for i, shape in enumerate(shapes):
-            missing = [threads for threads in THREADS if (*asdict(shape).values(), threads) not in done]
-            progress(str(shape), (i + 1) * len(THREADS) - len(missing))
-            if not missing:
-                continue
-            reason = too_large(shape, _available_bytes())
-            if reason is not None:
-                results += [{**asdict(shape), "threads": n, "skipped": {"all": reason}} | compare({}) for n in missing]
-            else:
-                entrants = Entrants(shape.problem, peers)
-                for threads in missing:
-                    results.append(measure(shape, threads, entrants, checks, account["seconds"], account["samples"]))
-                del entrants
-                gc.collect()  # contenders refer to their caches in circles
-            _write(results, account, out)
-        progress("done", len(shapes) * len(THREADS))
+    for shape in harness.track([shape for shape in shapes if missing[shape]]):
+        reason = too_large(shape, _available_bytes())
+        if reason is not None:
+            row = {"skipped": {"all": reason}} | compare({})
+            results += [{**asdict(shape), "threads": threads, **row} for threads in missing[shape]]
+        else:
+            entrants = Entrants(shape.problem, peers)
+            for threads in missing[shape]:
+                results.append(measure(shape, threads, entrants, checks, account["seconds"], account["samples"]))
+            del entrants
+            gc.collect()  # contenders refer to their caches in circles
+        _write(results, account, out)
 
 
 def main() -> None:
@@ -346,9 +328,11 @@ def main() -> None:
     if not args.fresh and (args.out / "peers_cpu.json").exists():
         results = finished(harness.read("peers_cpu", args.out), harness.commit(), _machine.describe(), account)
     _run(args.shapes or grid(args.size or "default"), account, peers, results, args.out)
-    if any(result["ratio"] for result in results):
+    shown = [tables.every_shape, tables.every_peer] if any(result["ratio"] for result in results) else []
+    if shown:
         (args.out / "peers_cpu.png").write_bytes(tables.plot(results))
-    print(_write(results, account, args.out))
+    _write(results, account, args.out)
+    harness.show("peers_cpu", args.out, *shown)
 
 
 if __name__ == "__main__":

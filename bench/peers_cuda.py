@@ -32,7 +32,7 @@ from xml.etree import ElementTree as ET
 import numpy as np
 
 import tq_hb
-from bench import harness
+from bench import harness, tables
 from bench.flashinfer_peer import HEAD_DIMS, FlashInfer
 
 ROTATION_BYTES = 256 << 20
@@ -397,7 +397,8 @@ def main() -> None:
             "counters": [counters_of(report) for report in options.counters],
         }
     ]
-    for shape, bits in [*((shape, 8) for shape in SHAPES), *((shape, bits) for shape in PLANES for bits in (5, 6))]:
+    cases = [*((shape, 8) for shape in SHAPES), *((shape, bits) for shape in PLANES for bits in (5, 6))]
+    for shape, bits in harness.track(cases, "{0[0]}, {0[1]} bits".format):
         results.append(measure(device, shape, bits, bandwidth, flashinfer))
         print(describe(results[-1]), flush=True)
     for tokens in (1, 4096, 32768):
@@ -405,7 +406,7 @@ def main() -> None:
         results.append(result)
         print(f"encode {tokens}: {1e6 * result['seconds']:.1f} us, {100 * result['share_of_copy']:.0f} % of a copy")
     plot(results, options.out)
-    print(harness.write("peers_cuda", results, options.out))
+    harness.finish("peers_cuda", results, options.out, tables.cuda_attend)
 
 
 if __name__ == "__main__":

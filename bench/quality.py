@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import tq_hb
-from bench import harness
+from bench import harness, quality_tables
 from bench.formats import RIVALS, Floats, Format
 from bench.quality_tables import complete_texts
 from bench.rope import RotatingMean
@@ -256,6 +256,9 @@ class Unit:
     text: str
     first: int = 0
 
+    def __str__(self) -> str:
+        return f"{self.part}, {self.model}, {self.text} from {self.first}"
+
     @property
     def kept(self) -> Path:
         """The file of what has been measured of it."""
@@ -271,7 +274,7 @@ class Unit:
                 scratch = self.kept.with_suffix(".new")
                 scratch.write_text(json.dumps(rows))
                 scratch.rename(self.kept)
-                print(f"{self.part}, {self.model}, {self.text} from {self.first}: {len(rows)}", flush=True)
+                print(f"{self}: {len(rows)}", flush=True)
 
 
 UNITS = (
@@ -296,12 +299,11 @@ def main() -> None:
     torch.set_num_threads(1)
     tq_hb.set_num_threads(1)
     _KEPT.mkdir(parents=True, exist_ok=True)
-    for unit in UNITS:
-        if is_chosen(unit, args):
-            unit.run()
+    for unit in harness.track([unit for unit in UNITS if is_chosen(unit, args)]):
+        unit.run()
     results = [row for unit in UNITS if unit.kept.exists() for row in json.loads(unit.kept.read_text())]
     (args.out / "quality.png").write_bytes(plot(results))
-    print(harness.write("quality", results, args.out))
+    harness.finish("quality", results, args.out, quality_tables.formats, quality_tables.gain)
 
 
 def plot(results: list[dict[str, Any]]) -> bytes:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import tq_hb
-from bench import harness
+from bench import harness, tables
 from bench.formats import RIVALS, Array, Floats, Format
 
 CODEBOOKS = ("lloyd_max", "mlx_native")
@@ -154,12 +154,11 @@ def main() -> None:
     """Compare at every head size."""
     args = harness.parse(harness.measuring_parser("bench.rate_distortion", __doc__))
     results = []
-    for head_dim in tq_hb.supported_head_dims():
-        print("D =", head_dim, flush=True)
+    for head_dim in harness.track(tq_hb.supported_head_dims(), "D = {}".format):
         results += compare(head_dim)
     plotted = [result for result in results if result["head_dim"] == PLOTTED_HEAD_DIM]
     (args.out / "rate_distortion.png").write_bytes(plot(plotted))
-    print(harness.write("rate_distortion", results, args.out))
+    harness.finish("rate_distortion", results, args.out, tables.rate_distortion)
 
 
 if __name__ == "__main__":

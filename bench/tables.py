@@ -10,11 +10,10 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from bench import gate_tables, harness, metal_tables, quality_tables
-from bench.markdown import table
+from bench.markdown import Report, source, table
 from bench.peers import tables as peers_tables
 
 _DOCUMENTS = (
@@ -29,40 +28,38 @@ _DOCUMENTS = (
 _BLOCK = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def attend_cpu() -> str:
+def attend_cpu(report: Report) -> str:
     """Return one token's attention at 8 bits per shape, torch's dtypes beside it."""
-    return _attend_cpu(lambda shape: shape["k_bits"] == shape["v_bits"] == 8)
+    return _attend_cpu(report, lambda shape: shape["k_bits"] == shape["v_bits"] == 8)
 
 
-def attend_cpu_narrow() -> str:
-    """Return the same for the narrower widths."""
-    return _attend_cpu(lambda shape: shape["k_bits"] < 8)
+def attend_cpu_narrow(report: Report) -> str:
+    """Return one token's attention at fewer bits per shape, torch's dtypes beside it."""
+    return _attend_cpu(report, lambda shape: shape["k_bits"] < 8)
 
 
-def _attend_cpu(wanted: Callable[[dict[str, Any]], bool]) -> str:
-    report = harness.read("cpu")
+def _attend_cpu(report: Report, wanted: Callable[[dict[str, Any]], bool]) -> str:
     header = ("heads / KV heads / D", "tokens", "K/V bits", "tq_hb", "torch float32", "float16", "bfloat16", "of read")
     rows = []
     for result in report["results"]:
         if result["op"] != "attend" or not wanted(result["shape"]):
             continue
         shape, by_name = result["shape"], {row["name"]: row for row in result["rows"]}
-        times = (by_name[name]["median_us"] for name in ("tq_hb", *_TORCH))
+        times = (by_name[name]["median_us"] / 1e3 if name in by_name else None for name in ("tq_hb", *_TORCH))
         rows.append(
             (
                 f"{shape['heads']} / {shape['kv_heads']} / {shape['head_dim']}",
                 f"{shape['kv_len']:,}",
                 f"{shape['k_bits']}/{shape['v_bits']}" + (" in planes" if shape["packing"] == "plane" else ""),
-                *(f"{time / 1e3:.2f} ms" for time in times),
+                *("" if time is None else f"{time:.2f} ms" for time in times),
                 f"{by_name['tq_hb']['share_of_read']:.0%}",
             )
         )
-    return table(header, rows) + _source(report, "cpu") + _machine(report)
+    return table(header, rows) + source(report) + _machine(report)
 
 
-def replay() -> str:
+def replay(report: Report) -> str:
     """Return what every width does to a real model's predictions."""
-    report = harness.read("generate")
     header = ("K/V bits", "bytes per token", "decode ms per token", "mean KL", "top-1 agreement", "perplexity")
     rows = [
         (
@@ -76,12 +73,11 @@ def replay() -> str:
         for row in report["replay"]["settings"]
     ]
     command = "tq-hb generate --out bench/results"
-    return table(header, rows) + _source({"command": command}, "generate") + _machine(report)
+    return table(header, rows) + source({**report, "command": command}) + _machine(report)
 
 
-def memory() -> str:
+def memory(report: Report) -> str:
     """Return what the default codebook takes and loses at each width, for D = 256."""
-    report = harness.read("codec")
     header = ("bits", "bytes per token and KV head", "in planes", "squared error", "attention error")
     rows = [
         (
@@ -93,12 +89,11 @@ def memory() -> str:
         for result in report["results"]
         if result["codebook"] == "lloyd_max" and result["head_dim"] == 256
     ]
-    return table(header, rows) + _source(report, "codec") + ".\n"
+    return table(header, rows) + source(report) + ".\n"
 
 
-def codec() -> str:
+def codec(report: Report) -> str:
     """Return what every codebook and head size takes and loses."""
-    report = harness.read("codec")
     header = (
         *("codebook", "D", "bits", "bytes", "in planes"),
         *("squared error", "in theory", "attention error", "of the kernel"),
@@ -116,12 +111,11 @@ def codec() -> str:
         )
         for result in report["results"]
     ]
-    return table(header, rows) + _source(report, "codec") + ".\n"
+    return table(header, rows) + source(report) + ".\n"
 
 
-def rate_distortion() -> str:
+def rate_distortion(report: Report) -> str:
     """Return every format's size and loss, a table per head size."""
-    report = harness.read("rate_distortion")
     header = ("format", "bits per value", "above the bound", *_DATA.values())
     tables = []
     for head_dim in dict.fromkeys(result["head_dim"] for result in report["results"]):
@@ -136,7 +130,7 @@ def rate_distortion() -> str:
             if result["head_dim"] == head_dim
         ]
         tables.append(f"D = {head_dim}:\n\n{table(header, rows)}")
-    return "\n".join(tables) + _source(report, "rate_distortion") + ".\n"
+    return "\n".join(tables) + source(report) + ".\n"
 
 
 def _bytes(result: dict[str, Any]) -> tuple[str, str]:
@@ -145,9 +139,8 @@ def _bytes(result: dict[str, Any]) -> tuple[str, str]:
     return str(nbytes["byte"]), str(nbytes["plane"])
 
 
-def cpu_kernels(name: str = "cpu_kernels") -> str:
-    """Return what every cpu kernel takes, and in brackets its share of a plain read."""
-    report = harness.read(name)
+def cpu_kernels(report: Report) -> str:
+    """Return how many microseconds every cpu kernel takes, and in brackets its share of a plain read."""
     results = [result for result in report["results"] if "rows" in result]
     names = list(results[0]["rows"])
     rows = [
@@ -158,12 +151,11 @@ def cpu_kernels(name: str = "cpu_kernels") -> str:
         )
         for result in results
     ]
-    return table(("heads / KV heads / D", "bits", *names), rows) + _source(report, name) + _machine(report)
+    return table(("heads / KV heads / D", "bits", *names), rows) + source(report) + _machine(report)
 
 
-def cpu_append(name: str = "cpu_append") -> str:
+def cpu_append(report: Report) -> str:
     """Return how many thousand tokens a core appends in a second, with the op and with the method."""
-    report = harness.read(name)
     names = list(report["results"][0]["rows"])
     rows = [
         (
@@ -174,12 +166,11 @@ def cpu_append(name: str = "cpu_append") -> str:
         for result in report["results"]
     ]
     where = f": {report['machine']['processor']}, one thread, load average {report['load_average'][0]:.1f}.\n"
-    return table(("KV heads / D", "bits", *names), rows) + _source(report, name) + where
+    return table(("KV heads / D", "bits", *names), rows) + source(report) + where
 
 
-def cpu_short(name: str = "cpu_kernels") -> str:
+def cpu_short(report: Report) -> str:
     """Return what attending to few tokens takes on the cpu."""
-    report = harness.read(name)
     results = [result for result in report["results"] if "op_us" in result]
     rows = [
         (
@@ -190,12 +181,11 @@ def cpu_short(name: str = "cpu_kernels") -> str:
         for result in results
     ]
     header = ("heads / KV heads / D", f"the op over {results[0]['tokens']} tokens", "`KVCache.attend`")
-    return table(header, rows) + _source(report, name) + _machine(report)
+    return table(header, rows) + source(report) + _machine(report)
 
 
-def cuda_attend() -> str:
+def cuda_attend(report: Report) -> str:
     """Return attention on an NVIDIA GPU per shape, the best of torch's beside it."""
-    report = harness.read("peers_cuda")
     rows = [
         (
             f"{result['heads']} / {result['kv_heads']} / {result['head_dim']}",
@@ -211,8 +201,8 @@ def cuda_attend() -> str:
     ]
     peers = ("torch float16 ÷ ours", "FlashInfer float16 ÷ ours", "float8 ÷ ours")
     header = ("heads / KV heads / D", "keys", "bits", "time", "of the floor", "error", *peers)
-    source = {"command": report["command"].partition(" --")[0]}  # without the reports that it was given
-    return table(header, rows) + _source(source, "peers_cuda") + f": {report['results'][0]['gpu']}.\n"
+    # Without the reports that it was given.
+    return table(header, rows) + source(report, options=False) + f": {report['results'][0]['gpu']}.\n"
 
 
 def _cuda_peers(result: dict[str, Any]) -> list[float | None]:
@@ -222,9 +212,8 @@ def _cuda_peers(result: dict[str, Any]) -> list[float | None]:
     return [result["sdpa_seconds"], *(row and row["seconds"] for row in of_flashinfer)]
 
 
-def append_cpu() -> str:
+def append_cpu(report: Report) -> str:
     """Return the cost of appending, per token."""
-    report = harness.read("cpu")
     rows = []
     for result in report["results"]:
         if result["op"] != "append":
@@ -240,7 +229,7 @@ def append_cpu() -> str:
             )
         )
     header = ("KV heads / D", "bits", "one token", f"a token of a run of {tokens}")
-    return table(header, rows) + _source(report, "cpu") + _machine(report)
+    return table(header, rows) + source(report) + _machine(report)
 
 
 _DATA = {
@@ -250,35 +239,35 @@ _DATA = {
     "outliers_rotated": "these rotated first",
 }
 _TORCH = ("torch float32", "torch float16", "torch bfloat16")
-_TABLES: dict[str, Callable[[], str]] = {
-    "attend_cpu": attend_cpu,
-    "attend_cpu_narrow": attend_cpu_narrow,
-    "append_cpu": append_cpu,
-    "codec": codec,
-    "cpu_append": cpu_append,
-    "cpu_kernels": cpu_kernels,
-    "cpu_short": cpu_short,
+# What a table is made from, and by which function.
+_TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
+    "attend_cpu": ("cpu", attend_cpu),
+    "attend_cpu_narrow": ("cpu", attend_cpu_narrow),
+    "append_cpu": ("cpu", append_cpu),
+    "codec": ("codec", codec),
+    "cpu_append": ("cpu_append", cpu_append),
+    "cpu_kernels": ("cpu_kernels", cpu_kernels),
+    "cpu_short": ("cpu_kernels", cpu_short),
     # Of another machine, whose files were copied here under these names.
-    "cpu_append_avx512": partial(cpu_append, "cpu_append_avx512"),
-    "cpu_kernels_avx512": partial(cpu_kernels, "cpu_kernels_avx512"),
-    "cpu_short_avx512": partial(cpu_short, "cpu_kernels_avx512"),
-    "peers_cpu_avx512": partial(peers_tables.every_shape, "peers_cpu_avx512"),
-    "peers_cpu_bounds_avx512": partial(peers_tables.bounds, "peers_cpu_avx512"),
-    "cuda_attend": cuda_attend,
-    "memory": memory,
-    "metal_bounds": metal_tables.bounds,
-    "metal_cost": metal_tables.cost,
-    "metal_counts": metal_tables.counts,
-    "metal_gpus": metal_tables.gpus,
-    "metal_reference": metal_tables.reference,
-    "metal_threadgroup": metal_tables.threadgroup,
-    "peers_cpu": peers_tables.every_shape,
-    "peers_cpu_bounds": peers_tables.bounds,
-    "peers_cpu_each": peers_tables.every_peer,
-    "peers_cpu_short": peers_tables.at_one_length,
-    "rate_distortion": rate_distortion,
-    "replay": replay,
-    **gate_tables.TABLES,
+    "cpu_append_avx512": ("cpu_append_avx512", cpu_append),
+    "cpu_kernels_avx512": ("cpu_kernels_avx512", cpu_kernels),
+    "cpu_short_avx512": ("cpu_kernels_avx512", cpu_short),
+    "peers_cpu_avx512": ("peers_cpu_avx512", peers_tables.every_shape),
+    "peers_cpu_bounds_avx512": ("peers_cpu_avx512", peers_tables.bounds),
+    "cuda_attend": ("peers_cuda", cuda_attend),
+    "memory": ("codec", memory),
+    "metal_bounds": ("metal_model", metal_tables.bounds),
+    "metal_cost": ("metal_model", metal_tables.cost),
+    "metal_counts": ("metal_model", metal_tables.counts),
+    "metal_gpus": ("metal_model", metal_tables.gpus),
+    "metal_reference": ("metal_model", metal_tables.reference),
+    "metal_threadgroup": ("metal_model", metal_tables.threadgroup),
+    "peers_cpu": ("peers_cpu", peers_tables.every_shape),
+    "peers_cpu_bounds": ("peers_cpu", peers_tables.bounds),
+    "peers_cpu_each": ("peers_cpu", peers_tables.every_peer),
+    "peers_cpu_short": ("peers_cpu", peers_tables.at_one_length),
+    "rate_distortion": ("rate_distortion", rate_distortion),
+    "replay": ("generate", replay),
     **quality_tables.TABLES,
 }
 
@@ -292,7 +281,7 @@ def main() -> None:
     for name in _DOCUMENTS:
         path = harness.ROOT / name
         text = path.read_text()
-        fresh = _BLOCK.sub(lambda block: block[1] + _TABLES[block[2]]() + block[3], text)
+        fresh = _BLOCK.sub(lambda block: block[1] + _made(block[2]) + block[3], text)
         if fresh != text:
             stale.append(name)
             if not check:
@@ -301,14 +290,18 @@ def main() -> None:
         sys.exit(f"out of date, run `python -m bench.tables`: {', '.join(stale)}")
 
 
-def _source(report: dict[str, Any], name: str) -> str:
-    return f"\n`bench/results/{name}.json`, written by `{report['command']}`"
+def _made(name: str) -> str:
+    if name in gate_tables.TABLES:
+        return gate_tables.TABLES[name]()
+    file, make = _TABLES[name]
+    return make(harness.read(file))
 
 
-def _machine(report: dict[str, Any]) -> str:
+def _machine(report: Report) -> str:
     machine = report["machine"]
     torch = machine["libraries"]["torch"]
-    return f": {machine['processor']}, {machine['threads']} threads, {machine['isa']}, torch {torch}.\n"
+    peer = f"torch {torch}" if torch else "no torch"
+    return f": {machine['processor']}, {machine['threads']} threads, {machine['isa']}, {peer}.\n"
 
 
 if __name__ == "__main__":

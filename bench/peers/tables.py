@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from bench import harness
-from bench.markdown import table
+from bench.markdown import Report, source, table
 from bench.peers.ours import FORMS, name_of
 
 Result = dict[str, Any]
@@ -18,7 +17,7 @@ _NAMES = [name_of(*form) for form in FORMS]
 _README_SHAPES = {"head_dim": 256, "tokens": 4096}
 
 
-def _measured(report: dict[str, Any]) -> list[Result]:
+def _measured(report: Report) -> list[Result]:
     return [result for result in report["results"][1:] if result["ratio"]]
 
 
@@ -36,9 +35,8 @@ def _heads(result: Result) -> str:
     return f"{result['heads']} / {result['kv_heads']} / {result['head_dim']}"
 
 
-def every_shape(name: str = "peers_cpu") -> str:
-    """Return tq_hb's times per shape, and in brackets how many times longer the fastest peer takes."""
-    report = harness.read(name)
+def every_shape(report: Report) -> str:
+    """Return tq_hb's microseconds per shape, and in brackets how many times longer the fastest peer takes."""
     header = ("heads / KV heads / D", "tokens", "threads", "fastest peer", *map(_header, _NAMES), "8 bits, of read")
     rows = [
         (
@@ -51,12 +49,11 @@ def every_shape(name: str = "peers_cpu") -> str:
         )
         for result in _measured(report)
     ]
-    return table(header, rows) + _source(report, name)
+    return table(header, rows) + _source(report)
 
 
-def every_peer() -> str:
+def every_peer(report: Report) -> str:
     """Return how many times longer each peer takes than tq_hb: the median over the shapes, in brackets the extremes."""
-    report = harness.read("peers_cpu")
     results = _measured(report)
     peers = dict.fromkeys(name for result in results for name in result["rows"] if name not in _NAMES)
     forms = [name_of(*form) for form in FORMS if form[2] == "default"]
@@ -76,9 +73,8 @@ def _span(ratios: Sequence[float]) -> str:
     return f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
 
 
-def at_one_length() -> str:
+def at_one_length(report: Report) -> str:
     """Return the ratios at D = 256 and 4,096 tokens, and where tq_hb is slower than the fastest peer."""
-    report = harness.read("peers_cpu")
     results = _measured(report)
     forms = [name_of(*form) for form in FORMS if form[2] == "default"]
     header = (
@@ -115,9 +111,8 @@ def losses(results: Sequence[Result]) -> str:
     return table(("slower than the fastest peer", *map(_query_heads, groups)), rows)
 
 
-def bounds(name: str = "peers_cpu") -> str:
+def bounds(report: Report) -> str:
     """Return the ratios to the fastest peer, and those of a call that would take as long as a read of its bytes."""
-    report = harness.read(name)
     results = _measured(report)
     forms = [name_of(5, "byte", "default"), name_of(5, "plane", "default"), name_of(8, "byte", "default")]
     rows = []
@@ -131,7 +126,7 @@ def bounds(name: str = "peers_cpu") -> str:
             ]
         rows.append((_query_heads(group), str(len(here)), *cells))
     header = ("", "rows", *(cell for form in forms for cell in (f"÷ {_header(form)}", "÷ a read of them")))
-    return table(header, rows) + f"\n{_far_ahead(results)}\n" + _source(report, name)
+    return table(header, rows) + f"\n{_far_ahead(results)}\n" + _source(report)
 
 
 def _read(result: Result, form: str) -> float:
@@ -167,14 +162,14 @@ def _count(results: Sequence[Result], group: int, threads: int) -> int:
     return sum(_group(result) == group and result["threads"] == threads for result in results)
 
 
-def _source(report: dict[str, Any], name: str = "peers_cpu") -> str:
+def _source(report: Report) -> str:
     machine, account = report["machine"], report["results"][0]
     versions = ", ".join(account["libraries"].values())
     where = f"{machine['processor']}, {machine['isa']}, load average {report['load_average'][0]:.1f}, {versions}"
-    return f"\n`bench/results/{name}.json`, written by `{report['command']}`: {where}.\n"
+    return f"{source(report)}: {where}.\n"
 
 
-def _skipped(report: dict[str, Any]) -> str:
+def _skipped(report: Report) -> str:
     """Return a list of what was not measured, or only at some shapes, and why."""
     reasons: dict[str, str] = dict(report["results"][0]["skipped"])
     for result in report["results"][1:]:

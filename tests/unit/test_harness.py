@@ -26,11 +26,12 @@ def test_results_go_to_the_folder_that_documents_show():
 
 def test_results_go_where_they_are_asked_to(monkeypatch, tmp_path):
     out = parse(monkeypatch, "--samples", "3", "--out", str(tmp_path / "new")).out
-    path = harness.write("cpu", [{"op": "attend"}], out)
+    harness.write("cpu", [{"op": "attend"}], out)
 
-    assert path == tmp_path / "new" / "cpu.json"
-    assert json.loads(path.read_text())["command"].startswith("python -m bench.cpu --samples 3 --out ")
-    assert harness.read("cpu", out)["results"] == [{"op": "attend"}]
+    report = harness.read("cpu", tmp_path / "new")
+    assert report["results"] == [{"op": "attend"}]
+    assert report["command"].startswith("python -m bench.cpu --samples 3 --out ")
+    assert report["path"] == str(tmp_path / "new" / "cpu.json")
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,20 @@ def test_a_short_run_replaces_no_results(arguments, partial, monkeypatch, capsys
         parse(monkeypatch, *arguments, partial=partial)
 
     assert "name another folder, as in --out build/bench" in capsys.readouterr().err
+
+
+def test_what_was_measured_is_shown_as_in_the_documents(monkeypatch, tmp_path, capsys):
+    def ops(report):
+        """Return what was measured."""
+        return "| op |\n| --- |\n" + "".join(f"| {result['op']} |\n" for result in report["results"])
+
+    harness.finish("cpu", [{"op": "attend"}], tmp_path, ops)
+
+    printed = capsys.readouterr().out
+    assert printed.startswith("What was measured.")
+    assert "attend" in printed
+    assert "|" not in printed
+    assert printed.endswith(f"{tmp_path / 'cpu.json'}\n")
 
 
 def test_a_file_is_no_folder_for_results(monkeypatch, tmp_path, capsys):

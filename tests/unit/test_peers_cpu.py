@@ -148,6 +148,7 @@ def report() -> dict[str, Any]:
     missing = {**results[0], "tokens": 65536, "skipped": {"all": "too large"}} | peers_cpu.compare({})
     return {
         "command": "python -m bench.peers_cpu",
+        "path": "peers_cpu.json",
         "commit": "abc",
         "machine": {"processor": "Abacus", "isa": "beads"},
         "load_average": [1.25, 1, 1],
@@ -282,10 +283,10 @@ def test_bfloat16_is_rounded_to_even():
     assert np.array_equal(k, x.astype(ml_dtypes.bfloat16).view(np.uint16))
 
 
-def test_tables_say_how_long_the_fastest_peer_takes(report, monkeypatch):
-    monkeypatch.setattr(tables.harness, "read", lambda name: report)
-
-    every_shape, every_peer, short = tables.every_shape(), tables.every_peer(), tables.at_one_length()
+def test_tables_say_how_long_the_fastest_peer_takes(report):
+    every_shape, every_peer, short = (
+        make(report) for make in (tables.every_shape, tables.every_peer, tables.at_one_length)
+    )
 
     assert "| 16 / 16 / 256 | 4,096 | 1 | numpy, 30 | 10 (3.00) |" in every_shape
     assert "| 16 / 16 / 256 | 4,096 | 2 | numpy, 30 | 40 (0.75) |" in every_shape
@@ -300,10 +301,8 @@ def test_tables_say_how_long_the_fastest_peer_takes(report, monkeypatch):
     assert "Abacus, beads, load average 1.2, numpy 2" in short
 
 
-def test_bounds_set_the_ratios_beside_those_of_a_read(report, monkeypatch):
-    monkeypatch.setattr(tables.harness, "read", lambda name: report)
-
-    bounds = tables.bounds()
+def test_bounds_set_the_ratios_beside_those_of_a_read(report):
+    bounds = tables.bounds(report)
 
     assert "| 1 query head per KV head | 2 | 1.9 (0.8 to 3.0) | 3.8 (1.5 to 6.0) |" in bounds
     assert "| 8 query heads per KV head | 1 | 1.5 (1.5 to 1.5) | 3.0 (3.0 to 3.0) |" in bounds
