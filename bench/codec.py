@@ -92,4 +92,4 @@ def _cell(level: float, low: float, high: float) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run("bench.codec", main)

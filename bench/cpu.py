@@ -38,4 +38,4 @@ def _describe(case: tuple[str, Shape]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run("bench.cpu", main)

@@ -94,4 +94,4 @@ def recorded_op(k: Floats, v: Floats, bits: int, packing: str) -> Callable[[], o
 
 
 if __name__ == "__main__":
-    main()
+    harness.run("bench.cpu_append", main)

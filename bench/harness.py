@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import tq_hb
 from bench.markdown import Report
 from tq_hb.cli import _machine
 
@@ -42,9 +43,20 @@ def measuring_parser(module: str, description: str | None, *, samples: int | Non
     )
     if samples is not None:
         measuring.add_argument(
-            "--samples", type=int, default=samples, metavar="N", help="of each contender (default: %(default)s)"
+            "--samples",
+            type=sample_count,
+            default=samples,
+            metavar="N",
+            help="of each contender (default: %(default)s)",
         )
     return measuring
+
+
+def sample_count(text: str) -> int:
+    """Return how many samples to take: quartiles and deciles need two."""
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 2, got {text!r}")
+    return int(text)
 
 
 def parse(
@@ -67,6 +79,17 @@ def parse(
     except OSError as error:
         measuring.error(f"argument --out: {error}")
     return args
+
+
+def run(module: str, main: Callable[[], None]) -> None:
+    """Run ``python -m module``; what the arguments or the machine don't allow is said in a line."""
+    try:
+        main()
+    except (tq_hb.InvalidArgument, tq_hb.UnsupportedError, tq_hb.DeviceError, ModuleNotFoundError) as error:
+        print(f"python -m {module}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def write(name: str, results: list[dict[str, Any]], out: Path) -> None:

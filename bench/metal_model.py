@@ -376,8 +376,7 @@ def main() -> None:
     args = harness.parse(harness.measuring_parser("bench.metal_model", __doc__))
     device = metal_counts.simulated_device()
     if device is None:
-        print("skipped: the metal device is not the simulated one (build with -DTQ_HB_METAL=simulator)")
-        return
+        raise tq_hb.UnsupportedError("the metal device must be the simulated one (build with -DTQ_HB_METAL=simulator)")
     counts = []
     cases = list(itertools.product(COUNTED_SHAPES, COUNTED_KEYS, (False, True)))
     for shape, keys, per_head in harness.track(cases, lambda case: f"{case[0].name}, {case[1]:,} keys"):
@@ -397,4 +396,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run("bench.metal_model", main)

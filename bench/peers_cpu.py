@@ -93,9 +93,15 @@ class Shape:
 def parse_shape(text: str) -> Shape:
     """Return the shape written as heads/kv_heads/head_dim/tokens."""
     try:
-        return Shape(*map(int, text.split("/")))
+        shape = Shape(*map(int, text.split("/")))
     except (TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"must be heads/kv_heads/head_dim/tokens, got {text!r}") from error
+    if min(shape.heads, shape.kv_heads, shape.tokens) < 1 or shape.heads % shape.kv_heads:
+        raise argparse.ArgumentTypeError(f"heads must be a multiple of kv_heads, and all at least 1, got {text!r}")
+    if shape.head_dim not in tq_hb.supported_head_dims():
+        known = ", ".join(map(str, tq_hb.supported_head_dims()))
+        raise argparse.ArgumentTypeError(f"head_dim must be one of {known}, got {text!r}")
+    return shape
 
 
 def grid(size: str) -> list[Shape]:
@@ -313,7 +319,13 @@ def main() -> None:
     )
     size.add_argument("--shapes", type=parse_shape, nargs="+", metavar="HEADS/KV_HEADS/HEAD_DIM/TOKENS")
     parser.add_argument("--seconds", type=float, default=4.0, help="for the samples of a shape (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=30, help="at most, of one contender (default: %(default)s)")
+    parser.add_argument(
+        "--samples",
+        type=harness.sample_count,
+        metavar="N",
+        default=30,
+        help="at most, of one contender (default: %(default)s)",
+    )
     parser.add_argument("--fresh", action="store_true", help="measure again what the file has")
     args = harness.parse(
         parser, is_partial=lambda args: args.size == "quick" or args.shapes or args.seconds < _FEWEST_SECONDS
@@ -336,4 +348,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run("bench.peers_cpu", main)

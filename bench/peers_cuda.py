@@ -410,4 +410,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run("bench.peers_cuda", main)

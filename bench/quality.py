@@ -350,4 +350,4 @@ def _float_bytes(name: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run("bench.quality", main)

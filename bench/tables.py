@@ -305,4 +305,4 @@ def _machine(report: Report) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run("bench.tables", main)

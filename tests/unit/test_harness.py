@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench import harness
 
+import tq_hb
+
 
 def parse(monkeypatch, *arguments: str, partial: bool = False):
     monkeypatch.setattr(sys, "argv", ["bench", *arguments])
@@ -58,6 +60,25 @@ def test_what_was_measured_is_shown_as_in_the_documents(monkeypatch, tmp_path, c
     assert "attend" in printed
     assert "|" not in printed
     assert printed.endswith(f"{tmp_path / 'cpu.json'}\n")
+
+
+@pytest.mark.parametrize("samples", ["0", "1", "-3", "many"])
+def test_too_few_samples_for_quartiles_are_refused(samples, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(monkeypatch, f"--samples={samples}")
+
+    assert f"argument --samples: must be a number of at least 2, got '{samples}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [tq_hb.DeviceError, tq_hb.InvalidArgument, ModuleNotFoundError])
+def test_what_the_machine_does_not_allow_is_said_in_a_line(error, capsys):
+    def main() -> None:
+        raise error("cuda is not available")
+
+    with pytest.raises(SystemExit, match="2"):
+        harness.run("bench.cpu", main)
+
+    assert capsys.readouterr().err == "python -m bench.cpu: cuda is not available\n"
 
 
 def test_a_file_is_no_folder_for_results(monkeypatch, tmp_path, capsys):

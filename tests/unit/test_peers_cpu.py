@@ -217,6 +217,20 @@ def test_shapes_are_read_from_the_command_line():
 
 
 @pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("16/8/100/10", "head_dim must be one of 64, 128, 256, 512"),
+        ("16/3/256/10", "heads must be a multiple of kv_heads"),
+        ("16/8/256/0", "all at least 1"),
+        ("16/0/256/10", "all at least 1"),
+    ],
+)
+def test_shapes_that_cannot_be_measured_are_refused_at_once(text, rule):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"{rule}.*, got '{text}'"):
+        peers_cpu.parse_shape(text)
+
+
+@pytest.mark.parametrize(
     ("costs", "budget", "counts"),
     [
         ({"short": 0.001, "long": 0.1}, 1.0, {"short": 30, "long": 9}),
