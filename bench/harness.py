@@ -114,10 +114,26 @@ def read(name: str, folder: Path | None = None) -> Report:
     return report
 
 
-def finish(name: str, results: list[dict[str, Any]], out: Path, *tables: Callable[[Report], str]) -> None:
-    """Write what ``bench.<name>`` measured into a folder, and show it."""
+def finish(
+    name: str,
+    results: list[dict[str, Any]],
+    out: Path,
+    *tables: Callable[[Report], str],
+    plot: Callable[[Report], bytes] | None = None,
+) -> None:
+    """Write what ``bench.<name>`` measured into a folder, with its plot if it has one, and show it."""
     write(name, results, out)
+    if plot is not None:
+        draw(name, out, plot)
     show(name, out, *tables)
+
+
+def draw(name: str, folder: Path, plot: Callable[[Report], bytes]) -> None:
+    """Draw the plot of what was written as `name` into a folder, beside it; without matplotlib say so."""
+    try:
+        (folder / f"{name}.png").write_bytes(plot(read(name, folder)))
+    except ModuleNotFoundError as error:
+        print(f"no plot: {error}", file=sys.stderr)
 
 
 def show(name: str, folder: Path, *tables: Callable[[Report], str]) -> None:

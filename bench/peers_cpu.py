@@ -340,11 +340,12 @@ def main() -> None:
     if not args.fresh and (args.out / "peers_cpu.json").exists():
         results = finished(harness.read("peers_cpu", args.out), harness.commit(), _machine.describe(), account)
     _run(args.shapes or grid(args.size or "default"), account, peers, results, args.out)
-    shown = [tables.every_shape, tables.every_peer] if any(result["ratio"] for result in results) else []
-    if shown:
-        (args.out / "peers_cpu.png").write_bytes(tables.plot(results))
     _write(results, account, args.out)
-    harness.show("peers_cpu", args.out, *shown)
+    if any(result["ratio"] for result in results):
+        harness.draw("peers_cpu", args.out, tables.plot)
+        harness.show("peers_cpu", args.out, tables.every_shape, tables.every_peer)
+    else:
+        print("no peer was measured")
 
 
 if __name__ == "__main__":

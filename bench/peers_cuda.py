@@ -32,7 +32,7 @@ from xml.etree import ElementTree as ET
 import numpy as np
 
 import tq_hb
-from bench import harness, tables
+from bench import harness, plots, tables
 from bench.flashinfer_peer import HEAD_DIMS, FlashInfer
 
 ROTATION_BYTES = 256 << 20
@@ -317,39 +317,6 @@ def counters_of(report: Path) -> dict[str, Any]:
     return {"shape": report.stem, "kernel": values[header.index("Kernel Name")], **found}
 
 
-def plot(results: list[dict[str, Any]], out: Path) -> None:
-    """Draw every shape's times over the number of keys, with the floor."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no plot: matplotlib is not installed")
-        return
-    shapes = list(dict.fromkeys((r["heads"], r["kv_heads"], r["head_dim"]) for r in results if "keys" in r))
-    figure, panels = plt.subplots(1, len(shapes), figsize=(4 * len(shapes), 4), sharey=True, layout="constrained")
-    for panel, shape in zip(panels, shapes, strict=True):
-        rows = [r for r in results if (r.get("heads"), r.get("kv_heads"), r.get("head_dim")) == shape]
-        rows = [r for r in rows if r["bits"] == 8]
-        lines = {
-            "read alone": [r["seconds"] * r["share_of_floor"] for r in rows],
-            "tq_hb, 8 bits": [r["seconds"] for r in rows],
-            "FlashInfer float8": [r["flashinfer"]["float8"]["seconds"] if r["flashinfer"] else None for r in rows],
-            "FlashInfer float16": [r["flashinfer"]["float16"]["seconds"] if r["flashinfer"] else None for r in rows],
-            "torch float16": [r["sdpa_seconds"] for r in rows],
-        }
-        for color, (name, seconds) in enumerate(lines.items()):
-            points = [(r["keys"], 1e6 * s) for r, s in zip(rows, seconds, strict=True) if s is not None]
-            if points:
-                marker = "" if name == "read alone" else "."
-                panel.loglog(*zip(*points, strict=True), f"C{color}", marker=marker, label=name)
-        panel.set_title(" / ".join(map(str, shape)))
-        panel.set_xlabel("keys")
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("us of a call")
-    panels[0].legend(fontsize="small")
-    figure.suptitle(f"One token's attention on {results[0]['gpu']}: heads / KV heads / head size")
-    figure.savefig(out / "peers_cuda.png", dpi=100)
-
-
 def describe(result: dict[str, Any]) -> str:
     """Say what was measured in a line."""
     shape = tuple(result[name] for name in ("heads", "kv_heads", "head_dim", "keys"))
@@ -405,8 +372,7 @@ def main() -> None:
         result = encode(device, tokens, copying)
         results.append(result)
         print(f"encode {tokens}: {1e6 * result['seconds']:.1f} us, {100 * result['share_of_copy']:.0f} % of a copy")
-    plot(results, options.out)
-    harness.finish("peers_cuda", results, options.out, tables.cuda_attend)
+    harness.finish("peers_cuda", results, options.out, tables.cuda_attend, plot=plots.peers_cuda)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from typing import Any
 
 from bench.markdown import Report, source, table
 
-_MODELS = {"smollm2-135m": "SmolLM2 135M", "gemma-3-270m": "Gemma 3 270M"}
-_FLOAT_BYTES = {"smollm2-135m": 30 * 3 * 64 * 2 * 4, "gemma-3-270m": 18 * 256 * 2 * 4}  # of a token, in float32
+MODELS = {"smollm2-135m": "SmolLM2 135M", "gemma-3-270m": "Gemma 3 270M"}
+FLOAT_BYTES = {"smollm2-135m": 30 * 3 * 64 * 2 * 4, "gemma-3-270m": 18 * 256 * 2 * 4}  # of a token, in float32
 _MEANS = {
     "plain": "no mean",
     "prefill mean": "of the first 256 tokens",
@@ -27,21 +27,21 @@ def formats(report: Report) -> str:
     """Return KL of tq_hb's widths and of other formats per model and text, the rest over the texts that all have."""
     rows = []
     texts = dict.fromkeys(row["text"] for row in _results(report, "formats"))
-    for name, model in _MODELS.items():
+    for name, model in MODELS.items():
         complete = complete_texts(_results(report, "formats", name))
         groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for row in _results(report, "formats", name):
             groups.setdefault((row["setting"], row["variant"]), []).append(row)
         for (setting, variant), group in sorted(groups.items(), key=lambda item: -item[1][0]["bytes_per_token"]):
             if group[0]["family"] == "tq_hb":
-                what = f"tq_hb {setting}" + ("" if variant == "plain" else f", mean {_MEANS[variant]}")
+                what = f"tq_hb {setting}" + of_mean(variant)
             else:
                 what = setting + ("" if variant == "plain" else ", rotated")
             whole = [row for row in group if row["text"] in complete]
             rows.append(
                 (
                     f"{model}: {what}",
-                    f"{32 * group[0]['bytes_per_token'] / _FLOAT_BYTES[name]:.3g}",
+                    f"{32 * group[0]['bytes_per_token'] / FLOAT_BYTES[name]:.3g}",
                     *(next((f"{1e3 * r['mean_kl']:.3g}" for r in group if r["text"] == text), "") for text in texts),
                     f"{1e3 * _mean(row['p99_kl'] for row in whole):.3g}",
                     f"{_mean(row['top1_agreement'] for row in whole):.1%}",
@@ -61,7 +61,7 @@ def gain(report: Report) -> str:
     variants = ("plain", "prefill mean", "short mean", "whole mean")
     rows = [
         (
-            f"{_MODELS[name]}, {setting}, {text}",
+            f"{MODELS[name]}, {setting}, {text}",
             f"{1e3 * kl['plain']:.3g}",
             *(
                 f"{1e3 * kl[variant]:.3g} ({kl[variant] / kl['plain'] - 1:+.0%})" if variant in kl else ""
@@ -77,7 +77,7 @@ def gain(report: Report) -> str:
 def layers(report: Report) -> str:
     """Return what the means do to each layer's own attention, at 6/6, over the texts."""
     rows = []
-    for name, model in _MODELS.items():
+    for name, model in MODELS.items():
         losses: dict[str, list[list[float]]] = {}
         for row in _results(report, "formats", name):
             if row["family"] == "tq_hb" and row["setting"] == "6/6":
@@ -99,7 +99,7 @@ def layers(report: Report) -> str:
 def positions(report: Report) -> str:
     """Return the KL with means of every kind at the first positions and far into the context."""
     rows = []
-    for name, model in _MODELS.items():
+    for name, model in MODELS.items():
         cells: dict[int, dict[str, float]] = {}
         # At the first position, what does not turn has been measured among the formats.
         fixed = [row for row in _results(report, "formats", name) if row["setting"] == "6/6" and row["text"] == "code"]
@@ -117,7 +117,7 @@ def positions(report: Report) -> str:
 def signs(report: Report) -> str:
     """Return the KL under several sign vectors, without and with a mean."""
     rows = []
-    for name, model in _MODELS.items():
+    for name, model in MODELS.items():
         cells: dict[str, list[float]] = {}
         for row in _results(report, "signs", name):
             cells.setdefault(row["variant"], []).append(row["mean_kl"])
@@ -159,6 +159,11 @@ def _hard(report: Report, wanted: Callable[[str], bool]) -> str:
         )
     bits = (f"cosine, {bits}/{bits}" for bits in (5, 6, 8))
     return _table(report, ("keys", "row norm", "kurtosis", "energy of the mean", *bits), rows)
+
+
+def of_mean(variant: str) -> str:
+    """Return what is added to a setting's name for its mean key."""
+    return "" if variant == "plain" else f", mean {_MEANS[variant]}"
 
 
 def complete_texts(rows: Sequence[dict[str, Any]]) -> set[str]:

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from bench import gate_tables, harness, metal_tables, quality_tables
+from bench import gate_tables, harness, metal_tables, plots, quality_tables
 from bench.markdown import Report, source, table
 from bench.peers import tables as peers_tables
+from tq_hb.cli import generate
 
 _DOCUMENTS = (
     "README.md",
@@ -190,7 +191,7 @@ def cuda_attend(report: Report) -> str:
         (
             f"{result['heads']} / {result['kv_heads']} / {result['head_dim']}",
             f"{result['keys']:,}",
-            str(result["bits"]),
+            f"{result['bits']}" + (" in planes" if result["bits"] < 8 else ""),
             f"{1e6 * result['seconds']:.1f} us",
             f"{result['share_of_floor']:.0%}",
             f"{result['error']:.0e}",
@@ -272,11 +273,26 @@ _TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
 }
 
 
+PLOTS: dict[str, Callable[[Report], bytes]] = {
+    "generate": generate._plot,
+    "metal_model": plots.metal_model,
+    "peers_cpu": peers_tables.plot,
+    "peers_cuda": plots.peers_cuda,
+    "quality": plots.quality,
+    "rate_distortion": plots.rate_distortion,
+}
+
+
 def main() -> None:
     """Write the tables, or check them."""
     parser = harness.parser("bench.tables", __doc__)
     parser.add_argument("--check", action="store_true", help="fail if a document's table is out of date")
-    check = parser.parse_args().check
+    parser.add_argument("--plots", action="store_true", help="draw the plots beside the results again as well")
+    args = parser.parse_args()
+    if args.plots:
+        for name, plot in PLOTS.items():
+            harness.draw(name, harness.RESULTS, plot)
+        gate_tables.draw()
     stale = []
     for name in _DOCUMENTS:
         path = harness.ROOT / name
@@ -284,9 +300,9 @@ def main() -> None:
         fresh = _BLOCK.sub(lambda block: block[1] + _made(block[2]) + block[3], text)
         if fresh != text:
             stale.append(name)
-            if not check:
+            if not args.check:
                 path.write_text(fresh)
-    if check and stale:
+    if args.check and stale:
         sys.exit(f"out of date, run `python -m bench.tables`: {', '.join(stale)}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,6 +9,7 @@ from typing import Any
 
 from bench.markdown import Report, source, table
 from bench.peers.ours import FORMS, name_of
+from bench.plots import png
 
 Result = dict[str, Any]
 
@@ -179,12 +179,12 @@ def _skipped(report: Report) -> str:
     return "".join(f"\nNot measured: {name}: {reason}.\n" for name, reason in reasons.items())
 
 
-def plot(results: Sequence[Result]) -> bytes:
+def plot(report: Report) -> bytes:
     """Draw the fastest peer's time over tq_hb's against the length, a panel per head size and number of threads."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    results = [result for result in results if result["ratio"]]
+    results = _measured(report)
     head_dims = sorted({result["head_dim"] for result in results})
     threads = sorted({result["threads"] for result in results})
     groups = sorted({_group(result) for result in results})
@@ -203,23 +203,25 @@ def plot(results: Sequence[Result]) -> bytes:
                     axes.plot(tokens, ratios, color=f"C{color}", marker=marker, linestyle=line, markersize=4)
             axes.axhline(1, color="0.4", linewidth=0.8)
             axes.set_xscale("log", base=2)
-            axes.set_yscale("log", base=2)
+            axes.set_yscale("log")
             axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
-            axes.yaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
             axes.set_title(f"D = {head_dim}, {_threads(count)}", fontsize="medium")
             axes.grid(alpha=0.25)
-        panels[row, 0].set_ylabel("fastest peer's time / tq_hb's")
+        panels[row, 0].set_ylabel("fastest peer's time / tq_hb's, log scale")
+    low, high = axes.get_ylim()
+    ratios = [ratio for ratio in _RATIOS if low <= ratio <= high]
+    axes.set_yticks(ratios, [f"{ratio:g}" for ratio in ratios])
     for axes in panels[-1]:
         axes.set_xlabel("tokens in the cache")
     keys = [Line2D([], [], color=f"C{color}", label=_query_heads(group)) for color, group in enumerate(groups)]
     for (marker, line), form in _LINES.items():
         keys.append(Line2D([], [], color="0.2", marker=marker, linestyle=line, label=_header(form)))
     figure.legend(handles=keys, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    return content.getvalue()
+    return png(figure)
 
 
+_RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100)
 _LINES = {
     ("o", "-"): name_of(5, "plane", "default"),
     ("s", "--"): name_of(8, "byte", "default"),

@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench import harness
+from bench import harness, tables
 
 import tq_hb
 
@@ -96,3 +96,20 @@ def test_results_have_the_samples_that_a_new_run_needs(path, monkeypatch):
     samples = re.findall(r"--samples \d+", command)
 
     assert parse(monkeypatch, *" ".join(samples).split()).out == harness.RESULTS
+
+
+@pytest.mark.parametrize("name", tables.PLOTS)
+def test_plots_are_drawn_from_the_results(name):
+    pytest.importorskip("matplotlib")
+
+    assert tables.PLOTS[name](harness.read(name)).startswith(b"\x89PNG")
+
+
+def test_a_run_without_matplotlib_has_its_results_all_the_same(tmp_path, capsys):
+    def plot(report):
+        raise ModuleNotFoundError("No module named 'matplotlib'")
+
+    harness.finish("cpu", [], tmp_path, plot=plot)
+
+    assert capsys.readouterr().err == "no plot: No module named 'matplotlib'\n"
+    assert harness.read("cpu", tmp_path)["results"] == []

@@ -225,7 +225,20 @@ def plot_error(report: Report) -> bytes:
     )
     axes.grid(alpha=0.3)
     axes.legend()
+    _make_room(figure, axes)
     return _png(figure)
+
+
+def _make_room(figure: Any, axes: Any) -> None:
+    """Move the right end of the axes so far that every annotation ends before it."""
+    figure.draw_without_rendering()
+    left, right = axes.get_xlim()
+    width = axes.bbox.width
+    for text in axes.texts:
+        x = text.xy[0]
+        taken = text.get_window_extent().x1 - axes.transData.transform(text.xy)[0]
+        right = max(right, left + (x - left) * width / (width - taken))
+    axes.set_xlim(left, right)
 
 
 def plot_layers(report: Report) -> bytes:
