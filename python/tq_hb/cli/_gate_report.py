@@ -91,6 +91,11 @@ def limits(gate: Report) -> str:
     return ", ".join(words) + (f", for the whole {CONFIDENCE:.0%} interval" if gate["by_interval"] else "")
 
 
+def title(report: Report) -> str:
+    """Return what the table for the terminal is of."""
+    return f"{report['model']}: {_scope(report)}"
+
+
 def rich_table(report: Report) -> Any:
     """Return the table for the terminal: every setting on the text where each figure is worst."""
     from tq_hb.cli._output import table
@@ -98,7 +103,6 @@ def rich_table(report: Report) -> Any:
     shown = [name for name in _SHOWN if name in report["settings"][0]["worst"]]
     gates = [gate["name"] for gate in report["gates"]]
     rows = table(
-        f"{report['model']}: {_scope(report)}",
         "K/V bits",
         "bytes\nper token",
         *(_COLUMNS[name] for name in shown),

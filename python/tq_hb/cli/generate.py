@@ -214,11 +214,10 @@ def _replay(loaded: LoadedModel, tokens: torch.Tensor, workload: Workload, conso
 
 
 def _print_results(report: dict[str, Any], console: Console) -> None:
-    from tq_hb.cli._output import table
+    from tq_hb.cli._output import print_table, table
 
     replay = report["replay"]
     rows = table(
-        f"{report['model']}: {replay['scored_tokens']} tokens decoded after {replay['prefill_tokens']} of prefill",
         "K/V bits",
         "bytes\nper token",
         "MiB\nin all",
@@ -237,7 +236,8 @@ def _print_results(report: dict[str, Any], console: Console) -> None:
             f"{row['top1_agreement']:.1%}",
             f"{row['perplexity']:.2f}",
         )
-    console.print(rows)
+    title = f"{report['model']}: {replay['scored_tokens']} tokens decoded after {replay['prefill_tokens']} of prefill"
+    print_table(console, title, rows)
     console.print(
         "Bytes are of all layers, float32 in the first row; codes are plane packed. KL is that of the "
         "next-token distributions from the first row's, in nats. Time is the median of whole steps, taken in turns.",
