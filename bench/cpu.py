@@ -34,7 +34,8 @@ def main() -> None:
 def _describe(case: tuple[str, Shape]) -> str:
     op, shape = case
     heads = f"{shape.heads}/{shape.kv_heads}/{shape.head_dim}"
-    return f"{op} {heads}, {shape.kv_len:,} tokens, {shape.k_bits}/{shape.v_bits} bits"
+    packing = " in planes" if shape.packing == "plane" else ""
+    return f"{op} {heads}, {shape.kv_len:,} tokens, {shape.k_bits}/{shape.v_bits} bits{packing}"
 
 
 if __name__ == "__main__":

@@ -341,11 +341,10 @@ def main() -> None:
         results = finished(harness.read("peers_cpu", args.out), harness.commit(), _machine.describe(), account)
     _run(args.shapes or grid(args.size or "default"), account, peers, results, args.out)
     _write(results, account, args.out)
-    if any(result["ratio"] for result in results):
+    compared = any(result["ratio"] for result in results)
+    if compared:
         harness.draw("peers_cpu", args.out, tables.plot)
-        harness.show("peers_cpu", args.out, tables.every_shape, tables.every_peer)
-    else:
-        print("no peer was measured")
+    harness.show("peers_cpu", args.out, *([tables.every_shape, tables.every_peer] if compared else []))
 
 
 if __name__ == "__main__":
