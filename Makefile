@@ -75,7 +75,8 @@ lint: $(STAMP)-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.mm' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc tests bench \( -name '*.cpp' -o -name '*.h' -o -name '*.mm' -o -name '*.cu' -o -name '*.cuh' \) \
+	  | xargs $(BIN)/clang-format --dry-run --Werror
 	[ $(METAL) != simulator ] || $(BIN)/python tests/metal_sim/translate.py -I csrc check csrc/metal/kernels/tq_hb.metal
 
 bench: $(STAMP)-demo $(STAMP)-test $(STAMP)-peers $(STAMP)-package

@@ -1,12 +1,13 @@
 """What each cpu kernel takes: every instruction set that runs here, in fixed point and in float32, in turns.
 
-Writes ``bench/results/cpu_kernels.json``: median times, and the share of a plain read of the same codes and norms; and
-what a call takes where there is next to nothing to attend to. ``python -m bench.tables`` makes the tables of
-``docs/cpu.md`` from it.
+Writes ``bench/results/cpu_kernels.json``: times, and the share of a plain read of the same codes and norms; and what a
+call takes where there is next to nothing to attend to. Before it is timed, every output is compared with float64
+attention on the same codes. ``python -m bench.tables`` makes the tables of ``docs/cpu.md`` from it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import tq_hb
 from bench import harness, tables
 from tq_hb import _core
+from tq_hb.cli._cases import attention64, check_attention
 from tq_hb.cli._sampling import PlainRead, buffers_to_stay_cold, sample
 
 _TOKENS = 4096
@@ -40,13 +42,14 @@ def contenders(
         )
         cache.append(k, v)
         nbytes = _TOKENS * cache.bytes_per_token
+        want = attention64(q, *cache.dequantize())
         copies = [cache.copy() for _ in range(buffers_to_stay_cold(nbytes))]
         for isa in _core.cpu_isas():
             _core.set_cpu_isa("bench", "isa", isa)
-            cache.attend(q)
-            plan = cache.last_plan
+            out, plan = cache.attend(q), cache.last_plan
             if plan is None or plan.precision != precision or (isa, precision) == ("avxvnni", "strict"):
                 continue  # served by other kernels: strict, or those of avx2
+            check_attention(out, want, precision)
 
             def call(i: int, isa: str = isa, copies: list[tq_hb.KVCache] = copies) -> object:
                 _core.set_cpu_isa("bench", "isa", isa)
@@ -76,7 +79,7 @@ def short_call(heads: int, kv_heads: int, head_dim: int, samples: int) -> dict[s
         scale=head_dim**-0.5,
         fuse_fwht_pre=1,
     )
-    inside = []
+    inside: list[float] = []
 
     def op(_: int) -> None:
         encoder = device.encoder()
@@ -84,8 +87,20 @@ def short_call(heads: int, kv_heads: int, head_dim: int, samples: int) -> dict[s
         encoder.commit_and_wait()
         inside.append(encoder.gpu_time)
 
-    timings = sample({"op": op, "call": lambda _: cache.attend(q)}, samples)
-    return {"op_us": 1e6 * float(np.median(inside)), "call_us": timings["call"].median_us}
+    op(0)
+    want = attention64(q, *cache.dequantize())
+    for out in (output.numpy(), cache.attend(q)):
+        check_attention(out, want, "default")
+    call = sample({"op": op, "call": lambda _: cache.attend(q)}, samples)["call"]
+    lower, median, upper = 1e6 * np.quantile(inside, (0.25, 0.5, 0.75))
+    return {
+        "op_us": float(median),
+        "op_lower_us": float(lower),
+        "op_upper_us": float(upper),
+        "call_us": call.median_us,
+        "call_lower_us": call.lower_us,
+        "call_upper_us": call.upper_us,
+    }
 
 
 def main() -> None:
@@ -104,7 +119,7 @@ def main() -> None:
         timings = sample({**calls, "read": PlainRead(1)}, args.samples)
         read_gb_s = timings.pop("read").gb_s(PlainRead.nbytes)
         rows = {
-            name: {"median_us": timing.median_us, "share_of_read": timing.gb_s(nbytes) / read_gb_s}
+            name: {**dataclasses.asdict(timing), "share_of_read": timing.gb_s(nbytes) / read_gb_s}
             for name, timing in timings.items()
         }
         results.append({**shape, "tokens": _TOKENS, "rows": rows})

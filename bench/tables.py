@@ -16,6 +16,7 @@ from bench import gate_tables, harness, metal_tables, plots, quality_tables
 from bench.markdown import Report, source, table
 from bench.peers import tables as peers_tables
 from tq_hb.cli import generate
+from tq_hb.cli._machine import threads_in_words
 
 _DOCUMENTS = (
     "README.md",
@@ -73,8 +74,9 @@ def replay(report: Report) -> str:
         )
         for row in report["replay"]["settings"]
     ]
-    command = "tq-hb generate --out bench/results"
-    return table(header, rows) + source({**report, "command": command}) + _machine(report)
+    # A report that names no command was written by this one.
+    named = {"command": "tq-hb generate --out bench/results", **report}
+    return table(header, rows) + source(named) + _machine(report)
 
 
 def memory(report: Report) -> str:
@@ -166,7 +168,8 @@ def cpu_append(report: Report) -> str:
         )
         for result in report["results"]
     ]
-    where = f": {report['machine']['processor']}, one thread, load average {report['load_average'][0]:.1f}.\n"
+    machine, load = report["machine"], report["load_average"][0]
+    where = f": {machine['processor']}, {threads_in_words(machine['threads'])}, load average {load:.1f}.\n"
     return table(("KV heads / D", "bits", *names), rows) + source(report) + where
 
 
@@ -317,7 +320,7 @@ def _machine(report: Report) -> str:
     machine = report["machine"]
     torch = machine["libraries"]["torch"]
     peer = f"torch {torch}" if torch else "no torch"
-    return f": {machine['processor']}, {machine['threads']} threads, {machine['isa']}, {peer}.\n"
+    return f": {machine['processor']}, {threads_in_words(machine['threads'])}, {machine['isa']}, {peer}.\n"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 from bench.markdown import Report, source, table
 from bench.peers.ours import FORMS, name_of
 from bench.plots import png
+from tq_hb.cli._machine import threads_in_words
 
 Result = dict[str, Any]
 
@@ -25,10 +26,6 @@ def _header(name: str) -> str:
     """Return a form's name in words."""
     _, bits, *words = name.split()
     return f"{bits} bits" + " in planes" * ("plane" in words) + ", strict" * ("strict" in words)
-
-
-def _threads(count: int) -> str:
-    return f"{count} thread" + "s" * (count != 1)
 
 
 def _heads(result: Result) -> str:
@@ -107,7 +104,7 @@ def losses(results: Sequence[Result]) -> str:
         lost = [result for result in results if max(result["ratio"][form] for form in forms) < 1]
         for threads in sorted({result["threads"] for result in results}):
             counts = (f"{_count(lost, group, threads)} of {_count(results, group, threads)}" for group in groups)
-            rows.append((f"{bits} bits, {_threads(threads)}", *counts))
+            rows.append((f"{bits} bits, {threads_in_words(threads)}", *counts))
     return table(("slower than the fastest peer", *map(_query_heads, groups)), rows)
 
 
@@ -206,7 +203,7 @@ def plot(report: Report) -> bytes:
             axes.set_yscale("log")
             axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
             axes.minorticks_off()
-            axes.set_title(f"D = {head_dim}, {_threads(count)}", fontsize="medium")
+            axes.set_title(f"D = {head_dim}, {threads_in_words(count)}", fontsize="medium")
             axes.grid(alpha=0.25)
         panels[row, 0].set_ylabel("fastest peer's time / tq_hb's, log scale")
     low, high = axes.get_ylim()

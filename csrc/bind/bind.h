@@ -16,7 +16,6 @@
 
 #include "core/device.h"
 #include "core/encoder.h"
-#include "core/error.h"
 
 namespace tq_hb {
 

@@ -2,11 +2,11 @@
 
 #include "core/buffer.h"
 
-#include <cstring>
 #include <utility>
 
 #include "bind/bind.h"
 #include "bind/dlpack.h"
+#include "core/layout.h"
 
 namespace tq_hb {
 namespace {
@@ -14,9 +14,6 @@ namespace {
 constexpr std::pair<DType, const char*> kDtypes[] = {{DType::kFloat32, "f4"}, {DType::kFloat16, "f2"},
                                                      {DType::kUint8, "u1"},   {DType::kUint16, "u2"},
                                                      {DType::kUint32, "u4"},  {DType::kInt32, "i4"}};
-
-/// Kernels of a GPU load rows in vectors of this many bytes.
-constexpr std::uint64_t kRowAlignment = 16;
 
 /// A numpy view of the buffer that keeps it alive, or a read-only copy where the host cannot reach its memory.
 py::array to_numpy(const py::object& self) {
@@ -238,8 +235,7 @@ void bind_buffer(py::module_& module) {
             return py::make_tuple(self.host() != nullptr ? int{dlpack::kCpu} : int{dlpack::kCuda}, 0);
           },
           "(2, 0), the GPU, on a cuda device; elsewhere (1, 0), the host: there the memory is shared, and every "
-          "library "
-          "can read it.")
+          "library can read it.")
       .def_property_readonly("__cuda_array_interface__", &cuda_array_interface)
       .def("__repr__",
            [](const Buffer& self) {

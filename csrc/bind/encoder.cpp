@@ -116,9 +116,7 @@ void bind_encoder(py::module_& module) {
       .def_property_readonly("is_done", &CommandEncoder::is_done)
       .def_property_readonly("gpu_time", &CommandEncoder::gpu_time)
       .def_property_readonly("kernels", [](const CommandEncoder& self) { return py::tuple(py::cast(self.kernels())); })
-      .def_property_readonly("nodes", [](const CommandEncoder& self) { return to_tuple(self.nodes()); })
-      .def_property_readonly("threadgroup_bytes", &CommandEncoder::threadgroup_bytes)
-      .def_property_readonly("precision", [](const CommandEncoder& self) { return name_of(self.precision()); });
+      .def_property_readonly("nodes", [](const CommandEncoder& self) { return to_tuple(self.nodes()); });
 }
 
 }  // namespace tq_hb

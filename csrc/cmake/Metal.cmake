@@ -45,6 +45,7 @@ if(TQ_HB_METAL_KIND STREQUAL "simulator")
   endif()
   add_subdirectory(tests/metal_sim)
   target_link_libraries(tq_hb PUBLIC metal_sim_frameworks)
+  target_compile_definitions(tq_hb PUBLIC TQ_HB_METAL_SIMULATED)
 else()
   target_compile_options(tq_hb PRIVATE $<$<COMPILE_LANGUAGE:OBJCXX>:-fobjc-arc>)
   target_link_libraries(tq_hb PUBLIC "-framework Foundation" "-framework Metal")
@@ -59,7 +60,8 @@ add_custom_command(
   OUTPUT ${metal_source} ${metal_text}
   COMMAND ${CMAKE_COMMAND} -D INPUT=${PROJECT_SOURCE_DIR}/csrc/metal/kernels/tq_hb.metal
     -D ROOT=${PROJECT_SOURCE_DIR}/csrc -D TEXT=${metal_source} -D CXX=${metal_text} -P ${embed}
-  DEPENDS ${metal_kernels} csrc/core/abi.h csrc/core/head_dims.h csrc/core/query_range.h ${embed}
+  DEPENDS ${metal_kernels} csrc/core/abi.h csrc/core/codec_constants.h csrc/core/head_dims.h csrc/core/query_range.h
+    ${embed}
   COMMENT "Embedding the Metal kernels"
   VERBATIM)
 

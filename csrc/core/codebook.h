@@ -23,12 +23,6 @@ struct Codebook {
 
   unsigned num_levels() const noexcept { return 1u << cbits; }
 
-  std::uint8_t index_of(float value) const noexcept {
-    std::uint8_t index;
-    indices_of<1>(&value, &index);
-    return index;
-  }
-
   /// Indices of kCount values: binary searches in step with each other, since each alone waits for its loads.
   template <std::size_t kCount>
   void indices_of(const float* values, std::uint8_t* out) const noexcept {

@@ -1,22 +1,31 @@
-// Numbers of the codec that every implementation shares. Nothing that is compiled again for each includer: files with
-// their own instruction-set flags include this.
+// Numbers of the codec that every implementation shares, host and device code.
+//
+// Its function is static: files with their own instruction-set flags include this, and one function for all files could
+// be linked from the wrong one.
 #pragma once
 
-#include <cstddef>
+#include "core/abi.h"
+
+#if defined(__METAL_VERSION__)
+#define TQ_SHARED_CONSTANT constant
+#else
+#include <stddef.h>
+#define TQ_SHARED_CONSTANT constexpr
+#endif
 
 namespace tq_hb {
 
 /// The squares of a row are summed in so many lanes of consecutive coordinates: serially in a lane, then by an XOR
 /// tree.
-constexpr std::size_t kEnergyLanes = 32;
+TQ_SHARED_CONSTANT size_t kEnergyLanes = 32;
 /// Rotated values below this count as zero, so that hardware which flushes denormals stores the same bytes.
-constexpr float kFlushBelow = 0x1p-60f;
+TQ_SHARED_CONSTANT float kFlushBelow = 8.67361738e-19f;  // 2^-60
 /// A row (or block) of a norm that isn't larger takes the codes of zeros.
-constexpr float kSmallestNorm = 1e-10f;
+TQ_SHARED_CONSTANT float kSmallestNorm = 1e-10f;
 /// 1 / sqrt(kNormBlock): turns a block's L2 norm into its RMS.
-constexpr float kBlockRms = 1.0f / 16.0f;
+TQ_SHARED_CONSTANT float kBlockRms = 0.0625f;
 
-constexpr float inverse_sqrt_head_dim(std::size_t head_dim) noexcept {
+static constexpr float inverse_sqrt_head_dim(size_t head_dim) {
   switch (head_dim) {
     case 64:
       return 0.125f;
@@ -29,7 +38,9 @@ constexpr float inverse_sqrt_head_dim(std::size_t head_dim) noexcept {
   }
 }
 
+#if !defined(__METAL_VERSION__)
 /// +1 or -1 for each of the 512 coordinates; a smaller head takes the first head_dim of them.
 const float* sign_table() noexcept;
+#endif
 
 }  // namespace tq_hb

@@ -103,11 +103,11 @@ void CommandEncoder::wait() {
     state_ = State::kFinished;
     try {
       gpu_time_ = finish();
-    } catch (const Error& error) {
-      failure_ = error;
+    } catch (...) {
+      failure_ = std::current_exception();
     }
   }
-  if (failure_) throw *failure_;
+  if (failure_ != nullptr) std::rethrow_exception(failure_);
 }
 
 bool CommandEncoder::is_done() const {
@@ -145,13 +145,6 @@ std::vector<std::string> CommandEncoder::kernels() const {
 Precision CommandEncoder::precision() const {
   const auto lock = enter("precision");
   return precision_;
-}
-
-std::uint64_t CommandEncoder::threadgroup_bytes() const {
-  const auto lock = enter("threadgroup_bytes");
-  std::uint64_t bytes = 0;
-  for (const Node& node : nodes_) bytes = std::max(bytes, node.threadgroup_bytes);
-  return bytes;
 }
 
 }  // namespace tq_hb

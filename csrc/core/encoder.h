@@ -6,8 +6,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <mutex>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -59,8 +59,6 @@ class CommandEncoder {
   std::size_t num_nodes() const;
   /// Names of the kernels encoded so far.
   std::vector<std::string> kernels() const;
-  /// The largest threadgroup memory of any kernel encoded so far.
-  std::uint64_t threadgroup_bytes() const;
   /// The class of accuracy that all attention encoded so far keeps to.
   Precision precision() const;
 
@@ -98,7 +96,7 @@ class CommandEncoder {
   std::vector<Node> nodes_;
   Precision precision_ = Precision::kStrict;
   HazardTracker pending_;
-  std::optional<Error> failure_;
+  std::exception_ptr failure_;
   double gpu_time_ = 0.0;
 };
 

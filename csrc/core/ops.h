@@ -34,6 +34,11 @@ struct QuantizeOp {
   Packing packing = Packing::kByte;
 
   std::uint64_t num_tokens() const { return targets[0].src.shape().size() == 3 ? targets[0].src.shape()[0] : 1; }
+  /// Of a run longer than the ring only the newest tokens survive: so many come before them, and are not written, since
+  /// two tokens must not race for a slot.
+  std::uint64_t num_skipped() const {
+    return num_tokens() > args.cache_capacity ? num_tokens() - args.cache_capacity : 0;
+  }
 };
 
 /// Rebuilds consecutive positions from `first_position` on, still rotated.

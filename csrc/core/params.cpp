@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "core/checked.h"
-#include "core/codec.h"
+#include "core/layout.h"
 
 namespace tq_hb {
 namespace {
@@ -210,9 +210,8 @@ void validate(const QuantizeOp& op, const Device* device) {
     const Shape packed =
         packed_shape(args.num_kv_heads, args.cache_capacity, args.head_dim, op.packing, *target.codebook);
     const Shape& src = target.src.shape();
-    const std::uint64_t tokens = src.size() == 3 ? src[0] : 1;
     Shape wanted{args.num_kv_heads, args.head_dim};
-    if (src.size() == 3) wanted.insert(wanted.begin(), tokens);
+    if (src.size() == 3) wanted.insert(wanted.begin(), src.front());
     check_buffer(op.name, target.src_name(), target.src, DType::kFloat32, wanted, device);
     check_buffer(op.name, target.packed_name(), target.packed, DType::kUint8, packed, device);
     check_buffer(op.name, target.norms_name(), target.norms, DType::kFloat32, norms, device);
@@ -220,9 +219,9 @@ void validate(const QuantizeOp& op, const Device* device) {
       throw invalid(op.name, target.src_name(), "must have the shape of " + op.targets.front().src_name(),
                     to_string(src));
     }
-    if (args.is_sliding == 0 && std::uint64_t{args.write_pos} + tokens > args.cache_capacity) {
+    if (args.is_sliding == 0 && args.write_pos + op.num_tokens() > args.cache_capacity) {
       throw invalid(op.name, "write_pos",
-                    "plus the " + std::to_string(tokens) + " token(s) written must be <= cache_capacity " +
+                    "plus the " + std::to_string(op.num_tokens()) + " token(s) written must be <= cache_capacity " +
                         std::to_string(args.cache_capacity) + " unless is_sliding is 1",
                     args.write_pos);
     }
@@ -246,7 +245,7 @@ void validate(const DequantizeOp& op, const Device* device) {
                packed_shape(args.num_kv_heads, args.cache_capacity, args.head_dim, op.packing, *op.codebook), device);
   check_buffer(op.name, "norms", op.norms, DType::kFloat32,
                norms_shape(args.num_kv_heads, args.cache_capacity, args.head_dim), device);
-  const std::uint64_t tokens = op.output.shape().size() == 3 ? op.output.shape().front() : 1;
+  const std::uint64_t tokens = op.num_tokens();
   Shape wanted{args.num_kv_heads, args.head_dim};
   if (op.output.shape().size() == 3) wanted.insert(wanted.begin(), tokens);
   check_buffer(op.name, "output", op.output, DType::kFloat32, wanted, device);

@@ -1,5 +1,4 @@
-// Butterflies of the Walsh-Hadamard transform between vectors. The transform is in its natural order: strides 1, 2, 4
-// ...
+// Butterflies of the Walsh-Hadamard transform between vectors, in its natural order: strides 1, 2, 4, ...
 #pragma once
 
 #include "cpu/simd.h"

@@ -33,17 +33,15 @@ std::uint64_t slot_of(std::uint64_t position, const TqHadamardQuantizeArgs& args
 
 }  // namespace
 
-void quantize(const TqHadamardQuantizeArgs& args, const QuantizeTarget& target, Packing packing, ThreadPool& pool,
-              BadRows& bad_rows) {
+void quantize(const QuantizeOp& op, const QuantizeTarget& target, ThreadPool& pool, BadRows& bad_rows) {
+  const TqHadamardQuantizeArgs& args = op.args;
   const std::size_t head_dim = args.head_dim;
   const std::size_t heads = args.num_kv_heads;
   const std::size_t norms = norms_per_row(head_dim);
   const unsigned cbits = target.codebook->cbits;
-  const std::size_t bytes = row_bytes(packing, cbits, head_dim);
-  const std::size_t tokens = target.src.shape().size() == 3 ? target.src.shape()[0] : 1;
-  // Of a run longer than the ring only the newest tokens survive, and two tokens must not race for a slot.
-  const std::size_t skipped = tokens > args.cache_capacity ? tokens - args.cache_capacity : 0;
-  const bool cut = has_planes(packing, cbits);
+  const std::size_t bytes = row_bytes(op.packing, cbits, head_dim);
+  const std::size_t skipped = op.num_skipped();
+  const bool cut = has_planes(op.packing, cbits);
   EncodeRows& encode = encode_kernel();
   EncodeTask same{};
   same.head_dim = head_dim;
@@ -51,7 +49,7 @@ void quantize(const TqHadamardQuantizeArgs& args, const QuantizeTarget& target, 
   same.codebook = target.codebook;
   same.tree = &search_tree(*target.codebook);
   same.cbits = cbits;
-  for_each_run(pool, (tokens - skipped) * heads, [&](std::size_t begin, std::size_t end) {
+  for_each_run(pool, (op.num_tokens() - skipped) * heads, [&](std::size_t begin, std::size_t end) {
     const std::size_t first = begin + skipped * heads;
     std::uint8_t* packed[kRowsPerTask];
     std::uint8_t* codes[kRowsPerTask];

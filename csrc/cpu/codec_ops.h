@@ -7,9 +7,8 @@
 
 namespace tq_hb {
 
-/// Runs a validated op. A row that cannot be encoded leaves its slot alone and is reported.
-void quantize(const TqHadamardQuantizeArgs& args, const QuantizeTarget& target, Packing packing, ThreadPool& pool,
-              BadRows& bad_rows);
+/// Runs a validated op on one of its targets. A row that cannot be encoded leaves its slot alone and is reported.
+void quantize(const QuantizeOp& op, const QuantizeTarget& target, ThreadPool& pool, BadRows& bad_rows);
 void dequantize(const DequantizeOp& op, ThreadPool& pool);
 void fwht(const FwhtOp& op, ThreadPool& pool);
 

@@ -136,7 +136,7 @@ class CpuEncoder final : public CommandEncoder {
   static void run(const QuantizeOp& op) {
     std::vector<BadRows> bad_rows(op.targets.size());
     for (std::size_t i = 0; i < op.targets.size(); ++i) {
-      quantize(op.args, op.targets[i], op.packing, ThreadPool::instance(), bad_rows[i]);
+      quantize(op, op.targets[i], ThreadPool::instance(), bad_rows[i]);
     }
     for (std::size_t i = 0; i < op.targets.size(); ++i) {
       bad_rows[i].check(op.name, op.targets[i].src_name(), op.args.num_kv_heads);

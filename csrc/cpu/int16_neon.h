@@ -14,6 +14,8 @@ typedef int32x4_t Sums;
 constexpr std::size_t kChunk = 16;
 constexpr unsigned kSumShift = 2;
 constexpr std::size_t kLaneStep = 4;
+constexpr std::size_t kKeyGroup = 8;
+constexpr std::size_t kDots = 8;
 constexpr std::size_t kValueRows = 4;
 
 struct Levels {

@@ -6,6 +6,8 @@
 //   Sums                        a vector of 32-bit sums
 //   kChunk                      codes that are looked up at a time: 2 * kSumLanes of each of two vectors of levels
 //   kSumShift                   by how many bits sums are cut so that those of all lanes can be added: log2(lanes)
+//   kKeyGroup                   keys whose sums over lanes are added together
+//   kDots                       sums of products with keys that stay in registers, of some rows and some keys
 //   kValueRows                  rows whose sums over a chunk of values stay in registers
 //   CodeReader<bits, plane, dim>
 //                               ::at(row, chunk) -> codes of a chunk, of a type of its own
@@ -18,7 +20,7 @@
 //   kLaneStep                   a power of two: add_products adds the products of 16-bit values i and i ^ kLaneStep
 //                               to the same lane
 //   add(a, b), cut<bits>(a)     a + b, a / 2^bits, lane by lane
-//   add_across(sums[8], totals) the sums over all lanes, cut by kSumShift: totals[8]
+//   add_across(sums, totals)    the sums over all lanes of kKeyGroup sums, cut by kSumShift
 //   broadcast_pair(p)           the 16-bit values at p and p + 1, where pairs_of puts even and odd
 //   pin(sums)                   keeps the compiler from adding in another order, which would take more registers
 #pragma once
@@ -98,23 +100,26 @@ void quantize_query(const float* q, std::size_t head_dim, std::int16_t* values, 
   }
 }
 
-/// A row whose codes are looked up when they are used.
+/// Keys whose codes are looked up when they are used.
 template <class Reader, class CodesLookup>
-struct CodedRow {
-  [[gnu::always_inline]] Levels at(std::size_t chunk) const noexcept { return lookup.of(Reader::at(codes, chunk)); }
+struct CodedKeys {
+  [[gnu::always_inline]] Levels at(std::size_t key, std::size_t chunk) const noexcept {
+    return lookup.of(Reader::at(codes[key], chunk));
+  }
   const CodesLookup& lookup;
-  const std::uint8_t* codes;
+  const std::uint8_t* const* codes;
 };
 
-/// A row that has been looked up.
-struct DecodedRow {
-  Levels at(std::size_t chunk) const noexcept {
-    return {load_as<Sums>(levels + chunk * kChunk), load_as<Sums>(levels + chunk * kChunk + kChunk / 2)};
+/// Keys that have been looked up.
+template <std::size_t kHeadDim>
+struct DecodedKeys {
+  Levels at(std::size_t key, std::size_t chunk) const noexcept {
+    const std::int16_t* first = levels + key * kHeadDim + chunk * kChunk;
+    return {load_as<Sums>(first), load_as<Sums>(first + kChunk / 2)};
   }
   const std::int16_t* levels;
 };
 
-constexpr std::size_t kKeyGroup = 8;
 /// The same pointer, of which the compiler does not know that: it would load what is there once for many keys, into
 /// more registers than there are.
 template <class T>
@@ -129,31 +134,51 @@ struct DotSums {
   Sums sums[kNormBlocks<kHeadDim>][kQueryRows][kKeyGroup];
 };
 
-/// Multiplies key `t` of a group by kRows queries.
-template <std::size_t kHeadDim, std::size_t kRows, class Key>
-inline void multiply_key(const Key& key, const std::int16_t* q, std::size_t t, DotSums<kHeadDim>& dots) noexcept {
-  constexpr std::size_t kPart = kPartDim<kHeadDim>;
+/// Keys that kRows rows of queries are multiplied by at a time. Several share the load of a query, and a product need
+/// not wait for the one before it.
+template <std::size_t kRows>
+constexpr std::size_t kKeysAtOnce = kDots < 2 * kRows ? 1 : kDots < 4 * kRows ? 2 : 4;
+
+/// Multiplies some keys, of a group those from `t` on, by kRows queries.
+template <std::size_t kHeadDim, std::size_t kRows, class Keys>
+inline void multiply_keys(const Keys& keys, const std::int16_t* q, std::size_t t, DotSums<kHeadDim>& dots) noexcept {
+  constexpr std::size_t kPart = kPartDim<kHeadDim>, kKeys = kKeysAtOnce<kRows>;
 #pragma GCC unroll 1
   for (std::size_t b = 0; b < kNormBlocks<kHeadDim>; ++b) {
 #pragma GCC unroll 1
     for (std::size_t part = 0; part < kParts<kHeadDim>; ++part) {
-      Sums sums[kRows] = {};
+      Sums sums[kRows][kKeys] = {};
 #pragma GCC unroll 8
       for (std::size_t i = 0; i < kPart; i += kChunk) {
         const std::size_t at = b * kBlockDim<kHeadDim> + part * kPart + i;
-        const Levels levels = key.at(at / kChunk);
+        Levels levels[kKeys];
+#pragma GCC unroll 4
+        for (std::size_t j = 0; j < kKeys; ++j) levels[j] = keys.at(t + j, at / kChunk);
 #pragma GCC unroll 8
         for (std::size_t k = 0; k < kRows; ++k) {
-          sums[k] = add_products(sums[k], levels.first, load_as<Sums>(q + k * kHeadDim + at));
-          sums[k] = add_products(sums[k], levels.second, load_as<Sums>(q + k * kHeadDim + at + kChunk / 2));
-          pin(sums[k]);
+          const std::int16_t* row = q + k * kHeadDim + at;
+          Levels query{load_as<Sums>(row), load_as<Sums>(row + kChunk / 2)};
+          if constexpr (kKeys > 1) {
+            // Kept from being loaded once for every key.
+            pin(query.first);
+            pin(query.second);
+          }
+#pragma GCC unroll 4
+          for (std::size_t j = 0; j < kKeys; ++j) {
+            sums[k][j] = add_products(sums[k][j], levels[j].first, query.first);
+            sums[k][j] = add_products(sums[k][j], levels[j].second, query.second);
+            pin(sums[k][j]);
+          }
         }
       }
 #pragma GCC unroll 8
       for (std::size_t k = 0; k < kRows; ++k) {
-        Sums& whole = dots.sums[b][k][t];
-        const Sums share = cut<kPartShift<kHeadDim>>(sums[k]);
-        whole = part == 0 ? share : add(whole, share);
+#pragma GCC unroll 4
+        for (std::size_t j = 0; j < kKeys; ++j) {
+          Sums& whole = dots.sums[b][k][t + j];
+          const Sums share = cut<kPartShift<kHeadDim>>(sums[k][j]);
+          whole = part == 0 ? share : add(whole, share);
+        }
       }
     }
   }
@@ -216,22 +241,23 @@ inline void add_rows(const AttendTask& task, std::size_t chunk, std::size_t r, s
 #pragma GCC unroll 4
     for (std::size_t i = 0; i < 4; ++i) sums[k][i] = fill(rows[k].halves[block]);
   }
-  for (std::size_t first = 0; first < pairs; first += 2) {
-#pragma GCC unroll 2
-    for (std::size_t p = first; p < first + 2; ++p) {
-      Sums pair_weights[kRows];
+  const auto add_pair = [&](std::size_t p) __attribute__((always_inline)) {
+    Sums pair_weights[kRows];
 #pragma GCC unroll 8
-      for (std::size_t k = 0; k < kRows; ++k) pair_weights[k] = broadcast_pair(weights[k] + 2 * p);
-      const PairLevels& pair = values.at(p);
+    for (std::size_t k = 0; k < kRows; ++k) pair_weights[k] = broadcast_pair(weights[k] + 2 * p);
+    const PairLevels& pair = values.at(p);
 #pragma GCC unroll 4
-      for (std::size_t i = 0; i < 4; ++i) {
+    for (std::size_t i = 0; i < 4; ++i) {
 #pragma GCC unroll 8
-        for (std::size_t k = 0; k < kRows; ++k) {
-          sums[k][i] = add_products(sums[k][i], pair.vectors[i], pair_weights[k]);
-          pin(sums[k][i]);
-        }
+      for (std::size_t k = 0; k < kRows; ++k) {
+        sums[k][i] = add_products(sums[k][i], pair.vectors[i], pair_weights[k]);
+        pin(sums[k][i]);
       }
     }
+  };
+  for (std::size_t p = 0; p < pairs; p += 2) {
+    add_pair(p);
+    add_pair(p + 1);
   }
 #pragma GCC unroll 8
   for (std::size_t k = 0; k < kRows; ++k) {
@@ -285,11 +311,11 @@ struct Format {
   template <std::size_t kRows>
   static void score_fused(const AttendTask& task, const KeyNorms<kHeadDim>& norms, const TileRows& keys,
                           std::size_t first, const CodesLookup& lookup, const UpcomingCodes& upcoming) noexcept {
+    const CodedKeys<Reader, CodesLookup> coded{lookup, keys.at + first};
     DotSums<kHeadDim> dots;
-    for (std::size_t t = 0; t < kKeyGroup; ++t) {
-      prefetch_beside(first + t, upcoming);
-      const CodedRow<Reader, CodesLookup> key{lookup, keys.at[first + t]};
-      multiply_key<kHeadDim, kRows>(key, not_hoisted(task.q_int16.values), t, dots);
+    for (std::size_t t = 0; t < kKeyGroup; t += kKeysAtOnce<kRows>) {
+      for (std::size_t j = 0; j < kKeysAtOnce<kRows>; ++j) prefetch_beside(first + t + j, upcoming);
+      multiply_keys<kHeadDim, kRows>(coded, not_hoisted(task.q_int16.values), t, dots);
     }
     finish_scores(task, norms, first, 0, task.rows, dots);
   }
@@ -312,8 +338,8 @@ struct Format {
     DotSums<kHeadDim> dots;
     for (std::size_t r = 0; r < task.rows; r += kQueryRows) {
       const std::int16_t* q = task.q_int16.values + r * kHeadDim;
-      for (std::size_t t = 0; t < kKeyGroup; ++t) {
-        multiply_key<kHeadDim, kQueryRows>(DecodedRow{levels[t]}, not_hoisted(q), t, dots);
+      for (std::size_t t = 0; t < kKeyGroup; t += kKeysAtOnce<kQueryRows>) {
+        multiply_keys<kHeadDim, kQueryRows>(DecodedKeys<kHeadDim>{levels[0]}, not_hoisted(q), t, dots);
       }
       finish_scores(task, norms, first, r, task.rows - r < kQueryRows ? task.rows - r : kQueryRows, dots);
     }

@@ -11,6 +11,7 @@ namespace {
 constexpr std::size_t kSteps = Int16Segments::kSteps;
 constexpr std::int32_t kFraction = Int16Segments::kFraction;
 constexpr std::int32_t kLargestShare = 255;
+constexpr std::int32_t kLargestShape = 127;
 /// What a level that hardly occurs counts, beside 1 for those in the middle.
 constexpr double kLeastWeight = 3e-3;
 
@@ -23,6 +24,10 @@ struct Shapes {
 /// codebooks of 8 bits. Where levels are close, a step of the line's share is half of a unit per step; the other shape
 /// rises so steeply that shares of 8 bits serve where they are not.
 constexpr Shapes kInnerShapes{{{0, 2, 4, 6, 8, 10, 12, 14}, {0, 18, 35, 50, 64, 77, 89, 100}}};
+
+// The kernel adds the two products in 16 bits.
+static_assert(kLargestShare * (kInnerShapes.values[0][kSteps - 1] + kInnerShapes.values[1][kSteps - 1]) < 0x8000);
+static_assert(kLargestShare * kLargestShape + kLargestShape < 0x8000, "the second outer shape's share is 1");
 
 /// What a segment should give, and how much an error counts.
 struct Target {
@@ -102,14 +107,19 @@ Fit fit_inner(const Target& target) {
   return found;
 }
 
+/// Cut off where a shape has no room for it, which then counts as an error of the fit.
+std::int8_t bounded_shape(double value) {
+  return static_cast<std::int8_t>(std::clamp<double>(value, -kLargestShape, kLargestShape));
+}
+
 /// Shapes for one segment alone: with the largest share of the first, and one of the second, they give all its values.
 Shapes outer_shapes(const Target& target) {
   Shapes shapes;
   for (std::size_t r = 0; r < kSteps; ++r) {
     const double rise = std::nearbyint(kFraction * (target.values[r] - target.values[0]));
     const double whole = std::nearbyint(rise / kLargestShare);
-    shapes.values[0][r] = static_cast<std::int8_t>(whole);
-    shapes.values[1][r] = static_cast<std::int8_t>(rise - whole * kLargestShare);
+    shapes.values[0][r] = bounded_shape(whole);
+    shapes.values[1][r] = bounded_shape(rise - whole * kLargestShare);
   }
   return shapes;
 }

@@ -15,6 +15,8 @@ typedef __m512i Sums;
 constexpr std::size_t kChunk = 64;
 constexpr unsigned kSumShift = 4;
 constexpr std::size_t kLaneStep = 1;
+constexpr std::size_t kKeyGroup = 16;
+constexpr std::size_t kDots = 16;
 constexpr std::size_t kValueRows = 4;
 
 struct Levels {
@@ -52,11 +54,13 @@ inline void add_across(const Sums* sums, std::int32_t* totals) noexcept {
     const __m512i a = two(i), b = two(i + 2);
     return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
   };
-  const __m512i a = four(0), b = four(4);
-  const __m512i pairs = _mm512_add_epi32(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xdd));
-  const __m512i all = _mm512_add_epi32(pairs, _mm512_shuffle_i64x2(pairs, pairs, 0xb1));
-  const __m256i eight = _mm512_castsi512_si256(_mm512_shuffle_i64x2(all, all, 0x08));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(totals), eight);
+  const auto eight = [&](std::size_t i) {
+    const __m512i a = four(i), b = four(i + 4);
+    return _mm512_add_epi32(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xdd));
+  };
+  const __m512i a = eight(0), b = eight(8);
+  const __m512i all = _mm512_add_epi32(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xdd));
+  _mm512_storeu_si512(totals, all);
 }
 
 inline Sums broadcast_pair(const std::int16_t* pair) noexcept {

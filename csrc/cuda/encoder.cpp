@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "core/device.h"
+#include "core/layout.h"
 #include "core/params.h"
 #include "cuda/bad_rows.h"
 #include "cuda/kernels/kernels.h"
@@ -18,11 +19,6 @@
 
 namespace tq_hb {
 namespace {
-
-/// Rows of floats are loaded in vectors of this many bytes.
-constexpr std::uintptr_t kRowAlignment = 16;
-/// Codes may start wherever a row of a larger buffer may: the shortest have 40 bytes.
-constexpr std::uintptr_t kCodesAlignment = 8;
 
 void check_aligned(const std::string& op, const std::string& field, const Buffer& rows,
                    std::uintptr_t alignment = kRowAlignment) {
@@ -157,9 +153,7 @@ class CudaEncoder final : public CommandEncoder {
       check_aligned(op.name, target.packed_name(), target.packed, kCodesAlignment);
     }
     const std::uint64_t tokens = op.num_tokens();
-    const std::uint64_t capacity = op.args.cache_capacity;
-    // Of a run longer than the ring only the newest tokens survive, and two tokens must not race for a slot.
-    const std::uint64_t skipped = tokens > capacity ? tokens - capacity : 0;
+    const std::uint64_t skipped = op.num_skipped();
     checked_rows(op.name, tokens * op.args.num_kv_heads);
     if (tokens == 0) return;
     QuantizeCall call{};

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <mutex>
-#include <string>
 
 #import <Metal/Metal.h>
 

@@ -22,7 +22,9 @@ class MetalDevice final : public Device {
 
   std::string name() const override { return name_; }
   std::string backend() const override { return "metal"; }
-  bool is_simulated() const override { return name_.find("Simulated") != std::string::npos; }
+#if defined(TQ_HB_METAL_SIMULATED)
+  bool is_simulated() const override { return true; }
+#endif
   DeviceLimits limits() const override { return limits_; }
   bool offers(AttendKernel, std::uint64_t, Packing, unsigned, unsigned) const override { return true; }
   void check_usable(const std::string& op) const override {

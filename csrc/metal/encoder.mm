@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "core/device.h"
+#include "core/layout.h"
 #include "core/params.h"
 #include "metal/bad_rows.h"
 #include "metal/command_stream.h"
@@ -18,19 +19,11 @@
 namespace tq_hb {
 namespace {
 
-/// Rows are loaded in vectors of up to this many bytes.
-constexpr std::uint64_t kRowAlignment = 16;
-
 void check_aligned(const std::string& op, const std::string& field, const Buffer& rows,
                    std::uint64_t alignment = kRowAlignment) {
   if (rows.offset() % alignment == 0) return;
   throw invalid(op, field, "must start at a multiple of " + std::to_string(alignment) + " bytes in its storage",
                 rows.offset());
-}
-
-/// Codes may start wherever a row of a larger buffer may: the shortest have 40 bytes.
-void check_codes_aligned(const std::string& op, const std::string& field, const Buffer& packed) {
-  check_aligned(op, field, packed, 8);
 }
 
 /// Whether the pipeline is one for planes.
@@ -91,12 +84,11 @@ class MetalEncoder final : public CommandEncoder {
   void encode(QuantizeOp op) override {
     for (const QuantizeTarget& target : op.targets) {
       check_aligned(op.name, target.src_name(), target.src);
-      check_codes_aligned(op.name, target.packed_name(), target.packed);
+      check_aligned(op.name, target.packed_name(), target.packed, kCodesAlignment);
     }
     TqHadamardQuantizeArgs args = op.args;
     const std::uint64_t tokens = op.num_tokens();
-    // Of a run longer than the ring only the newest tokens survive, and two tokens must not race for a slot.
-    const std::uint64_t skipped = tokens > args.cache_capacity ? tokens - args.cache_capacity : 0;
+    const std::uint64_t skipped = op.num_skipped();
     checked_rows(op.name, (tokens - skipped) * args.num_kv_heads);
     if (tokens == 0) return;
     if (args.is_sliding == 1) {
@@ -151,7 +143,7 @@ class MetalEncoder final : public CommandEncoder {
   }
 
   void encode(DequantizeOp op) override {
-    check_codes_aligned(op.name, "packed", op.packed);
+    check_aligned(op.name, "packed", op.packed, kCodesAlignment);
     check_aligned(op.name, "output", op.output);
     TqHadamardQuantizeArgs args = op.args;
     const std::uint64_t tokens = op.num_tokens();
@@ -171,8 +163,8 @@ class MetalEncoder final : public CommandEncoder {
 
   void encode(AttendOp op) override {
     check_aligned(op.name, "q", op.q);
-    check_codes_aligned(op.name, "k_packed", op.k_packed);
-    check_codes_aligned(op.name, "v_packed", op.v_packed);
+    check_aligned(op.name, "k_packed", op.k_packed, kCodesAlignment);
+    check_aligned(op.name, "v_packed", op.v_packed, kCodesAlignment);
     check_aligned(op.name, "output", op.output);
     if (op.tmp) check_aligned(op.name, "tmp", *op.tmp);
     const TqFlashAttnVecArgs& args = op.args;

@@ -13,7 +13,6 @@ from tq_hb.interop import (
     Array,
     Rows,
     as_out,
-    as_rows,
     as_rows_with_dtype,
     check_sinks,
     finish,
@@ -80,7 +79,9 @@ class AttentionCall:
     def _check_sinks(self, sinks: Array) -> Rows:
         if not is_on_gpu(sinks):
             return check_sinks(self.op, sinks, self.num_heads)
-        logits = as_rows(self.op, "sinks", sinks, self._form.device._core)  # whose values nobody looks at
+        # Nobody looks at the values. The call may be on another stream than theirs, as queries of the host's are.
+        is_in_order = gpu_arrays.stream(sinks) == self.stream
+        logits = gpu_arrays.as_float32(self.op, "sinks", sinks, self._form.device._core, on_its_stream=is_in_order)
         if logits.shape != (self.num_heads,):
             raise invalid(self.op, "sinks", f"must have shape ({self.num_heads},), one per query head", logits.shape)
         return logits
@@ -148,8 +149,7 @@ class AttentionCall:
         for index in self._empty:
             self._fill(self._result, index, 0.0)
             if self._lse is not None:
-                sinks = self._sinks.numpy() if isinstance(self._sinks, _core.Buffer) else self._sinks
-                self._fill(self._lse, index, -np.inf if sinks is None else sinks)
+                self._fill(self._lse, index, -np.inf if self._sinks is None else self._sinks)
         return launched
 
     def _run_on_gpu(self, outstanding: Outstanding) -> list[_core.Launched]:
@@ -172,9 +172,9 @@ class AttentionCall:
     def _fill(self, array: Any, index: int, values: Any) -> None:
         rows = array[index] if self._batched else array
         if self._staging.is_on_gpu:
-            gpu_arrays.overwrite(rows, np.broadcast_to(np.asarray(values, np.float32), tuple(rows.shape)))
+            gpu_arrays.overwrite(rows, values)
         else:
-            rows[...] = values
+            rows[...] = values.numpy() if isinstance(values, _core.Buffer) else values
 
     def results(self) -> Array | tuple[Array, Array]:
         """Hand over the output, and lse if it was asked for."""

@@ -56,6 +56,7 @@ def _renew_locks() -> None:
     """Give a forked child's caches new locks: the thread that held an old one is not there to release it."""
     for cache in _caches:
         cache._lock = threading.RLock()
+        cache._outstanding.renew_lock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -716,7 +717,7 @@ class KVCache:
         caches = read_caches(op, path)
         if len(caches) != 1:
             raise invalid(op, "path", "must hold one cache; tq_hb.load_caches reads several", len(caches))
-        return cls._restore(caches[0], where)
+        return cls._restore(op, caches[0], where)
 
     def _saved(self) -> SavedCache:
         """Return what a file keeps of the cache."""
@@ -749,10 +750,10 @@ class KVCache:
         return np.arange(self._offset - self._len, self._offset) % max(self._capacity, 1)
 
     @classmethod
-    def _restore(cls, saved: SavedCache, device: str | Device | None) -> KVCache:
+    def _restore(cls, op: str, saved: SavedCache, device: str | Device | None) -> KVCache:
         """Make a cache of what a file has kept, which has been checked."""
         form = CacheFormat.check(
-            "KVCache.load",
+            op,
             saved.num_kv_heads,
             saved.head_dim,
             saved.k_bits,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from tq_hb import _core, policy
 from tq_hb.interop import Array, as_codes, as_float32, check_sinks
@@ -247,7 +246,15 @@ class CommandEncoder:
         output: Buffer,
         tmp: Buffer | None,
         p: _core.FlashAttnVecTqHbParams,
-        **options: Any,
+        *,
+        nwg: int | None = None,
+        v_bits: int | None = None,
+        codebook: str = "lloyd_max",
+        packing: str = "byte",
+        sinks: Array | None = None,
+        precision: str = "default",
+        return_lse: bool = False,
+        lse: Buffer | None = None,
     ) -> None:
         """Record decode attention; ``output`` stays rotated. See :func:`tq_hb.flash_attn_vec_tq_hb` for the options.
 
@@ -268,41 +275,14 @@ class CommandEncoder:
         >>> out.numpy().mean(axis=1).round(2).tolist()  # every value of V is about 1
         [1.0, 1.0]
         """
-        op = "flash_attn_vec_tq_hb"
-        self._attend(op, False, q, k_packed, k_norms, v_packed, v_norms, output, tmp, p, **options)
+        self._attend(
+            "flash_attn_vec_tq_hb", False, q, k_packed, k_norms, v_packed, v_norms, output, tmp, p,
+            nwg=nwg, v_bits=v_bits, codebook=codebook, packing=packing, sinks=sinks, precision=precision,
+            return_lse=return_lse, lse=lse,
+        )  # fmt: skip
 
     def flash_attn_vec_tq_hb_with_fused_undo(
         self,
-        q: Array,
-        k_packed: Array,
-        k_norms: Array,
-        v_packed: Array,
-        v_norms: Array,
-        output: Buffer,
-        tmp: Buffer | None,
-        p: _core.FlashAttnVecTqHbParams,
-        **options: Any,
-    ) -> None:
-        """Record decode attention with an un-rotated ``output``.
-
-        >>> import numpy as np, tq_hb
-        >>> dev = tq_hb.Device("cpu")
-        >>> k = v = tq_hb.quantize(np.ones((1, 4, 256), np.float32), 8)
-        >>> p = tq_hb.FlashAttnVecTqHbParams(
-        ...     num_heads=2, num_kv_heads=1, head_dim=256, kv_seq_len=4, kv_capacity=4, scale=0.0625, fuse_fwht_pre=1)
-        >>> out, enc = dev.empty((2, 256)), dev.encoder()
-        >>> enc.flash_attn_vec_tq_hb_with_fused_undo(np.ones((2, 256), np.float32), *k, *v, out, None, p)
-        >>> enc.commit_and_wait()
-        >>> out.numpy().mean(axis=1).round(2).tolist()
-        [1.0, 1.0]
-        """
-        op = "flash_attn_vec_tq_hb_with_fused_undo"
-        self._attend(op, True, q, k_packed, k_norms, v_packed, v_norms, output, tmp, p, **options)
-
-    def _attend(
-        self,
-        op: str,
-        fused_undo: bool,
         q: Array,
         k_packed: Array,
         k_norms: Array,
@@ -320,6 +300,47 @@ class CommandEncoder:
         precision: str = "default",
         return_lse: bool = False,
         lse: Buffer | None = None,
+    ) -> None:
+        """Record decode attention with an un-rotated ``output``.
+
+        >>> import numpy as np, tq_hb
+        >>> dev = tq_hb.Device("cpu")
+        >>> k = v = tq_hb.quantize(np.ones((1, 4, 256), np.float32), 8)
+        >>> p = tq_hb.FlashAttnVecTqHbParams(
+        ...     num_heads=2, num_kv_heads=1, head_dim=256, kv_seq_len=4, kv_capacity=4, scale=0.0625, fuse_fwht_pre=1)
+        >>> out, enc = dev.empty((2, 256)), dev.encoder()
+        >>> enc.flash_attn_vec_tq_hb_with_fused_undo(np.ones((2, 256), np.float32), *k, *v, out, None, p)
+        >>> enc.commit_and_wait()
+        >>> out.numpy().mean(axis=1).round(2).tolist()
+        [1.0, 1.0]
+        """
+        self._attend(
+            "flash_attn_vec_tq_hb_with_fused_undo", True, q, k_packed, k_norms, v_packed, v_norms, output, tmp, p,
+            nwg=nwg, v_bits=v_bits, codebook=codebook, packing=packing, sinks=sinks, precision=precision,
+            return_lse=return_lse, lse=lse,
+        )  # fmt: skip
+
+    def _attend(
+        self,
+        op: str,
+        fused_undo: bool,
+        q: Array,
+        k_packed: Array,
+        k_norms: Array,
+        v_packed: Array,
+        v_norms: Array,
+        output: Buffer,
+        tmp: Buffer | None,
+        p: _core.FlashAttnVecTqHbParams,
+        *,
+        nwg: int | None,
+        v_bits: int | None,
+        codebook: str,
+        packing: str,
+        sinks: Array | None,
+        precision: str,
+        return_lse: bool,
+        lse: Buffer | None,
     ) -> None:
         check_format(op, codebook, packing)
         check_params(op, "p", p, _core.FlashAttnVecTqHbParams)

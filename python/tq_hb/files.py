@@ -152,7 +152,7 @@ def load_caches(path: str | os.PathLike[str], device: str | Device | None = None
 
     op = "load_caches"
     resolved = resolve_device(op, device)
-    return [KVCache._restore(saved, resolved) for saved in read_caches(op, path)]
+    return [KVCache._restore(op, saved, resolved) for saved in read_caches(op, path)]
 
 
 # -- writing -----------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def view(op: str, field: str, x: Array, device: _core.Device, *, on_its_stream: 
     return device.borrow(op, field, x.detach() if kind == "torch" else x, _NO_ORDER if is_in_order else _LEGACY_STREAM)
 
 
-def as_float32(op: str, field: str, x: Array, device: _core.Device) -> _core.Buffer:
+def as_float32(op: str, field: str, x: Array, device: _core.Device, *, on_its_stream: bool = True) -> _core.Buffer:
     """Return a float32 buffer with the array's values: over its own memory where that can be."""
     require(op, field, x, device)
     kind, wanted = library(x), "must have dtype float16, bfloat16, float32 or float64"
@@ -112,7 +112,7 @@ def as_float32(op: str, field: str, x: Array, device: _core.Device) -> _core.Buf
         x = sys.modules["cupy"].ascontiguousarray(x, dtype=np.float32)
         if x.data.ptr % _ALIGNMENT:
             x = x.copy()
-    buffer = view(op, field, x, device)
+    buffer = view(op, field, x, device, on_its_stream=on_its_stream)
     if buffer.dtype != np.float32:
         raise invalid(op, field, "must have dtype float32, or be an array of torch or cupy", buffer.dtype)
     return buffer
@@ -159,14 +159,20 @@ def finished(x: Array, result: Array, dtype: str) -> Array:
 
 
 def overwrite(target: Array, values: Array) -> None:
-    """Copy values into an array of torch, cupy or ours; what its dtype cannot hold becomes infinite."""
+    """Copy values into an array of torch, cupy or ours, broadcast; what its dtype cannot hold becomes infinite.
+
+    The array's library copies, on the caller's stream: also what is in a buffer, which is not read before that.
+    """
     kind = library(target)
     if kind == "torch":
         torch = sys.modules["torch"]
+        if isinstance(values, _core.Buffer):
+            values = torch.from_dlpack(values)
         target.copy_(values if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values)))
     elif kind == "cupy":
         target[...] = sys.modules["cupy"].asarray(values)
     else:
+        values = values.numpy() if isinstance(values, _core.Buffer) else values
         target.copy_from(np.broadcast_to(np.asarray(values, target.dtype), target.shape))
 
 

@@ -86,38 +86,46 @@ class Outstanding:
     """Calls that a GPU has been given and may still work on, of one cache or of several that share it.
 
     Their encoders keep what they use and know which row could not be used: that is raised by the next call, or by the
-    next that waits. A captured call may run again at any time, so that its encoder stays.
+    next that waits. A captured call may run again at any time, so that its encoder stays. Threads may use it at once.
     """
 
     MOST = 64
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._running: deque[_core.CommandEncoder] = deque()
+        self._running: deque[tuple[int | None, _core.CommandEncoder]] = deque()  # with their streams
         self._captured: list[_core.CommandEncoder] = []
-        self._stream: int | None = None
+        self.renew_lock()
+
+    def renew_lock(self) -> None:
+        """Take a new lock, in a forked child: the thread that held the old one is not there to release it."""
+        self._lock = threading.Lock()
 
     def enter(self, device: _core.Device, stream: int | None) -> None:
         """Let a call on a stream come after those before; while a stream is captured nothing may be waited for."""
         if stream is not None and device.is_capturing(stream):
             return
-        if self._running:
-            with self._lock:
-                self._settle(everything=stream != self._stream or len(self._running) >= self.MOST)
-        self._stream = stream
+        with self._lock:
+            is_full = len(self._running) >= self.MOST
+            self._settle(everything=is_full or any(other != stream for other, _ in self._running))
 
     def run(self, device: _core.Device, stream: int | None, encoder: _core.CommandEncoder) -> None:
         """Hand over a recorded call without waiting for it."""
         is_captured = stream is not None and device.is_capturing(stream)
         encoder.commit()
-        (self._captured if is_captured else self._running).append(encoder)
+        with self._lock:
+            if is_captured:
+                self._captured.append(encoder)
+            else:
+                self._running.append((stream, encoder))
 
     def wait(self) -> None:
         """Wait for all, and raise what went wrong in the first that failed."""
-        if self._running:
-            with self._lock:
-                self._settle(everything=True)
+        with self._lock:
+            self._settle(everything=True)
 
     def _settle(self, *, everything: bool) -> None:
-        while self._running and (everything or self._running[0].is_done):
-            self._running.popleft().wait()
+        while self._running and (everything or self._running[0][1].is_done):
+            try:
+                self._running[0][1].wait()
+            finally:
+                self._running.popleft()

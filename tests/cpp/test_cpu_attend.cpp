@@ -384,6 +384,7 @@ TEST(Int16Levels, SegmentsStayNearTheLevels) {
       const std::size_t i = code % Int16Segments::kSteps + Int16Segments::kSteps * Int16Segments::family_of(s);
       const int rise = fit.shares[0][s] * fit.shapes[0][i] + fit.shares[1][s] * fit.shapes[1][i];
       ASSERT_LT(std::abs(rise), 0x8000) << code;
+      EXPECT_LT(fit.shapes[0][i], std::numeric_limits<std::int8_t>::max()) << code << " was cut off";
       const int value =
           fit.starts[s] + static_cast<int>(std::floor(static_cast<double>(rise) / Int16Segments::kFraction + 0.5));
       EXPECT_GT(value, before) << code;

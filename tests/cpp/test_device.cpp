@@ -1,5 +1,3 @@
-#include <cstring>
-
 #include "core/device.h"
 #include "expect_error.h"
 #include "registry.h"

@@ -1,5 +1,6 @@
 #include <future>
 #include <limits>
+#include <new>
 #include <thread>
 
 #include <gtest/gtest.h>
@@ -38,11 +39,10 @@ TEST_P(CommandEncoderOn, RefusesUseOutOfOrder) {
   encoder->wait();
 }
 
-/// Stays in commit() until it is let go.
-class StuckEncoder final : public CommandEncoder {
+/// Drops its ops.
+class IdleEncoder : public CommandEncoder {
  public:
   using CommandEncoder::CommandEncoder;
-  std::promise<void> entered, leave;
 
  private:
   void encode(QuantizeOp) override {}
@@ -50,6 +50,16 @@ class StuckEncoder final : public CommandEncoder {
   void encode(AttendOp) override {}
   void encode(FwhtOp) override {}
   void encode_barrier() override {}
+  void submit() override {}
+};
+
+/// Stays in commit() until it is let go.
+class StuckEncoder final : public IdleEncoder {
+ public:
+  using IdleEncoder::IdleEncoder;
+  std::promise<void> entered, leave;
+
+ private:
   void submit() override {
     entered.set_value();
     leave.get_future().wait();
@@ -70,6 +80,23 @@ TEST(CommandEncoder, RefusesASecondThreadWhileItWorks) {
   worker.join();
   encoder.wait();
   EXPECT_EQ(encoder.gpu_time(), 1.5);
+}
+
+/// Its ops fail in a way that no backend foresaw.
+class FailingEncoder final : public IdleEncoder {
+ public:
+  using IdleEncoder::IdleEncoder;
+
+ private:
+  double finish() override { throw std::bad_alloc(); }
+};
+
+TEST(CommandEncoder, ThrowsWhateverWentWrongAtEveryWait) {
+  CacheCase test(2, 1, 256, 8);
+  FailingEncoder encoder(test.device.get());
+  encoder.commit();
+  for (int i = 0; i < 2; ++i) EXPECT_THROW(encoder.wait(), std::bad_alloc);
+  EXPECT_TRUE(encoder.is_done());
 }
 
 TEST_P(CommandEncoderOn, LeavesABadRowAndWritesTheOthers) {

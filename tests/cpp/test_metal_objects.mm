@@ -1,6 +1,5 @@
 // The Metal backend from inside: its pipelines, its library, foreign buffers, what it leaves behind.
 
-#include <functional>
 #include <thread>
 #include <vector>
 

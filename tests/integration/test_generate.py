@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
 
 import pytest
 
@@ -87,7 +88,8 @@ def test_compare_agrees_with_the_definition_in_float64(scale):
 
 
 def test_quick_run_writes_a_report_and_a_plot(tmp_path, capsys):
-    assert main(["generate", "--quick", "--json", "--max-new-tokens", "5", "--out", str(tmp_path)]) == 0
+    arguments = ["generate", "--quick", "--json", "--max-new-tokens", "5", "--out", str(tmp_path)]
+    assert main(arguments) == 0
     captured = capsys.readouterr()
     report = json.loads(captured.out)
     assert report == json.loads((tmp_path / "generate.json").read_text())
@@ -100,6 +102,8 @@ def test_quick_run_writes_a_report_and_a_plot(tmp_path, capsys):
     assert report["replay"]["prefill_tokens"] > report["window"]
     assert [row["setting"] for row in report["replay"]["settings"]] == [str(setting) for setting in SETTINGS]
     assert report["machine"]["threads"] >= 1
+    assert report["command"] == shlex.join(["tq-hb", *arguments])
+    assert len(report["load_average"]) == 3
 
 
 def test_the_texts_are_long_enough():

@@ -32,6 +32,7 @@ SUITE_LIMIT_S = 900
 
 NOT_CAUGHT = "**none**"
 DOES_NOT_BUILD = "**does not build**"
+NOT_RUN = "not run yet"
 
 
 @dataclass(frozen=True)
@@ -211,12 +212,13 @@ def write_report(mutants: list[Mutant], found: dict[str, str]) -> None:
     lines = [
         "# Seeded faults",
         "",
-        "`make mutants` puts these faults into the sources, one at a time, and runs the tests until one fails; it",
-        "wrote this table. A fault that no test catches is a hole in the tests.",
+        "`make mutants` puts these faults into the sources, one at a time, and runs the tests until one fails. A fault",
+        "that no test catches is a hole in the tests. A row has what came of the fault's own last run, also where",
+        f'later runs left it out; "{NOT_RUN}" is one that no run has tried.',
         "",
         "| fault | file | first test that failed |",
         "| --- | --- | --- |",
-        *(f"| {m.name} | `{m.file}` | {results.get(m.name, 'not run yet')} |" for m in mutants),
+        *(f"| {m.name} | `{m.file}` | {results.get(m.name, NOT_RUN)} |" for m in mutants),
     ]
     REPORT.write_text("\n".join(lines) + "\n")
 

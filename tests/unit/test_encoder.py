@@ -351,9 +351,28 @@ def test_warmup_leaves_everything_usable(device):
     assert tq_hb.quantize(np.ones((1, 256), np.float32), 8, device=device)[0].shape == (1, 256)
 
 
-@pytest.mark.parametrize("bits", [8, (5, 6), [np.int64(8)], ()], ids=str)
-def test_warmup_takes_the_widths_that_will_be_used(device, bits):
-    tq_hb.warmup(device, bits=bits)
+class WarmedUp:
+    """A device's core that notes which widths it is told of."""
+
+    def __init__(self, core):
+        self._core = core
+        self.widths: list[int] = []
+
+    def warm_up(self, widths):
+        self._core.warm_up(widths)
+        self.widths += widths
+
+
+@pytest.mark.parametrize(
+    ("bits", "widths"),
+    [(8, [8]), ((5, 6), [5, 6]), ([np.int64(8)], [8]), ((), []), (None, list(tq_hb.supported_bits()))],
+    ids=str,
+)
+def test_warmup_takes_the_widths_that_will_be_used(device, bits, widths):
+    other = tq_hb.Device(device.backend)
+    other._core = WarmedUp(device._core)
+    tq_hb.warmup(other, bits=bits)
+    assert other._core.widths == widths
 
 
 @pytest.mark.parametrize("bits", [7, (8, 4), "8", 8.0], ids=repr)

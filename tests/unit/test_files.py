@@ -316,6 +316,13 @@ class TestKVCaches:
             with pytest.raises(tq_hb.InvalidArgument, match=f"^{name}: header length of '.*cache.safetensors' must"):
                 call(path)
 
+    def test_what_no_cache_can_be_made_of_names_the_call(self, monkeypatch):
+        calls = (("KVCache.load", "tq_hb.cache", tq_hb.KVCache.load), ("load_caches", "tq_hb.files", load_caches))
+        for name, module, call in calls:
+            monkeypatch.setattr(f"{module}.read_caches", lambda op, path: [make_saved(0, precision="none")])
+            with pytest.raises(tq_hb.InvalidArgument, match=f"^{name}: precision must be"):
+                call("cache.safetensors")
+
     def test_a_capacity_that_does_not_fit_takes_no_memory(self, path):
         write_caches("op", path, [make_saved(0, capacity=2**32 - 1)])
         with pytest.raises(tq_hb.OutOfMemoryError):

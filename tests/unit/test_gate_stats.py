@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+import tq_hb
 from tq_hb.cli._gate_caches import Layer, Widths
 from tq_hb.cli._gate_run import Job, Outcome, smallest, with_worst_layers_excepted
 from tq_hb.cli._gate_stats import (
@@ -22,7 +25,7 @@ from tq_hb.cli._gate_stats import (
     bootstrap,
     worst,
 )
-from tq_hb.cli._gate_store import Store
+from tq_hb.cli._gate_store import Store, digest_of
 
 
 def mean(values):
@@ -188,3 +191,27 @@ def test_other_code_keeps_its_own(tmp_path, monkeypatch):
     store.save({"k": 1}, {"x": np.zeros(1)})
     monkeypatch.setattr("tq_hb.cli._gate_store.code_digest", lambda: "other")
     assert store.load({"k": 1}) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "measures"),
+    [
+        ("cache_format.py", True),
+        ("attention_call.py", True),
+        ("policy.py", True),
+        ("integrations/key_means.py", True),
+        ("cli/_gate_replay.py", True),
+        ("cli/_gate_report.py", False),
+        ("_core.so", True),
+    ],
+)
+def test_a_change_of_what_measures_is_other_code(module, measures, tmp_path):
+    package = tmp_path / "tq_hb"
+    shutil.copytree(Path(tq_hb.__file__).parent, package, ignore=shutil.ignore_patterns("_core.*", "__pycache__"))
+    core = package / "_core.so"
+    core.write_bytes(b"core")
+    before = digest_of(package, core)
+    assert digest_of(package, core) == before
+    changed = package / module
+    changed.write_bytes(changed.read_bytes() + b"\n")
+    assert (digest_of(package, core) != before) == measures

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 import tq_hb
-from tq_hb.staging import Staging
+from tq_hb.staging import Outstanding, Staging
 
 
 class CopyingCore:
@@ -337,3 +341,159 @@ class TestArraysOnAGpu:
             ):
                 call()
         assert len(cache) == 0
+
+    @pytest.fixture
+    def cuda(self, monkeypatch):
+        """The cpu as a device whose arrays are torch's of float32, on a stream that torch is asked for."""
+        torch = pytest.importorskip("torch")
+        device = tq_hb.Device("cpu")
+        device._core = BorrowingCore()
+        for module in ("gpu_arrays", "interop", "attention_call", "staging"):
+            monkeypatch.setattr(f"tq_hb.{module}.is_on_gpu", lambda x: isinstance(x, torch.Tensor))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=77))
+        return device
+
+    @pytest.mark.parametrize("queries", [(), (3,)], ids=str)
+    def test_an_empty_caches_sinks_are_copied_by_the_library_that_has_them(self, cuda, queries, monkeypatch):
+        torch = pytest.importorskip("torch")
+        sinks = torch.tensor([0.5, -torch.inf])
+        cache = tq_hb.KVCache(1, 256, device=cuda)
+        # numpy() is a copy on the device's stream, which knows nothing of what torch's still computes.
+        monkeypatch.setattr(tq_hb.Buffer, "numpy", None)
+        out, lse = cache.attend(torch.ones((*queries, 2, 256)), sinks=sinks, q_offset=5, return_lse=True)
+        assert not out.any()
+        assert torch.equal(lse, sinks.expand(*queries, 2))
+        assert cuda._core.orders == [BorrowingCore.NO_ORDER] * 2
+
+    def test_sinks_are_waited_for_where_queries_are_the_hosts(self, cuda):
+        torch = pytest.importorskip("torch")
+        cache = tq_hb.KVCache(1, 256, device=cuda)
+        q = np.ones((2, 256), np.float32)
+        _, lse = cache.attend(q, sinks=torch.tensor([0.5, -1.0]), q_offset=5, return_lse=True)
+        assert lse.tolist() == [0.5, -1.0]
+        assert cuda._core.orders == [BorrowingCore.LEGACY_STREAM]
+
+
+class BorrowingCore:
+    """The cpu as a device on which arrays of another library are, and how each was ordered with its stream."""
+
+    NO_ORDER, LEGACY_STREAM = -1, 1
+    backend = "cuda"
+
+    def __init__(self):
+        self._core = tq_hb.Device("cpu")._core
+        self.orders: list[int] = []
+
+    def __getattr__(self, name):
+        return getattr(self._core, name)
+
+    def borrow(self, op, field, array, order):
+        self.orders.append(order)
+        return self._core.wrap(op, field, array.numpy())
+
+    def is_capturing(self, stream):
+        return False
+
+
+class FakeDevice:
+    def __init__(self, capturing=()):
+        self._capturing = capturing
+
+    def is_capturing(self, stream):
+        return stream in self._capturing
+
+
+class FakeEncoder:
+    """A call that runs until it is told to end, or until somebody waits for one that may end."""
+
+    TIMEOUT = 10.0  # seconds, so that no test hangs
+
+    def __init__(self, *, may_end=True, error=None):
+        self.waited_for = threading.Event()
+        self.may_end = threading.Event()
+        if may_end:
+            self.may_end.set()
+        self.is_done = False
+        self.waits = 0
+        self._error = error
+
+    def commit(self):
+        pass
+
+    def wait(self):
+        self.waits += 1
+        self.waited_for.set()
+        assert self.may_end.wait(self.TIMEOUT)
+        self.is_done = True
+        if self._error is not None:
+            raise self._error
+
+
+class TestOutstanding:
+    """Calls of several threads and streams on caches that share what a GPU still works on."""
+
+    @pytest.mark.parametrize(
+        "then", [lambda calls: calls.wait(), lambda calls: calls.enter(FakeDevice(), 2)], ids=["wait", "enter"]
+    )
+    def test_a_thread_waits_for_what_another_is_waiting_for(self, then):
+        calls, encoder = Outstanding(), FakeEncoder(may_end=False)
+        calls.run(FakeDevice(), 1, encoder)
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(calls.wait)
+            assert encoder.waited_for.wait(encoder.TIMEOUT)
+            second = pool.submit(then, calls)
+            with pytest.raises(TimeoutError):
+                second.result(timeout=0.2)
+            encoder.may_end.set()
+            for call in (first, second):
+                call.result(timeout=encoder.TIMEOUT)
+        assert encoder.waits == 1
+
+    def test_a_call_comes_after_those_that_entered_before_and_ran_later(self):
+        calls, device, (first, second) = Outstanding(), FakeDevice(), (FakeEncoder(), FakeEncoder())
+        calls.enter(device, 1)
+        calls.enter(device, 2)
+        calls.run(device, 1, first)
+        calls.run(device, 2, second)
+        calls.enter(device, 2)
+        assert first.is_done
+
+    def test_calls_on_one_stream_wait_for_nothing(self):
+        calls, device, encoders = Outstanding(), FakeDevice(), [FakeEncoder() for _ in range(3)]
+        for encoder in encoders:
+            calls.enter(device, 1)
+            calls.run(device, 1, encoder)
+        encoders[0].is_done = True
+        calls.enter(device, 1)
+        assert [encoder.waits for encoder in encoders] == [1, 0, 0]  # of what is done, errors are seen
+
+    def test_so_many_calls_are_not_waited_for_and_no_more(self):
+        calls, device, encoders = Outstanding(), FakeDevice(), [FakeEncoder() for _ in range(Outstanding.MOST)]
+        for encoder in encoders:
+            calls.enter(device, None)
+            calls.run(device, None, encoder)
+        assert not any(encoder.waits for encoder in encoders)
+        calls.enter(device, None)
+        assert all(encoder.waits == 1 for encoder in encoders)
+
+    def test_every_error_is_raised_once(self):
+        calls, device = Outstanding(), FakeDevice()
+        encoders = [FakeEncoder(error=ValueError("first")), FakeEncoder(), FakeEncoder(error=ValueError("last"))]
+        for encoder in encoders:
+            calls.run(device, 1, encoder)
+        with pytest.raises(ValueError, match="first"):
+            calls.enter(device, 2)
+        assert not encoders[1].is_done
+        with pytest.raises(ValueError, match="last"):
+            calls.wait()
+        calls.wait()
+        assert [encoder.waits for encoder in encoders] == [1, 1, 1]
+
+    def test_nothing_is_waited_for_while_a_stream_is_captured(self):
+        calls, device, (running, captured) = Outstanding(), FakeDevice(capturing=(2,)), (FakeEncoder(), FakeEncoder())
+        calls.run(device, 1, running)
+        calls.enter(device, 2)
+        calls.run(device, 2, captured)
+        assert running.waits == 0
+        calls.wait()
+        assert (running.waits, captured.waits) == (1, 0)

@@ -255,7 +255,7 @@ def test_a_forked_child_can_use_a_cache_that_another_thread_was_inside_of(make):
     inside, leave = threading.Event(), threading.Event()
 
     def hold():
-        with cache._lock:
+        with cache._lock, cache._outstanding._lock:
             inside.set()
             leave.wait()
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "core/codec_constants.h"
 #include "cuda/kernels/dispatch.h"
 #include "cuda/kernels/kernels.h"
 #include "cuda/kernels/row.cuh"
@@ -14,10 +15,6 @@ namespace {
 constexpr unsigned kEncodeWarps = 8;
 /// Enough to fill a GPU; each then encodes many rows with one grid.
 constexpr TqU32 kMostEncodeBlocks = 1024;
-// Values below this count as zero, as on every backend.
-constexpr float kFlushBelow = 0x1p-60f;
-constexpr float kSmallestNorm = 1e-10f;
-constexpr float kBlockRms = 1.0f / 16.0f;
 
 /// Finds the number of boundaries below a value by the cell of a regular grid that the value lies in.
 ///
@@ -191,7 +188,7 @@ __global__ void transform_kernel(const __grid_constant__ TransformCall call) {
       break;
     case Transform::kPlain:
       row.hadamard(lane);
-      row.multiply(Row<kHeadDim>::scale());
+      row.multiply(Row<kHeadDim>::kScale);
       break;
   }
   row.store(data, lane);

@@ -3,8 +3,7 @@
 // Grid: a block for each row, of as few threads as the splits allow, so that it finds room beside a block that attends
 //       and waits there for it.
 // Work: a thread merges four coordinates of every kGroups-th split, of which there are at most kMostOfThread. Every
-// warp
-//       computes all weights. The first one un-rotates.
+//       warp computes all weights. The first one un-rotates.
 //
 // A row whose query or bias is not finite is reported and left.
 

@@ -1,8 +1,6 @@
 // What the attention kernels share: where a row's query stands, and sums over a warp.
 #pragma once
 
-#include <cstdint>
-
 #include "core/query_range.h"
 #include "cuda/kernels/kernels.h"
 #include "cuda/kernels/row.cuh"

@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
+#include "core/codec_constants.h"
 #include "core/layout.h"
-#include "core/packing.h"
 #include "cuda/kernels/tables.cuh"
 
 namespace tq_hb {
@@ -94,9 +94,7 @@ struct Row {
     }
   }
 
-  static __device__ float scale() {
-    return kHeadDim == 64 ? 0.125f : kHeadDim == 128 ? 0.0883883461f : kHeadDim == 256 ? 0.0625f : 0.0441941731f;
-  }
+  static constexpr float kScale = inverse_sqrt_head_dim(kHeadDim);
 
   /// R.
   __device__ void rotate(unsigned lane) { rotate(lane, signs(lane)); }
@@ -104,14 +102,14 @@ struct Row {
   __device__ void rotate(unsigned lane, unsigned signs) {
     multiply_signs(signs);
     hadamard(lane);
-    multiply(scale());
+    multiply(kScale);
   }
 
   /// R^-1.
   __device__ void unrotate(unsigned lane) { unrotate(lane, signs(lane)); }
   __device__ void unrotate(unsigned lane, unsigned signs) {
     hadamard(lane);
-    multiply(scale());
+    multiply(kScale);
     multiply_signs(signs);
   }
 };
@@ -119,7 +117,7 @@ struct Row {
 /// What a level is multiplied by when a row with this norm is decoded.
 template <unsigned kHeadDim>
 __device__ float decode_factor(float norm, float scale_factor_d512) {
-  return Row<kHeadDim>::kNorms == 1 ? norm * Row<kHeadDim>::scale() : norm / scale_factor_d512;
+  return Row<kHeadDim>::kNorms == 1 ? norm * Row<kHeadDim>::kScale : norm / scale_factor_d512;
 }
 
 /// How the codes of a row lie: kHighBits is 0 where every code has a byte, else the width of the high plane.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/abi.h"
+#include "core/codec_constants.h"
 #include "core/query_range.h"
 #include "metal/kernels/attend_layout.h"
 #include "metal/kernels/packing.h"
@@ -46,6 +47,11 @@ inline ulong num_rows(constant TqFlashAttnVecArgs& args) {
   return ulong(args.num_queries) * args.num_heads;
 }
 
+/// Within the largest scores; NaN stays, which clamp would turn into the least of them.
+inline float bounded_score(float score) {
+  return isnan(score) ? score : clamp(score, -kLargestScore, kLargestScore);
+}
+
 /// What turns a dot product of codes into a score: a factor with an exponent range beyond float's.
 struct ScoreScale {
   float mantissa;
@@ -54,7 +60,7 @@ struct ScoreScale {
   float softcap;
 
   float apply(float dot) const {
-    const float score = clamp(ldexp(dot * mantissa, exponent) + bias, -kLargestScore, kLargestScore);
+    const float score = bounded_score(ldexp(dot * mantissa, exponent) + bias);
     return softcap > 0.0f ? softcap * precise::tanh(score / softcap) : score;
   }
 };
@@ -72,7 +78,7 @@ inline ScoreScale score_scale(constant TqFlashAttnVecArgs& args, threadgroup con
 /// The constant part of the factor between a code's level and the value: the rest is the row's norm.
 template <int D>
 inline float row_scale(constant TqFlashAttnVecArgs& args) {
-  return tq_hb::norm_blocks(D) == 2 ? precise::divide(1.0f, args.scale_factor_d512) : rotation_scale(D);
+  return tq_hb::norm_blocks(D) == 2 ? precise::divide(1.0f, args.scale_factor_d512) : tq_hb::inverse_sqrt_head_dim(D);
 }
 
 /// The exponent of the SIMD group's largest value, which is then below 2 in the unit 2^exponent.

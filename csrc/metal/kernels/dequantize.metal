@@ -3,6 +3,7 @@
 // Grid:  (KV heads, tokens, 1) threadgroups of (32, 1, 1) threads. `args.write_pos` is the first position.
 
 #include "core/abi.h"
+#include "core/codec_constants.h"
 #include "metal/kernels/cache_slot.h"
 #include "metal/kernels/packing.h"
 #include "metal/kernels/rotation.h"
@@ -23,7 +24,8 @@ kernel void tq_dequantize_hb_kv(device const uchar* packed [[buffer(TQ_DEQUANTIZ
   device float* out = output + (ulong(group.y) * args.num_kv_heads + group.x) * head_dim;
   for (uint j = lane; j < head_dim; j += 32) {
     const float norm = norms[row * blocks + j / tq_hb::kNormDim];
-    const float factor = blocks == 1 ? norm * rotation_scale(head_dim) : precise::divide(norm, args.scale_factor_d512);
+    const float factor =
+        blocks == 1 ? norm * tq_hb::inverse_sqrt_head_dim(head_dim) : precise::divide(norm, args.scale_factor_d512);
     out[j] = levels[load_code(codes, head_dim, k_cbits(), j)] * factor;
   }
 }

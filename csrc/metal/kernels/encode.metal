@@ -7,6 +7,7 @@
 // was and reported.
 
 #include "core/abi.h"
+#include "core/codec_constants.h"
 #include "metal/kernels/cache_slot.h"
 #include "metal/kernels/packing.h"
 #include "metal/kernels/rotation.h"
@@ -17,11 +18,6 @@
 #if __METAL_VERSION__ >= 320
 #pragma METAL fp contract(off)
 #endif
-
-// Values below this count as zero, so that flushed denormals cannot change the bytes.
-constant float kFlushBelow = 8.67361738e-19f;  // 2^-60
-constant float kSmallestNorm = 1e-10f;
-constant float kBlockRms = 0.0625f;  // 1 / sqrt(256): turns a block's L2 norm into its RMS
 
 /// sqrt(D): gives the coordinates of a row of length 1 the variance 1.
 template <int D>
@@ -67,15 +63,15 @@ inline void encode_row(EncodeTarget target, constant TqHadamardQuantizeArgs& arg
   float y[E];
   load_row<E>(target.src + src_row * D, lane, y);
   rotate_row<E>(y, lane);
-  for (int i = 0; i < E; ++i) y[i] = fabs(y[i]) < kFlushBelow ? 0.0f : y[i];
+  for (int i = 0; i < E; ++i) y[i] = fabs(y[i]) < tq_hb::kFlushBelow ? 0.0f : y[i];
 
   const float length = precise::sqrt(block_energy<D>(y));
-  const float norm = kHasTwoNorms ? length * kBlockRms : length;
+  const float norm = kHasTwoNorms ? length * tq_hb::kBlockRms : length;
   if (!simd_all(isfinite(norm))) {
     if (lane == 0) atomic_fetch_min_explicit(target.status, uint(src_row), memory_order_relaxed);
     return;
   }
-  const float inverse = norm > kSmallestNorm ? precise::divide(1.0f, norm) : 0.0f;
+  const float inverse = norm > tq_hb::kSmallestNorm ? precise::divide(1.0f, norm) : 0.0f;
 
   uint codes[(E + 3) / 4];
   for (int i = 0; i < E; ++i) {

@@ -2,7 +2,7 @@
 //
 // Grid:  (rows, 1, 1) threadgroups of (32, 1, 1) threads.
 
-#include "core/abi.h"
+#include "core/codec_constants.h"
 #include "metal/kernels/rotation.h"
 #include "metal/kernels/row_shape.h"
 #include "metal/kernels/slots.h"
@@ -23,7 +23,7 @@ kernel void fwht_rows(device float* data [[buffer(TQ_FWHT_DATA)]], constant TqFw
     unrotate_row<E>(y, lane);
   } else {
     hadamard<E>(y, lane);
-    for (int i = 0; i < E; ++i) y[i] *= rotation_scale(D);
+    for (int i = 0; i < E; ++i) y[i] *= tq_hb::inverse_sqrt_head_dim(D);
   }
   store_row<E>(at, lane, y);
 }

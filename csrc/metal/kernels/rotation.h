@@ -4,12 +4,8 @@
 // The additions come in the order of the host's butterfly, so both give the same bits.
 #pragma once
 
+#include "core/codec_constants.h"
 #include "metal/kernels/tables.h"
-
-/// sqrt(1 / head_dim), as the host's codec rounds it.
-inline float rotation_scale(uint head_dim) {
-  return head_dim == 64 ? 0.125f : head_dim == 128 ? 0.0883883461f : head_dim == 256 ? 0.0625f : 0.0441941731f;
-}
 
 /// Natural-order butterflies with strides 1, 2, 4, ...: inside the lane, then across lanes. Unscaled.
 template <int E>
@@ -47,14 +43,14 @@ template <int E>
 inline void rotate_row(thread float (&y)[E], ushort lane) {
   flip_signs<E>(y, lane);
   hadamard<E>(y, lane);
-  for (int i = 0; i < E; ++i) y[i] *= rotation_scale(32 * E);
+  for (int i = 0; i < E; ++i) y[i] *= tq_hb::inverse_sqrt_head_dim(32 * E);
 }
 
 /// The inverse of R: butterflies, scale, signs.
 template <int E>
 inline void unrotate_row(thread float (&y)[E], ushort lane) {
   hadamard<E>(y, lane);
-  for (int i = 0; i < E; ++i) y[i] *= rotation_scale(32 * E);
+  for (int i = 0; i < E; ++i) y[i] *= tq_hb::inverse_sqrt_head_dim(32 * E);
   flip_signs<E>(y, lane);
 }
 

@@ -7,6 +7,7 @@ inside `run`, so that ``--help`` and ``info`` stay fast and work without the opt
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -45,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         command.add_parser(subparsers)
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
+    args.command_line = shlex.join(["tq-hb", *argv])
     try:
         code: int = args.run(args)
     except (tq_hb.InvalidArgument, tq_hb.UnsupportedError, tq_hb.DeviceError) as error:

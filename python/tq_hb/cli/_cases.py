@@ -67,8 +67,7 @@ def measure_attend(
     out = cache.attend(q)
     plan = cache.last_plan
     assert plan is not None
-    error = relative_l2(out, attention64(q, *cache.dequantize()))
-    _require(error <= _ATTEND_LIMIT[plan.precision], f"attend is off by {error:.1e} from float64 attention")
+    error = check_attention(out, attention64(q, *cache.dequantize()), plan.precision)
 
     nbytes = shape.kv_len * cache.bytes_per_token
     copies = [cache.copy() for _ in range(buffers_to_stay_cold(nbytes))]
@@ -128,6 +127,13 @@ def measure_append(
         "read_gb_s": read_gb_s,
         "rows": [_row(name, timing, read_bytes[name], read_gb_s) for name, timing in timings.items()],
     }
+
+
+def check_attention(out: Array, want: npt.NDArray[np.float64], precision: str) -> float:
+    """Return how far attention is from float64 attention on the same codes; raise if further than the class allows."""
+    error = relative_l2(out, want)
+    _require(error <= _ATTEND_LIMIT[precision], f"attend is off by {error:.1e} from float64 attention")
+    return error
 
 
 def attention64(q: Array, k: Array, v: Array) -> npt.NDArray[np.float64]:

@@ -20,6 +20,9 @@ from tq_hb.cli._output import write_whole
 
 Arrays = dict[str, npt.NDArray[Any]]
 
+_MEASURING = ("_gate_caches", "_gate_capture", "_gate_replay", "_gate_run", "_gate_scores")
+"""Modules of this folder that say what is measured, and how."""
+
 
 class Store:
     """Named arrays in a directory, under a JSON-able key that says all that they depend on.
@@ -60,10 +63,15 @@ class Store:
 
 @cache
 def code_digest() -> str:
-    """Return a digest of what the results depend on of this package: the core, and the gate's own modules."""
+    """Return a digest of what the results depend on of this package."""
+    return digest_of(Path(tq_hb.__file__).parent, Path(_core.__file__))
+
+
+def digest_of(package: Path, core: Path) -> str:
+    """Return a digest of the core and of a package's modules, those of commands left out that don't measure."""
     digest = hashlib.sha256(tq_hb.__version__.encode())
-    here = Path(__file__).parent
-    measuring = ("_gate_caches", "_gate_replay", "_gate_scores", "_gate_capture")
-    for path in (Path(_core.__file__), here.parent / "cache.py", *(here / f"{name}.py" for name in measuring)):
+    modules = [*package.glob("*.py"), *package.glob("integrations/*.py")]
+    modules += [package / "cli" / f"{name}.py" for name in _MEASURING]
+    for path in (core, *sorted(modules)):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -22,6 +22,11 @@ def processor_name() -> str:
     return next(names, platform.machine())
 
 
+def threads_in_words(count: int) -> str:
+    """Return "1 thread", "2 threads" and so on."""
+    return f"{count} thread" + "s" * (count != 1)
+
+
 def library_versions() -> dict[str, str | None]:
     """Return the versions of the libraries that tq_hb can work with; None for those not installed."""
     versions: dict[str, str | None] = {}

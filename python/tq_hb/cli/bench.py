@@ -104,11 +104,13 @@ def _measure(shape: Shape, device: Device, args: argparse.Namespace) -> list[dic
 def _print_tables(report: dict[str, Any]) -> None:
     from rich.console import Console
 
+    from tq_hb.cli._machine import threads_in_words
     from tq_hb.cli._output import SIMULATED, print_table, table
 
     console = Console(markup=False)
     machine, device = report["machine"], report["device"]
-    console.print(f"{machine['processor']}, {machine['isa']}, {machine['threads']} threads; device: {device['name']}")
+    threads = threads_in_words(machine["threads"])
+    console.print(f"{machine['processor']}, {machine['isa']}, {threads}; device: {device['name']}")
     if device["is_simulated"]:
         console.print(f"{device['backend']} is {SIMULATED}; these timings mean nothing", soft_wrap=True)
     for result in report["results"]:

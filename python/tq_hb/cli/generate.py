@@ -98,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
     generated = _generate(loaded, prompt, workload, args, console)
     results = _replay(loaded, text_tokens, workload, console)
     report = {
+        "command": args.command_line,
+        "load_average": os.getloadavg(),
         "machine": {**describe(), "omp_wait_policy": os.environ["OMP_WAIT_POLICY"], "commit": commit()},
         "model": loaded.name,
         "window": loaded.model.config.sliding_window,

@@ -91,11 +91,12 @@ def _print_tables(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from tq_hb.cli._machine import threads_in_words
     from tq_hb.cli._output import SIMULATED, print_table, table
 
     facts = Table.grid(padding=(0, 2))
     facts.add_row("tq_hb", report["tq_hb"])
-    usable = "" if report["isa"] is None else f", {report['isa']}, {report['threads']} threads"
+    usable = "" if report["isa"] is None else f", {report['isa']}, {threads_in_words(report['threads'])}"
     facts.add_row("processor", f"{report['processor']}{usable}")
     facts.add_row("system", f"{report['system']}, Python {report['python']}")
     facts.add_row("head dimensions", ", ".join(map(str, report["head_dims"])))

@@ -121,11 +121,12 @@ METAL_SIM_FORMS
 }
 #undef METAL_SIM_FORMS
 
-// Both arguments have one type, as in Metal: max(1.0f, 2) is ambiguous there and refused here.
+// Both arguments have one type, as in Metal: max(1.0f, 2) is ambiguous there and refused here. Of two floats of which
+// one is NaN the other is taken, as by fmax and fmin.
 template <class T>
 METAL_SIM_INLINE constexpr T max(T a, T b) {
   if constexpr (metal_sim::Shape<T>::size == 1) {
-    return a < b ? b : a;
+    return a < b || __builtin_isnan(float(a)) ? b : a;
   } else {
     return __builtin_elementwise_max(a, b);
   }
@@ -133,7 +134,7 @@ METAL_SIM_INLINE constexpr T max(T a, T b) {
 template <class T>
 METAL_SIM_INLINE constexpr T min(T a, T b) {
   if constexpr (metal_sim::Shape<T>::size == 1) {
-    return b < a ? b : a;
+    return b < a || __builtin_isnan(float(a)) ? b : a;
   } else {
     return __builtin_elementwise_min(a, b);
   }

@@ -71,8 +71,8 @@ METAL_SIM_UNTRACED void combine_prefix(abi::Slot* slots, unsigned lanes) {
       return expression;                          \
     }                                             \
   };
-METAL_SIM_OPERATION(Max, a < b ? b : a)
-METAL_SIM_OPERATION(Min, b < a ? b : a)
+METAL_SIM_OPERATION(Max, metal::max(a, b))
+METAL_SIM_OPERATION(Min, metal::min(a, b))
 METAL_SIM_OPERATION(And, T(a& b))
 METAL_SIM_OPERATION(Or, T(a | b))
 METAL_SIM_OPERATION(Xor, T(a ^ b))

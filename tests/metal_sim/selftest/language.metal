@@ -66,6 +66,22 @@ kernel void mathematics(device float* out [[buffer(0)]]) {
   out[15] = length(float3(2.0f, 3.0f, 6.0f));
 }
 
+// The other argument wins over NaN, wherever it stands and however wide the values are.
+kernel void not_a_number(device float* out [[buffer(0)]], ushort lane [[thread_index_in_simdgroup]]) {
+  const float nan = NAN;
+  const float largest = simd_max(lane == 5 ? float(lane) : nan);
+  const float smallest = simd_min(lane == 5 ? float(lane) : nan);
+  if (lane > 0) return;
+  out[0] = max(nan, 1.0f) + max(1.0f, nan);
+  out[1] = min(nan, 1.0f) + min(1.0f, nan);
+  out[2] = clamp(nan, -1.0f, 1.0f);
+  out[3] = float(max(half(nan), 1.0h));
+  out[4] = max(float2(nan, 1.0f), float2(2.0f, nan)).x + min(float2(nan, 1.0f), float2(2.0f, nan)).y;
+  out[5] = clamp(float2(nan, 4.0f), float2(-1.0f), float2(1.0f)).x;
+  out[6] = largest + smallest;
+  out[7] = max(nan, nan);
+}
+
 kernel void simd(device float* out [[buffer(0)]], ushort lane [[thread_index_in_simdgroup]],
                  ushort group [[simdgroup_index_in_threadgroup]]) {
   const float x = float(lane + 1);

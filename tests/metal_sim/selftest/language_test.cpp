@@ -46,6 +46,12 @@ TEST(Language, Mathematics) {
   for (std::size_t i = 0; i < want.size(); ++i) EXPECT_FLOAT_EQ(got[i], want[i]) << i;
 }
 
+TEST(Language, MaximaAndMinimaDropNaN) {
+  const std::vector<float> got = run("not_a_number", 8, {32, 1, 1});
+  EXPECT_EQ(std::vector<float>(got.begin(), got.end() - 1), (std::vector<float>{2, 2, -1, 1, 3, -1, 10}));
+  EXPECT_TRUE(std::isnan(got[7]));
+}
+
 TEST(Language, SimdgroupOperations) {
   // Seen from lane 3, which holds 4.
   const std::vector<float> want = {528, 32, 1, 6, 97, 240, 0, 29, 3, 2, 6, 11, 10, 6, 11, 1};
