@@ -29,7 +29,10 @@ endif
 BUILD_lint := $(BUILD_test)
 
 .NOTPARALLEL:
-.PHONY: demo test ctest ctest-arm64 pytest lint bench mutants clean
+.PHONY: help demo test ctest ctest-arm64 pytest lint bench mutants clean
+
+help:
+	@sed -n 's/^#   make/make/p' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP)-demo $(STAMP)-package
 	$(BIN)/tq-hb generate $(DEMO_ARGS)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import tq_hb
-from bench import harness
+from bench import harness, tables
 from tq_hb.cli._cases import attention64, relative_l2
 
 _CODEBOOKS = ("lloyd_max", "mlx_native")
@@ -22,13 +22,10 @@ _KV_HEADS, _HEADS, _TOKENS = 2, 8, 4096
 
 def main() -> None:
     """Measure every combination."""
-    results = [
-        measure(codebook, head_dim, bits)
-        for codebook in _CODEBOOKS
-        for head_dim in tq_hb.supported_head_dims()
-        for bits in tq_hb.supported_bits()
-    ]
-    print(harness.write("codec", "bench.codec", results))
+    args = harness.parse(harness.measuring_parser("bench.codec", __doc__))
+    cases = list(itertools.product(_CODEBOOKS, tq_hb.supported_head_dims(), tq_hb.supported_bits()))
+    results = [measure(*case) for case in harness.track(cases, "{0[0]}, D = {0[1]}, {0[2]} bits".format)]
+    harness.finish("codec", results, args.out, tables.codec)
 
 
 def measure(codebook: str, head_dim: int, bits: int) -> dict[str, Any]:
@@ -95,4 +92,4 @@ def _cell(level: float, low: float, high: float) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run("bench.codec", main)

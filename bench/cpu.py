@@ -5,10 +5,11 @@ Writes ``bench/results/cpu.json``. ``python -m bench.tables`` makes README's tab
 
 from __future__ import annotations
 
-import argparse
 import itertools
+from collections.abc import Callable
+from typing import Any
 
-from bench import harness
+from bench import harness, tables
 from tq_hb.cli._cases import Shape, measure_append, measure_attend
 
 _LENGTHS = (1024, 4096, 16384)
@@ -19,21 +20,23 @@ _APPEND_BITS = (8, 6, 5)
 
 def main() -> None:
     """Measure the grid."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=40)
-    samples = parser.parse_args().samples
-    results = []
-    grid = itertools.product(_LENGTHS, _HEADS, _BITS)
-    for length, (heads, kv_heads, head_dim), (k_bits, v_bits, packing) in grid:
-        shape = Shape(heads, kv_heads, head_dim, length, k_bits, v_bits, packing)
-        print(shape, flush=True)
-        results.append(measure_attend(shape, samples=samples, device="cpu"))
-    for (heads, kv_heads, head_dim), bits in itertools.product((_HEADS[0], _HEADS[2]), _APPEND_BITS):
-        shape = Shape(heads, kv_heads, head_dim, 4096, bits, bits)
-        print("append", shape, flush=True)
-        results.append(measure_append(shape, samples=samples, device="cpu"))
-    print(harness.write("cpu", "bench.cpu", results))
+    args = harness.parse(harness.measuring_parser("bench.cpu", __doc__, samples=40))
+    cases: list[tuple[str, Shape]] = []
+    for length, heads, (k_bits, v_bits, packing) in itertools.product(_LENGTHS, _HEADS, _BITS):
+        cases.append(("attend", Shape(*heads, length, k_bits, v_bits, packing)))
+    for heads, bits in itertools.product((_HEADS[0], _HEADS[2]), _APPEND_BITS):
+        cases.append(("append", Shape(*heads, 4096, bits, bits)))
+    measures: dict[str, Callable[..., dict[str, Any]]] = {"attend": measure_attend, "append": measure_append}
+    results = [measures[op](shape, samples=args.samples, device="cpu") for op, shape in harness.track(cases, _describe)]
+    harness.finish("cpu", results, args.out, tables.attend_cpu, tables.attend_cpu_narrow, tables.append_cpu)
+
+
+def _describe(case: tuple[str, Shape]) -> str:
+    op, shape = case
+    heads = f"{shape.heads}/{shape.kv_heads}/{shape.head_dim}"
+    packing = " in planes" if shape.packing == "plane" else ""
+    return f"{op} {heads}, {shape.kv_len:,} tokens, {shape.k_bits}/{shape.v_bits} bits{packing}"
 
 
 if __name__ == "__main__":
-    main()
+    harness.run("bench.cpu", main)

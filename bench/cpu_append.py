@@ -7,7 +7,6 @@ from it.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable
 
@@ -15,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 import tq_hb
-from bench import harness
+from bench import harness, tables
 from tq_hb import _core
 from tq_hb.cli._sampling import sample
 
@@ -29,21 +28,19 @@ Floats = npt.NDArray[np.float32]
 
 def main() -> None:
     """Measure every shape in every form, on one thread."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=30)
-    samples = parser.parse_args().samples
+    args = harness.parse(harness.measuring_parser("bench.cpu_append", __doc__, samples=30))
     tq_hb.set_num_threads(1)
     results = []
-    for (kv_heads, head_dim), (bits, packing) in itertools.product(_SHAPES, _FORMS):
+    cases = [(*shape, *form) for shape, form in itertools.product(_SHAPES, _FORMS)]
+    for kv_heads, head_dim, bits, packing in harness.track(cases, "{0[0]}/{0[1]}, {0[2]} bits, {0[3]}".format):
         shape = {"kv_heads": kv_heads, "head_dim": head_dim, "bits": bits, "packing": packing}
-        print(shape, flush=True)
-        timings = sample(contenders(kv_heads, head_dim, bits, packing), samples)
+        timings = sample(contenders(kv_heads, head_dim, bits, packing), args.samples)
         rows = {
             name: {"median_us": timing.median_us, "lower_us": timing.lower_us, "upper_us": timing.upper_us}
             for name, timing in timings.items()
         }
         results.append({**shape, "tokens": _TOKENS, "rows": rows})
-    print(harness.write("cpu_append", "bench.cpu_append", results))
+    harness.finish("cpu_append", results, args.out, tables.cpu_append)
 
 
 def contenders(kv_heads: int, head_dim: int, bits: int, packing: str) -> dict[str, Callable[[int], object]]:
@@ -97,4 +94,4 @@ def recorded_op(k: Floats, v: Floats, bits: int, packing: str) -> Callable[[], o
 
 
 if __name__ == "__main__":
-    main()
+    harness.run("bench.cpu_append", main)

@@ -7,7 +7,6 @@ attention on the same codes. ``python -m bench.tables`` makes the tables of ``do
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import tq_hb
-from bench import harness
+from bench import harness, tables
 from tq_hb import _core
 from tq_hb.cli._cases import attention64, check_attention
 from tq_hb.cli._sampling import PlainRead, buffers_to_stay_cold, sample
@@ -106,28 +105,26 @@ def short_call(heads: int, kv_heads: int, head_dim: int, samples: int) -> dict[s
 
 def main() -> None:
     """Measure every shape in every form, on one thread."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=30)
-    samples = parser.parse_args().samples
+    args = harness.parse(harness.measuring_parser("bench.cpu_kernels", __doc__, samples=30))
     tq_hb.set_num_threads(1)
     results: list[dict[str, Any]] = []
-    for heads, kv_heads, head_dim in _SHAPES:
-        print("short calls", heads, kv_heads, head_dim, flush=True)
+    for heads, kv_heads, head_dim in harness.track(_SHAPES, "short calls, {0[0]}/{0[1]}/{0[2]}".format):
         few = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "bits": 8, "tokens": _FEW_TOKENS}
-        results.append({**few, **short_call(heads, kv_heads, head_dim, 10 * samples)})
-    for (heads, kv_heads, head_dim), (bits, packing) in itertools.product(_SHAPES, _FORMS):
+        results.append({**few, **short_call(heads, kv_heads, head_dim, 10 * args.samples)})
+    cases = list(itertools.product(_SHAPES, _FORMS))
+    described = "{0[0][0]}/{0[0][1]}/{0[0][2]}, {0[1][0]} bits, {0[1][1]}".format
+    for (heads, kv_heads, head_dim), (bits, packing) in harness.track(cases, described):
         shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "bits": bits, "packing": packing}
-        print(shape, flush=True)
         calls, nbytes = contenders(heads, kv_heads, head_dim, bits, packing)
-        timings = sample({**calls, "read": PlainRead(1)}, samples)
+        timings = sample({**calls, "read": PlainRead(1)}, args.samples)
         read_gb_s = timings.pop("read").gb_s(PlainRead.nbytes)
         rows = {
             name: {**dataclasses.asdict(timing), "share_of_read": timing.gb_s(nbytes) / read_gb_s}
             for name, timing in timings.items()
         }
         results.append({**shape, "tokens": _TOKENS, "rows": rows})
-    print(harness.write("cpu_kernels", "bench.cpu_kernels", results))
+    harness.finish("cpu_kernels", results, args.out, tables.cpu_kernels, tables.cpu_short)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run("bench.cpu_kernels", main)

@@ -1,4 +1,4 @@
-"""The tables of docs/quality.md, from the reports that ``tq-hb gate`` wrote into docs/gates."""
+"""The tables and plots of docs/quality.md, from the reports that ``tq-hb gate`` wrote into docs/gates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
 
 def gate(folder: str) -> str:
     """Return one model's settings on the text where each figure is worst, and which gates they pass."""
-    report: dict[str, Any] = json.loads((GATES / folder / "gate.json").read_text())
+    report = _read(folder)
     gates = [gate["name"] for gate in report["gates"]]
     wanted = report["reference_needles"]
     rows = []
@@ -42,6 +42,21 @@ def gate(folder: str) -> str:
     header = ["K/V bits", "bytes per token", *headings, *gates]
     source = f"`docs/gates/{folder}/gate.json`, written by `{report['command']}`"
     return f"{markdown.table(header, rows)}\n{source}; [gate.md](gates/{folder}/gate.md) has every text and layer.\n"
+
+
+def draw() -> None:
+    """Draw the plots beside the reports again."""
+    from tq_hb.cli import _gate_report
+
+    for folder in _MODELS.values():
+        report = _read(folder)
+        (GATES / folder / "gate.png").write_bytes(_gate_report.plot_error(report))
+        (GATES / folder / "layers.png").write_bytes(_gate_report.plot_layers(report))
+
+
+def _read(folder: str) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((GATES / folder / "gate.json").read_text())
+    return report
 
 
 TABLES: dict[str, Callable[[], str]] = {name: partial(gate, folder) for name, folder in _MODELS.items()}

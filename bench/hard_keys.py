@@ -11,7 +11,6 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its waiting threads would take the cores
 
-import argparse
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -20,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 import tq_hb
-from bench import harness, quality
+from bench import harness, quality, quality_tables
 from bench.formats import Floats
 from tq_hb.cli._gate_caches import FloatCache, Layer, attention_weights, weigh
 from tq_hb.cli._gate_replay import replay, replay_reference
@@ -163,18 +162,17 @@ def measure(case: Case) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = harness.measuring_parser("bench.hard_keys", __doc__)
     parser.add_argument("--no-model", action="store_true", help="synthetic keys only")
-    args = parser.parse_args()
+    args = harness.parse(parser, is_partial=lambda args: args.no_model)
     torch.set_num_threads(1)
     cases = [synthetic(0, None)]
     cases += [synthetic(channels, period) for channels in (1, 2) for period in (None, *PERIODS.values())]
-    results = [row for case in [*cases, *([] if args.no_model else real())] for row in measure(case)]
-    for row in results:
-        figures = f"{row['nmse']:.1e}  {row['cosine']['mean']:.5f}  {row['cosine']['p1']:.4f}"
-        print(f"{row['case']:45}{row['k_mean']:12}{row['bits']}  {figures}")
-    print(harness.write("hard_keys", "bench.hard_keys", results))
+    if not args.no_model:
+        cases += real()
+    results = [row for case in harness.track(cases, lambda case: case.name) for row in measure(case)]
+    harness.finish("hard_keys", results, args.out, quality_tables.hard_synthetic, quality_tables.hard_real)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run("bench.hard_keys", main)

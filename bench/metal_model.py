@@ -7,15 +7,14 @@ and published rates of each chip turn them into lower bounds. Writes ``bench/res
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import tq_hb
-from bench import apple_gpus, harness, metal_counts
+from bench import apple_gpus, harness, metal_counts, metal_tables, plots
 from bench.apple_gpus import GPUS, Gpu
 from tq_hb import _core, policy
 from tq_hb.policy import AttendKernel
@@ -107,8 +106,6 @@ COUNTED_SHAPES = (
 )
 # For what sharing the decode of a key buys: one KV head and 1 to 16 query heads.
 GROUPS = tuple(Shape(group, 1, head_dim) for head_dim in (256, 512) for group in (2, 4, 6, 8, 16))
-PLOTTED_SHAPES = ("16 / 8 / 256", "24 / 4 / 256")
-PLOTTED_GPUS = ("M1", "M4", "M4 Pro", "M1 Max", "M4 Max", "M5 Max", "M2 Ultra")
 
 # The reference system's own figures on an M5 Max, in microseconds per call: mlx-native 0.9.0 (16 / 8, four SIMD
 # groups where there are several figures) and 0.10.9 and 0.10.10 (24 / 4), from its documents.
@@ -349,37 +346,15 @@ def bound(shape: Shape, keys: int, *, per_head: bool) -> dict[str, Any]:
     }
 
 
-def plot(bounds: Sequence[dict[str, Any]]) -> bytes:
-    """Draw the bounds against the length, a panel per shape."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    figure.suptitle("Least time of one attention call at 8 bits: a model, not a measurement")
-    for axes, name in zip(figure.subplots(1, 2, sharey=True), PLOTTED_SHAPES, strict=True):
-        for i, chip in enumerate(PLOTTED_GPUS):
-            for per_head, style in ((False, "-"), (True, ":")):
-                line = [b for b in bounds if b["shape"] == name and b["per_head"] == per_head]
-                keys, times = [b["keys"] for b in line], [b["us"][chip] for b in line]
-                label = None if per_head else chip
-                axes.loglog(keys, times, style, marker="." if not per_head else None, color=f"C{i}", label=label)
-        axes.set(title=f"heads / KV heads / D = {name}", xlabel="keys (dotted: the per-head kernel)")
-        axes.grid(which="both", alpha=0.3)
-    figure.axes[0].set_ylabel("lower bound, microseconds")
-    figure.axes[0].legend()
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=130)
-    return content.getvalue()
-
-
 def main() -> None:
     """Count, compare, and write the bounds."""
+    args = harness.parse(harness.measuring_parser("bench.metal_model", __doc__))
     device = metal_counts.simulated_device()
     if device is None:
-        print("skipped: the metal device is not the simulated one (build with -DTQ_HB_METAL=simulator)")
-        return
+        raise tq_hb.UnsupportedError("the metal device must be the simulated one (build with -DTQ_HB_METAL=simulator)")
     counts = []
-    for shape, keys, per_head in itertools.product(COUNTED_SHAPES, COUNTED_KEYS, (False, True)):
-        print(shape.name, keys, "keys,", "per head" if per_head else "group", flush=True)
+    cases = list(itertools.product(COUNTED_SHAPES, COUNTED_KEYS, (False, True)))
+    for shape, keys, per_head in harness.track(cases, lambda case: f"{case[0].name}, {case[1]:,} keys"):
         counts.append(count(device, shape, keys, per_head=per_head))
     sizes = [
         {"kind": "threadgroup", "head_dim": head_dim, "tile": tile, "k_bits": k_bits, "v_bits": v_bits}
@@ -391,9 +366,10 @@ def main() -> None:
         bound(shape, keys, per_head=per_head) for shape in SHAPES for per_head in (False, True) for keys in shape.keys
     ]
     gpus = [{"kind": "gpu", **asdict(gpu), "fp32_tflops": round(gpu.fp32_tflops, 2)} for gpu in GPUS]
-    (harness.RESULTS / "metal_model.png").write_bytes(plot(bounds))
-    print(harness.write("metal_model", "bench.metal_model", [*gpus, *sizes, *counts, *costs, *bounds]))
+    harness.finish(
+        "metal_model", [*gpus, *sizes, *counts, *costs, *bounds], args.out, metal_tables.bounds, plot=plots.metal_model
+    )
 
 
 if __name__ == "__main__":
-    main()
+    harness.run("bench.metal_model", main)

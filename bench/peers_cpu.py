@@ -16,8 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -43,6 +42,7 @@ THREADS = (1, 2)
 OURS = "tq_hb"
 
 _CHECKED_TOKENS = 1024
+_FEWEST_SECONDS = 1.0  # of a shape, in a file that the documents show
 # About what a cached value takes in all contenders' forms together, and what else is needed, for libraries and copies.
 _BYTES_PER_VALUE = 32
 _SPARE_BYTES = 7 << 29
@@ -93,9 +93,15 @@ class Shape:
 def parse_shape(text: str) -> Shape:
     """Return the shape written as heads/kv_heads/head_dim/tokens."""
     try:
-        return Shape(*map(int, text.split("/")))
+        shape = Shape(*map(int, text.split("/")))
     except (TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"must be heads/kv_heads/head_dim/tokens, got {text!r}") from error
+    if min(shape.heads, shape.kv_heads, shape.tokens) < 1 or shape.heads % shape.kv_heads:
+        raise argparse.ArgumentTypeError(f"heads must be a multiple of kv_heads, and all at least 1, got {text!r}")
+    if shape.head_dim not in tq_hb.supported_head_dims():
+        known = ", ".join(map(str, tq_hb.supported_head_dims()))
+        raise argparse.ArgumentTypeError(f"head_dim must be one of {known}, got {text!r}")
+    return shape
 
 
 def grid(size: str) -> list[Shape]:
@@ -270,55 +276,40 @@ def _available_bytes() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str, int], None]]:
-    """Show how far the run is; the function that it gives takes what comes next, and how much is done."""
-    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
-
-    with Progress(
-        *Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn(), auto_refresh=False
-    ) as progress:
-        task = progress.add_task("", total=total)
-        # Drawn between measurements only, not by a thread of its own.
-        yield lambda text, done: progress.update(task, description=text, completed=done, refresh=True)
-
-
-def _write(results: list[dict[str, Any]], account: dict[str, Any]) -> Path:
+def _write(results: list[dict[str, Any]], account: dict[str, Any], out: Path) -> None:
     tq_hb.set_num_threads(max(THREADS))  # what the file says of the machine is the same whenever it is written
     ordered = sorted(results, key=lambda r: (r["head_dim"], -r["kv_heads"], r["tokens"], r["threads"]))
-    return harness.write("peers_cpu", "bench.peers_cpu", [account, *ordered])
+    harness.write("peers_cpu", [account, *ordered], out)
 
 
 def _run(
-    shapes: Sequence[Shape], account: dict[str, Any], peers: dict[str, Build], results: list[dict[str, Any]]
+    shapes: Sequence[Shape], account: dict[str, Any], peers: dict[str, Build], results: list[dict[str, Any]], out: Path
 ) -> None:
     """Measure what `results` lacks, and write it."""
     done = {key(result) for result in results}
+    missing = {shape: [n for n in THREADS if (*asdict(shape).values(), n) not in done] for shape in shapes}
     checks = Checks(peers)
-    with _progress(len(shapes) * len(THREADS)) as progress:
-        for i, shape in enumerate(shapes):
-            missing = [threads for threads in THREADS if (*asdict(shape).values(), threads) not in done]
-            progress(str(shape), (i + 1) * len(THREADS) - len(missing))
-            if not missing:
-                continue
-            reason = too_large(shape, _available_bytes())
-            if reason is not None:
-                results += [{**asdict(shape), "threads": n, "skipped": {"all": reason}} | compare({}) for n in missing]
-            else:
-                entrants = Entrants(shape.problem, peers)
-                for threads in missing:
-                    results.append(measure(shape, threads, entrants, checks, account["seconds"], account["samples"]))
-                del entrants
-                gc.collect()  # contenders refer to their caches in circles
-            _write(results, account)
-        progress("done", len(shapes) * len(THREADS))
+    for shape in harness.track([shape for shape in shapes if missing[shape]]):
+        reason = too_large(shape, _available_bytes())
+        if reason is not None:
+            row = {"skipped": {"all": reason}} | compare({})
+            results += [{**asdict(shape), "threads": threads, **row} for threads in missing[shape]]
+        else:
+            entrants = Entrants(shape.problem, peers)
+            for threads in missing[shape]:
+                results.append(measure(shape, threads, entrants, checks, account["seconds"], account["samples"]))
+            del entrants
+            gc.collect()  # contenders refer to their caches in circles
+        _write(results, account, out)
 
 
 def main() -> None:
     """Measure the grid."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.measuring_parser("bench.peers_cpu", __doc__)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_const", dest="size", const="quick", help="4 shapes: a minute")
+    size.add_argument(
+        "--quick", action="store_const", dest="size", const="quick", help="4 shapes (with --out): a minute"
+    )
     size.add_argument(
         "--full",
         action="store_const",
@@ -328,9 +319,17 @@ def main() -> None:
     )
     size.add_argument("--shapes", type=parse_shape, nargs="+", metavar="HEADS/KV_HEADS/HEAD_DIM/TOKENS")
     parser.add_argument("--seconds", type=float, default=4.0, help="for the samples of a shape (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=30, help="at most, of one contender (default: %(default)s)")
+    parser.add_argument(
+        "--samples",
+        type=harness.sample_count,
+        metavar="N",
+        default=30,
+        help="at most, of one contender (default: %(default)s)",
+    )
     parser.add_argument("--fresh", action="store_true", help="measure again what the file has")
-    args = parser.parse_args()
+    args = harness.parse(
+        parser, is_partial=lambda args: args.size == "quick" or args.shapes or args.seconds < _FEWEST_SECONDS
+    )
 
     peers, account = find_peers(PEERS)
     account |= {"seconds": args.seconds, "samples": args.samples}
@@ -338,13 +337,15 @@ def main() -> None:
         print(f"{name} is skipped: {reason}")
     tq_hb.set_num_threads(max(THREADS))
     results: list[dict[str, Any]] = []
-    if not args.fresh and (harness.RESULTS / "peers_cpu.json").exists():
-        results = finished(harness.read("peers_cpu"), harness.commit(), _machine.describe(), account)
-    _run(args.shapes or grid(args.size or "default"), account, peers, results)
-    if any(result["ratio"] for result in results):
-        (harness.RESULTS / "peers_cpu.png").write_bytes(tables.plot(results))
-    print(_write(results, account))
+    if not args.fresh and (args.out / "peers_cpu.json").exists():
+        results = finished(harness.read("peers_cpu", args.out), harness.commit(), _machine.describe(), account)
+    _run(args.shapes or grid(args.size or "default"), account, peers, results, args.out)
+    _write(results, account, args.out)
+    compared = any(result["ratio"] for result in results)
+    if compared:
+        harness.draw("peers_cpu", args.out, tables.plot)
+    harness.show("peers_cpu", args.out, *([tables.every_shape, tables.every_peer] if compared else []))
 
 
 if __name__ == "__main__":
-    main()
+    harness.run("bench.peers_cpu", main)

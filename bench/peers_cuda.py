@@ -19,7 +19,6 @@ Counters come from Nsight Compute, a shape at a time, and ``--counters`` names w
 
 from __future__ import annotations
 
-import argparse
 import csv
 import functools
 import re
@@ -33,7 +32,7 @@ from xml.etree import ElementTree as ET
 import numpy as np
 
 import tq_hb
-from bench import harness
+from bench import harness, plots, tables
 from bench.flashinfer_peer import HEAD_DIMS, FlashInfer
 
 ROTATION_BYTES = 256 << 20
@@ -318,39 +317,6 @@ def counters_of(report: Path) -> dict[str, Any]:
     return {"shape": report.stem, "kernel": values[header.index("Kernel Name")], **found}
 
 
-def plot(results: list[dict[str, Any]]) -> None:
-    """Draw every shape's times over the number of keys, with the floor."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no plot: matplotlib is not installed")
-        return
-    shapes = list(dict.fromkeys((r["heads"], r["kv_heads"], r["head_dim"]) for r in results if "keys" in r))
-    figure, panels = plt.subplots(1, len(shapes), figsize=(4 * len(shapes), 4), sharey=True, layout="constrained")
-    for panel, shape in zip(panels, shapes, strict=True):
-        rows = [r for r in results if (r.get("heads"), r.get("kv_heads"), r.get("head_dim")) == shape]
-        rows = [r for r in rows if r["bits"] == 8]
-        lines = {
-            "read alone": [r["seconds"] * r["share_of_floor"] for r in rows],
-            "tq_hb, 8 bits": [r["seconds"] for r in rows],
-            "FlashInfer float8": [r["flashinfer"]["float8"]["seconds"] if r["flashinfer"] else None for r in rows],
-            "FlashInfer float16": [r["flashinfer"]["float16"]["seconds"] if r["flashinfer"] else None for r in rows],
-            "torch float16": [r["sdpa_seconds"] for r in rows],
-        }
-        for color, (name, seconds) in enumerate(lines.items()):
-            points = [(r["keys"], 1e6 * s) for r, s in zip(rows, seconds, strict=True) if s is not None]
-            if points:
-                marker = "" if name == "read alone" else "."
-                panel.loglog(*zip(*points, strict=True), f"C{color}", marker=marker, label=name)
-        panel.set_title(" / ".join(map(str, shape)))
-        panel.set_xlabel("keys")
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("us of a call")
-    panels[0].legend(fontsize="small")
-    figure.suptitle(f"One token's attention on {results[0]['gpu']}: heads / KV heads / head size")
-    figure.savefig(harness.RESULTS / "peers_cuda.png", dpi=100)
-
-
 def describe(result: dict[str, Any]) -> str:
     """Say what was measured in a line."""
     shape = tuple(result[name] for name in ("heads", "kv_heads", "head_dim", "keys"))
@@ -365,13 +331,13 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.measuring_parser("bench.peers_cuda", __doc__)
     parser.add_argument("--checks", type=Path, nargs="*", default=[], help="JUnit files of test runs on this machine")
     parser.add_argument("--counters", type=Path, nargs="*", default=[], help="what Nsight Compute wrote of such runs")
     parser.add_argument(
         "--once", type=int, nargs=5, metavar="N", help="one call: heads, KV heads, head size, keys, bits"
     )
-    options = parser.parse_args()
+    options = harness.parse(parser)
     device = tq_hb.Device("cuda")
     if options.once:
         *shape, bits = options.once
@@ -398,16 +364,16 @@ def main() -> None:
             "counters": [counters_of(report) for report in options.counters],
         }
     ]
-    for shape, bits in [*((shape, 8) for shape in SHAPES), *((shape, bits) for shape in PLANES for bits in (5, 6))]:
+    cases = [*((shape, 8) for shape in SHAPES), *((shape, bits) for shape in PLANES for bits in (5, 6))]
+    for shape, bits in harness.track(cases, "{0[0]}, {0[1]} bits".format):
         results.append(measure(device, shape, bits, bandwidth, flashinfer))
         print(describe(results[-1]), flush=True)
     for tokens in (1, 4096, 32768):
         result = encode(device, tokens, copying)
         results.append(result)
         print(f"encode {tokens}: {1e6 * result['seconds']:.1f} us, {100 * result['share_of_copy']:.0f} % of a copy")
-    plot(results)
-    print(harness.write("peers_cuda", "bench.peers_cuda", results))
+    harness.finish("peers_cuda", results, options.out, tables.cuda_attend, plot=plots.peers_cuda)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run("bench.peers_cuda", main)

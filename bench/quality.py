@@ -13,7 +13,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its waiting threads would take the cores
 
 import argparse
-import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,9 +24,8 @@ import numpy as np
 import torch
 
 import tq_hb
-from bench import harness
+from bench import harness, plots, quality_tables
 from bench.formats import RIVALS, Floats, Format
-from bench.quality_tables import complete_texts
 from bench.rope import RotatingMean
 from tq_hb.cli._gate_caches import Decoded, FloatCache, Layer, Setting, Widths
 from tq_hb.cli._gate_replay import replay, replay_reference
@@ -256,6 +254,9 @@ class Unit:
     text: str
     first: int = 0
 
+    def __str__(self) -> str:
+        return f"{self.part}, {self.model}, {self.text} from {self.first}"
+
     @property
     def kept(self) -> Path:
         """The file of what has been measured of it."""
@@ -271,7 +272,7 @@ class Unit:
                 scratch = self.kept.with_suffix(".new")
                 scratch.write_text(json.dumps(rows))
                 scratch.rename(self.kept)
-                print(f"{self.part}, {self.model}, {self.text} from {self.first}: {len(rows)}", flush=True)
+                print(f"{self}: {len(rows)}", flush=True)
 
 
 UNITS = (
@@ -283,63 +284,24 @@ UNITS = (
 
 def main() -> None:
     """Measure what is missing and write everything."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = harness.measuring_parser("bench.quality", __doc__)
     parser.add_argument("--parts", nargs="*", default=_PARTS, choices=_PARTS, help="default: all")
     parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS, help="default: both")
-    args = parser.parse_args()
+
+    def is_chosen(unit: Unit, args: argparse.Namespace) -> bool:
+        return unit.part in args.parts and unit.model in args.models
+
+    args = harness.parse(
+        parser, is_partial=lambda args: not all(is_chosen(unit, args) or unit.kept.exists() for unit in UNITS)
+    )
     torch.set_num_threads(1)
     tq_hb.set_num_threads(1)
     _KEPT.mkdir(parents=True, exist_ok=True)
-    for unit in UNITS:
-        if unit.part in args.parts and unit.model in args.models:
-            unit.run()
+    for unit in harness.track([unit for unit in UNITS if is_chosen(unit, args)]):
+        unit.run()
     results = [row for unit in UNITS if unit.kept.exists() for row in json.loads(unit.kept.read_text())]
-    (harness.RESULTS / "quality.png").write_bytes(plot(results))
-    print(harness.write("quality", "bench.quality", results))
-
-
-def plot(results: list[dict[str, Any]]) -> bytes:
-    """Draw KL against bits per value, a panel per model, the geometric mean over the texts that all settings have."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(MODELS), sharey=True), MODELS, strict=True):
-        rows = [row for row in results if row["part"] == "formats" and row["model"] == name]
-        complete = complete_texts(rows)
-        rows = [row for row in rows if row["text"] in complete]
-        float_bytes = _float_bytes(name)
-        lines: dict[tuple[str, str], dict[float, list[float]]] = {}
-        for row in rows:
-            kind = "tq_hb" if row["family"] == "tq_hb" else row["setting"]
-            bits = 32 * row["bytes_per_token"] / float_bytes
-            lines.setdefault((kind, row["variant"]), {}).setdefault(bits, []).append(row["mean_kl"])
-        colours: dict[str, str] = {}
-        for (kind, variant), points in lines.items():
-            own, label = kind == "tq_hb", f"{kind}, {variant}"
-            # A rival's colour is the same with and without a rotation.
-            colour = colours.setdefault(label if own else kind, f"C{len(colours)}")
-            axes.plot(
-                list(points),
-                [np.exp(np.mean(np.log(values))) for values in points.values()],
-                linestyle="-" if own else "none",
-                marker="o" if own else "^" if variant == "rotated" else "v",
-                fillstyle="none" if not own and variant != "rotated" else "full",
-                color=colour,
-                label=label,
-            )
-        axes.set(title=name, xlabel="bits per value of K and V", yscale="log")
-        axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    figure.axes[0].set_ylabel("KL from the float32 cache, nats")
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150)
-    return content.getvalue()
-
-
-def _float_bytes(name: str) -> int:
-    layers, kv_heads, head_dim = {"smollm2-135m": (30, 3, 64), "gemma-3-270m": (18, 1, 256)}[name]
-    return layers * kv_heads * head_dim * 2 * 4
+    harness.finish("quality", results, args.out, quality_tables.formats, quality_tables.gain, plot=plots.quality)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run("bench.quality", main)

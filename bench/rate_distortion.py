@@ -7,16 +7,15 @@ bits of an error.
 
 from __future__ import annotations
 
-import io
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 import tq_hb
-from bench import harness
+from bench import harness, plots, tables
 from bench.formats import RIVALS, Array, Floats, Format
 
 CODEBOOKS = ("lloyd_max", "mlx_native")
@@ -25,19 +24,6 @@ VALUES = 2**20  # of each data set, as rows of D
 DEGREES_OF_FREEDOM = 5
 OUTLIERS_OF = 32  # one channel of so many
 OUTLIER_FACTORS = (10, 50)  # from the least to the largest, evenly spaced in their logarithm
-
-PLOTTED_HEAD_DIM = 128
-
-_STYLES: dict[str, dict[str, Any]] = {
-    "tq_hb, lloyd_max, plane": {"color": "C0", "marker": "o", "linewidth": 2.5},
-    "tq_hb, lloyd_max, byte": {"color": "C0", "marker": "o", "linestyle": ":", "fillstyle": "none"},
-    "tq_hb, mlx_native, plane": {"color": "C9", "marker": "s", "markersize": 4},
-    "tq_hb, mlx_native, byte": {"color": "C9", "marker": "s", "linestyle": ":", "fillstyle": "none", "markersize": 4},
-    "llama.cpp q8_0, q5_0, q4_0": {"color": "C1", "marker": "^"},
-    "llama.cpp q5_1": {"color": "C3", "marker": "v", "linestyle": "none"},
-    "MLX affine, groups of 64": {"color": "C2", "marker": "D"},
-    "FP8 E4M3": {"color": "C4", "marker": "*", "linestyle": "none", "markersize": 11},
-}
 
 
 @dataclass(frozen=True)
@@ -124,42 +110,14 @@ def compare(head_dim: int) -> list[dict[str, Any]]:
     return results
 
 
-def plot(results: Sequence[dict[str, Any]]) -> bytes:
-    """Draw the loss against the size, a line per family, a panel per data set."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
-    panels = {
-        "normal": "normal values",
-        "outliers": "outlier channels",
-        "outliers_rotated": "outlier channels, all formats rotated",
-    }
-    for axes, (data, title) in zip(figure.subplots(1, 3, sharex=True, sharey=True), panels.items(), strict=True):
-        for family, style in _STYLES.items():
-            members = [result for result in results if result["family"] == family]
-            line = sorted((m["bits_per_value"], m["nmse"].get(data, m["nmse"]["outliers"])) for m in members)
-            axes.semilogy(*zip(*line, strict=True), label=family, **style)
-        rates = np.array([4.25, 8.75])
-        axes.semilogy(rates, 4.0**-rates, "--", color="0.4", label="bound for normal values, $2^{-2R}$")
-        axes.set(title=title, xlabel="bits per value, scales and norms included")
-        axes.grid(which="both", alpha=0.25)
-    figure.axes[0].set_ylabel("squared error / square of the data")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=130)
-    return content.getvalue()
-
-
 def main() -> None:
     """Compare at every head size."""
+    args = harness.parse(harness.measuring_parser("bench.rate_distortion", __doc__))
     results = []
-    for head_dim in tq_hb.supported_head_dims():
-        print("D =", head_dim, flush=True)
+    for head_dim in harness.track(tq_hb.supported_head_dims(), "D = {}".format):
         results += compare(head_dim)
-    plotted = [result for result in results if result["head_dim"] == PLOTTED_HEAD_DIM]
-    (harness.RESULTS / "rate_distortion.png").write_bytes(plot(plotted))
-    print(harness.write("rate_distortion", "bench.rate_distortion", results))
+    harness.finish("rate_distortion", results, args.out, tables.rate_distortion, plot=plots.rate_distortion)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run("bench.rate_distortion", main)

@@ -6,17 +6,16 @@ a table that is not the one the results give is an error.
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-from bench import gate_tables, harness, metal_tables, quality_tables
-from bench.markdown import table
+from bench import gate_tables, harness, metal_tables, plots, quality_tables
+from bench.markdown import Report, source, table
 from bench.peers import tables as peers_tables
+from tq_hb.cli import generate
 from tq_hb.cli._machine import threads_in_words
 
 _DOCUMENTS = (
@@ -31,40 +30,38 @@ _DOCUMENTS = (
 _BLOCK = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def attend_cpu() -> str:
+def attend_cpu(report: Report) -> str:
     """Return one token's attention at 8 bits per shape, torch's dtypes beside it."""
-    return _attend_cpu(lambda shape: shape["k_bits"] == shape["v_bits"] == 8)
+    return _attend_cpu(report, lambda shape: shape["k_bits"] == shape["v_bits"] == 8)
 
 
-def attend_cpu_narrow() -> str:
-    """Return the same for the narrower widths."""
-    return _attend_cpu(lambda shape: shape["k_bits"] < 8)
+def attend_cpu_narrow(report: Report) -> str:
+    """Return one token's attention at fewer bits per shape, torch's dtypes beside it."""
+    return _attend_cpu(report, lambda shape: shape["k_bits"] < 8)
 
 
-def _attend_cpu(wanted: Callable[[dict[str, Any]], bool]) -> str:
-    report = harness.read("cpu")
+def _attend_cpu(report: Report, wanted: Callable[[dict[str, Any]], bool]) -> str:
     header = ("heads / KV heads / D", "tokens", "K/V bits", "tq_hb", "torch float32", "float16", "bfloat16", "of read")
     rows = []
     for result in report["results"]:
         if result["op"] != "attend" or not wanted(result["shape"]):
             continue
         shape, by_name = result["shape"], {row["name"]: row for row in result["rows"]}
-        times = (by_name[name]["median_us"] for name in ("tq_hb", *_TORCH))
+        times = (by_name[name]["median_us"] / 1e3 if name in by_name else None for name in ("tq_hb", *_TORCH))
         rows.append(
             (
                 f"{shape['heads']} / {shape['kv_heads']} / {shape['head_dim']}",
                 f"{shape['kv_len']:,}",
                 f"{shape['k_bits']}/{shape['v_bits']}" + (" in planes" if shape["packing"] == "plane" else ""),
-                *(f"{time / 1e3:.2f} ms" for time in times),
+                *("" if time is None else f"{time:.2f} ms" for time in times),
                 f"{by_name['tq_hb']['share_of_read']:.0%}",
             )
         )
-    return table(header, rows) + _source(report, "cpu") + _machine(report)
+    return table(header, rows) + source(report) + _machine(report)
 
 
-def replay() -> str:
+def replay(report: Report) -> str:
     """Return what every width does to a real model's predictions."""
-    report = harness.read("generate")
     header = ("K/V bits", "bytes per token", "decode ms per token", "mean KL", "top-1 agreement", "perplexity")
     rows = [
         (
@@ -78,13 +75,12 @@ def replay() -> str:
         for row in report["replay"]["settings"]
     ]
     # A report that names no command was written by this one.
-    source = {"command": "tq-hb generate --out bench/results", **report}
-    return table(header, rows) + _source(source, "generate") + _machine(report)
+    named = {"command": "tq-hb generate --out bench/results", **report}
+    return table(header, rows) + source(named) + _machine(report)
 
 
-def memory() -> str:
+def memory(report: Report) -> str:
     """Return what the default codebook takes and loses at each width, for D = 256."""
-    report = harness.read("codec")
     header = ("bits", "bytes per token and KV head", "in planes", "squared error", "attention error")
     rows = [
         (
@@ -96,12 +92,11 @@ def memory() -> str:
         for result in report["results"]
         if result["codebook"] == "lloyd_max" and result["head_dim"] == 256
     ]
-    return table(header, rows) + _source(report, "codec") + ".\n"
+    return table(header, rows) + source(report) + ".\n"
 
 
-def codec() -> str:
+def codec(report: Report) -> str:
     """Return what every codebook and head size takes and loses."""
-    report = harness.read("codec")
     header = (
         *("codebook", "D", "bits", "bytes", "in planes"),
         *("squared error", "in theory", "attention error", "of the kernel"),
@@ -119,12 +114,11 @@ def codec() -> str:
         )
         for result in report["results"]
     ]
-    return table(header, rows) + _source(report, "codec") + ".\n"
+    return table(header, rows) + source(report) + ".\n"
 
 
-def rate_distortion() -> str:
+def rate_distortion(report: Report) -> str:
     """Return every format's size and loss, a table per head size."""
-    report = harness.read("rate_distortion")
     header = ("format", "bits per value", "above the bound", *_DATA.values())
     tables = []
     for head_dim in dict.fromkeys(result["head_dim"] for result in report["results"]):
@@ -139,7 +133,7 @@ def rate_distortion() -> str:
             if result["head_dim"] == head_dim
         ]
         tables.append(f"D = {head_dim}:\n\n{table(header, rows)}")
-    return "\n".join(tables) + _source(report, "rate_distortion") + ".\n"
+    return "\n".join(tables) + source(report) + ".\n"
 
 
 def _bytes(result: dict[str, Any]) -> tuple[str, str]:
@@ -148,9 +142,8 @@ def _bytes(result: dict[str, Any]) -> tuple[str, str]:
     return str(nbytes["byte"]), str(nbytes["plane"])
 
 
-def cpu_kernels(name: str = "cpu_kernels") -> str:
-    """Return what every cpu kernel takes, and in brackets its share of a plain read."""
-    report = harness.read(name)
+def cpu_kernels(report: Report) -> str:
+    """Return how many microseconds every cpu kernel takes, and in brackets its share of a plain read."""
     results = [result for result in report["results"] if "rows" in result]
     names = list(results[0]["rows"])
     rows = [
@@ -161,12 +154,11 @@ def cpu_kernels(name: str = "cpu_kernels") -> str:
         )
         for result in results
     ]
-    return table(("heads / KV heads / D", "bits", *names), rows) + _source(report, name) + _machine(report)
+    return table(("heads / KV heads / D", "bits", *names), rows) + source(report) + _machine(report)
 
 
-def cpu_append(name: str = "cpu_append") -> str:
+def cpu_append(report: Report) -> str:
     """Return how many thousand tokens a core appends in a second, with the op and with the method."""
-    report = harness.read(name)
     names = list(report["results"][0]["rows"])
     rows = [
         (
@@ -178,12 +170,11 @@ def cpu_append(name: str = "cpu_append") -> str:
     ]
     machine, load = report["machine"], report["load_average"][0]
     where = f": {machine['processor']}, {threads_in_words(machine['threads'])}, load average {load:.1f}.\n"
-    return table(("KV heads / D", "bits", *names), rows) + _source(report, name) + where
+    return table(("KV heads / D", "bits", *names), rows) + source(report) + where
 
 
-def cpu_short(name: str = "cpu_kernels") -> str:
+def cpu_short(report: Report) -> str:
     """Return what attending to few tokens takes on the cpu."""
-    report = harness.read(name)
     results = [result for result in report["results"] if "op_us" in result]
     rows = [
         (
@@ -194,17 +185,16 @@ def cpu_short(name: str = "cpu_kernels") -> str:
         for result in results
     ]
     header = ("heads / KV heads / D", f"the op over {results[0]['tokens']} tokens", "`KVCache.attend`")
-    return table(header, rows) + _source(report, name) + _machine(report)
+    return table(header, rows) + source(report) + _machine(report)
 
 
-def cuda_attend() -> str:
+def cuda_attend(report: Report) -> str:
     """Return attention on an NVIDIA GPU per shape, the best of torch's beside it."""
-    report = harness.read("peers_cuda")
     rows = [
         (
             f"{result['heads']} / {result['kv_heads']} / {result['head_dim']}",
             f"{result['keys']:,}",
-            str(result["bits"]),
+            f"{result['bits']}" + (" in planes" if result["bits"] < 8 else ""),
             f"{1e6 * result['seconds']:.1f} us",
             f"{result['share_of_floor']:.0%}",
             f"{result['error']:.0e}",
@@ -215,8 +205,8 @@ def cuda_attend() -> str:
     ]
     peers = ("torch float16 ÷ ours", "FlashInfer float16 ÷ ours", "float8 ÷ ours")
     header = ("heads / KV heads / D", "keys", "bits", "time", "of the floor", "error", *peers)
-    source = {"command": report["command"].partition(" --")[0]}  # without the reports that it was given
-    return table(header, rows) + _source(source, "peers_cuda") + f": {report['results'][0]['gpu']}.\n"
+    # Without the reports that it was given.
+    return table(header, rows) + source(report, options=False) + f": {report['results'][0]['gpu']}.\n"
 
 
 def _cuda_peers(result: dict[str, Any]) -> list[float | None]:
@@ -226,9 +216,8 @@ def _cuda_peers(result: dict[str, Any]) -> list[float | None]:
     return [result["sdpa_seconds"], *(row and row["seconds"] for row in of_flashinfer)]
 
 
-def append_cpu() -> str:
+def append_cpu(report: Report) -> str:
     """Return the cost of appending, per token."""
-    report = harness.read("cpu")
     rows = []
     for result in report["results"]:
         if result["op"] != "append":
@@ -244,7 +233,7 @@ def append_cpu() -> str:
             )
         )
     header = ("KV heads / D", "bits", "one token", f"a token of a run of {tokens}")
-    return table(header, rows) + _source(report, "cpu") + _machine(report)
+    return table(header, rows) + source(report) + _machine(report)
 
 
 _DATA = {
@@ -254,66 +243,85 @@ _DATA = {
     "outliers_rotated": "these rotated first",
 }
 _TORCH = ("torch float32", "torch float16", "torch bfloat16")
-_TABLES: dict[str, Callable[[], str]] = {
-    "attend_cpu": attend_cpu,
-    "attend_cpu_narrow": attend_cpu_narrow,
-    "append_cpu": append_cpu,
-    "codec": codec,
-    "cpu_append": cpu_append,
-    "cpu_kernels": cpu_kernels,
-    "cpu_short": cpu_short,
+# What a table is made from, and by which function.
+_TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
+    "attend_cpu": ("cpu", attend_cpu),
+    "attend_cpu_narrow": ("cpu", attend_cpu_narrow),
+    "append_cpu": ("cpu", append_cpu),
+    "codec": ("codec", codec),
+    "cpu_append": ("cpu_append", cpu_append),
+    "cpu_kernels": ("cpu_kernels", cpu_kernels),
+    "cpu_short": ("cpu_kernels", cpu_short),
     # Of another machine, whose files were copied here under these names.
-    "cpu_append_avx512": partial(cpu_append, "cpu_append_avx512"),
-    "cpu_kernels_avx512": partial(cpu_kernels, "cpu_kernels_avx512"),
-    "cpu_short_avx512": partial(cpu_short, "cpu_kernels_avx512"),
-    "peers_cpu_avx512": partial(peers_tables.every_shape, "peers_cpu_avx512"),
-    "peers_cpu_bounds_avx512": partial(peers_tables.bounds, "peers_cpu_avx512"),
-    "cuda_attend": cuda_attend,
-    "memory": memory,
-    "metal_bounds": metal_tables.bounds,
-    "metal_cost": metal_tables.cost,
-    "metal_counts": metal_tables.counts,
-    "metal_gpus": metal_tables.gpus,
-    "metal_reference": metal_tables.reference,
-    "metal_threadgroup": metal_tables.threadgroup,
-    "peers_cpu": peers_tables.every_shape,
-    "peers_cpu_bounds": peers_tables.bounds,
-    "peers_cpu_each": peers_tables.every_peer,
-    "peers_cpu_short": peers_tables.at_one_length,
-    "rate_distortion": rate_distortion,
-    "replay": replay,
-    **gate_tables.TABLES,
+    "cpu_append_avx512": ("cpu_append_avx512", cpu_append),
+    "cpu_kernels_avx512": ("cpu_kernels_avx512", cpu_kernels),
+    "cpu_short_avx512": ("cpu_kernels_avx512", cpu_short),
+    "peers_cpu_avx512": ("peers_cpu_avx512", peers_tables.every_shape),
+    "peers_cpu_bounds_avx512": ("peers_cpu_avx512", peers_tables.bounds),
+    "cuda_attend": ("peers_cuda", cuda_attend),
+    "memory": ("codec", memory),
+    "metal_bounds": ("metal_model", metal_tables.bounds),
+    "metal_cost": ("metal_model", metal_tables.cost),
+    "metal_counts": ("metal_model", metal_tables.counts),
+    "metal_gpus": ("metal_model", metal_tables.gpus),
+    "metal_reference": ("metal_model", metal_tables.reference),
+    "metal_threadgroup": ("metal_model", metal_tables.threadgroup),
+    "peers_cpu": ("peers_cpu", peers_tables.every_shape),
+    "peers_cpu_bounds": ("peers_cpu", peers_tables.bounds),
+    "peers_cpu_each": ("peers_cpu", peers_tables.every_peer),
+    "peers_cpu_short": ("peers_cpu", peers_tables.at_one_length),
+    "rate_distortion": ("rate_distortion", rate_distortion),
+    "replay": ("generate", replay),
     **quality_tables.TABLES,
+}
+
+
+PLOTS: dict[str, Callable[[Report], bytes]] = {
+    "generate": generate._plot,
+    "metal_model": plots.metal_model,
+    "peers_cpu": peers_tables.plot,
+    "peers_cuda": plots.peers_cuda,
+    "quality": plots.quality,
+    "rate_distortion": plots.rate_distortion,
 }
 
 
 def main() -> None:
     """Write the tables, or check them."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = harness.parser("bench.tables", __doc__)
     parser.add_argument("--check", action="store_true", help="fail if a document's table is out of date")
-    check = parser.parse_args().check
+    parser.add_argument("--plots", action="store_true", help="draw the plots beside the results again as well")
+    args = parser.parse_args()
+    if args.plots:
+        for name, plot in PLOTS.items():
+            harness.draw(name, harness.RESULTS, plot)
+        gate_tables.draw()
     stale = []
     for name in _DOCUMENTS:
         path = harness.ROOT / name
         text = path.read_text()
-        fresh = _BLOCK.sub(lambda block: block[1] + _TABLES[block[2]]() + block[3], text)
+        fresh = _BLOCK.sub(lambda block: block[1] + _made(block[2]) + block[3], text)
         if fresh != text:
             stale.append(name)
-            if not check:
+            if not args.check:
                 path.write_text(fresh)
-    if check and stale:
+    if args.check and stale:
         sys.exit(f"out of date, run `python -m bench.tables`: {', '.join(stale)}")
 
 
-def _source(report: dict[str, Any], name: str) -> str:
-    return f"\n`bench/results/{name}.json`, written by `{report['command']}`"
+def _made(name: str) -> str:
+    if name in gate_tables.TABLES:
+        return gate_tables.TABLES[name]()
+    file, make = _TABLES[name]
+    return make(harness.read(file))
 
 
-def _machine(report: dict[str, Any]) -> str:
+def _machine(report: Report) -> str:
     machine = report["machine"]
     torch = machine["libraries"]["torch"]
-    return f": {machine['processor']}, {threads_in_words(machine['threads'])}, {machine['isa']}, torch {torch}.\n"
+    peer = f"torch {torch}" if torch else "no torch"
+    return f": {machine['processor']}, {threads_in_words(machine['threads'])}, {machine['isa']}, {peer}.\n"
 
 
 if __name__ == "__main__":
-    main()
+    harness.run("bench.tables", main)

@@ -194,4 +194,5 @@ def _quantised(name: str, problem: Problem) -> Rotation[Pair]:
 
 
 if __name__ == "__main__":
+    harness.parser("bench.peers.llama_cpp", __doc__).parse_args()
     print(setup())

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from bench import harness
-from bench.markdown import table
+from bench.markdown import Report, source, table
 from bench.peers.ours import FORMS, name_of
+from bench.plots import png
 from tq_hb.cli._machine import threads_in_words
 
 Result = dict[str, Any]
@@ -19,7 +18,7 @@ _NAMES = [name_of(*form) for form in FORMS]
 _README_SHAPES = {"head_dim": 256, "tokens": 4096}
 
 
-def _measured(report: dict[str, Any]) -> list[Result]:
+def _measured(report: Report) -> list[Result]:
     return [result for result in report["results"][1:] if result["ratio"]]
 
 
@@ -33,9 +32,8 @@ def _heads(result: Result) -> str:
     return f"{result['heads']} / {result['kv_heads']} / {result['head_dim']}"
 
 
-def every_shape(name: str = "peers_cpu") -> str:
-    """Return tq_hb's times per shape, and in brackets how many times longer the fastest peer takes."""
-    report = harness.read(name)
+def every_shape(report: Report) -> str:
+    """Return tq_hb's microseconds per shape, and in brackets how many times longer the fastest peer takes."""
     header = ("heads / KV heads / D", "tokens", "threads", "fastest peer", *map(_header, _NAMES), "8 bits, of read")
     rows = [
         (
@@ -48,12 +46,11 @@ def every_shape(name: str = "peers_cpu") -> str:
         )
         for result in _measured(report)
     ]
-    return table(header, rows) + _source(report, name)
+    return table(header, rows) + _source(report)
 
 
-def every_peer() -> str:
+def every_peer(report: Report) -> str:
     """Return how many times longer each peer takes than tq_hb: the median over the shapes, in brackets the extremes."""
-    report = harness.read("peers_cpu")
     results = _measured(report)
     peers = dict.fromkeys(name for result in results for name in result["rows"] if name not in _NAMES)
     forms = [name_of(*form) for form in FORMS if form[2] == "default"]
@@ -73,9 +70,8 @@ def _span(ratios: Sequence[float]) -> str:
     return f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
 
 
-def at_one_length() -> str:
+def at_one_length(report: Report) -> str:
     """Return the ratios at D = 256 and 4,096 tokens, and where tq_hb is slower than the fastest peer."""
-    report = harness.read("peers_cpu")
     results = _measured(report)
     forms = [name_of(*form) for form in FORMS if form[2] == "default"]
     header = (
@@ -112,9 +108,8 @@ def losses(results: Sequence[Result]) -> str:
     return table(("slower than the fastest peer", *map(_query_heads, groups)), rows)
 
 
-def bounds(name: str = "peers_cpu") -> str:
+def bounds(report: Report) -> str:
     """Return the ratios to the fastest peer, and those of a call that would take as long as a read of its bytes."""
-    report = harness.read(name)
     results = _measured(report)
     forms = [name_of(5, "byte", "default"), name_of(5, "plane", "default"), name_of(8, "byte", "default")]
     rows = []
@@ -128,7 +123,7 @@ def bounds(name: str = "peers_cpu") -> str:
             ]
         rows.append((_query_heads(group), str(len(here)), *cells))
     header = ("", "rows", *(cell for form in forms for cell in (f"÷ {_header(form)}", "÷ a read of them")))
-    return table(header, rows) + f"\n{_far_ahead(results)}\n" + _source(report, name)
+    return table(header, rows) + f"\n{_far_ahead(results)}\n" + _source(report)
 
 
 def _read(result: Result, form: str) -> float:
@@ -164,14 +159,14 @@ def _count(results: Sequence[Result], group: int, threads: int) -> int:
     return sum(_group(result) == group and result["threads"] == threads for result in results)
 
 
-def _source(report: dict[str, Any], name: str = "peers_cpu") -> str:
+def _source(report: Report) -> str:
     machine, account = report["machine"], report["results"][0]
     versions = ", ".join(account["libraries"].values())
     where = f"{machine['processor']}, {machine['isa']}, load average {report['load_average'][0]:.1f}, {versions}"
-    return f"\n`bench/results/{name}.json`, written by `{report['command']}`: {where}.\n"
+    return f"{source(report)}: {where}.\n"
 
 
-def _skipped(report: dict[str, Any]) -> str:
+def _skipped(report: Report) -> str:
     """Return a list of what was not measured, or only at some shapes, and why."""
     reasons: dict[str, str] = dict(report["results"][0]["skipped"])
     for result in report["results"][1:]:
@@ -181,12 +176,12 @@ def _skipped(report: dict[str, Any]) -> str:
     return "".join(f"\nNot measured: {name}: {reason}.\n" for name, reason in reasons.items())
 
 
-def plot(results: Sequence[Result]) -> bytes:
+def plot(report: Report) -> bytes:
     """Draw the fastest peer's time over tq_hb's against the length, a panel per head size and number of threads."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    results = [result for result in results if result["ratio"]]
+    results = _measured(report)
     head_dims = sorted({result["head_dim"] for result in results})
     threads = sorted({result["threads"] for result in results})
     groups = sorted({_group(result) for result in results})
@@ -205,23 +200,25 @@ def plot(results: Sequence[Result]) -> bytes:
                     axes.plot(tokens, ratios, color=f"C{color}", marker=marker, linestyle=line, markersize=4)
             axes.axhline(1, color="0.4", linewidth=0.8)
             axes.set_xscale("log", base=2)
-            axes.set_yscale("log", base=2)
+            axes.set_yscale("log")
             axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
-            axes.yaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
             axes.set_title(f"D = {head_dim}, {threads_in_words(count)}", fontsize="medium")
             axes.grid(alpha=0.25)
-        panels[row, 0].set_ylabel("fastest peer's time / tq_hb's")
+        panels[row, 0].set_ylabel("fastest peer's time / tq_hb's, log scale")
+    low, high = axes.get_ylim()
+    ratios = [ratio for ratio in _RATIOS if low <= ratio <= high]
+    axes.set_yticks(ratios, [f"{ratio:g}" for ratio in ratios])
     for axes in panels[-1]:
         axes.set_xlabel("tokens in the cache")
     keys = [Line2D([], [], color=f"C{color}", label=_query_heads(group)) for color, group in enumerate(groups)]
     for (marker, line), form in _LINES.items():
         keys.append(Line2D([], [], color="0.2", marker=marker, linestyle=line, label=_header(form)))
     figure.legend(handles=keys, loc="outside lower center", ncols=3, frameon=False, fontsize="small")
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    return content.getvalue()
+    return png(figure)
 
 
+_RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100)
 _LINES = {
     ("o", "-"): name_of(5, "plane", "default"),
     ("s", "--"): name_of(8, "byte", "default"),

@@ -25,6 +25,7 @@ from tq_hb.cli import main  # noqa: E402
 from tq_hb.cli._gate_caches import Decoded, FloatCache, Layer, Widths, attention_weights, weigh  # noqa: E402
 from tq_hb.cli._gate_capture import capture, load_capture, measure_capture, save_capture  # noqa: E402
 from tq_hb.cli._gate_replay import FLOAT32, SAMPLED_EVERY, layers_of, replay, replay_reference  # noqa: E402
+from tq_hb.cli._gate_report import _make_room  # noqa: E402
 from tq_hb.cli._gate_run import ModelJob, smallest  # noqa: E402
 from tq_hb.cli._gate_scores import score  # noqa: E402
 from tq_hb.cli._gate_stats import GATES, OURS  # noqa: E402
@@ -536,3 +537,18 @@ def test_a_refusal_is_one_line_and_exit_code_2(arguments, message, tmp_path, cap
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.startswith("tq-hb gate: ")
+
+
+def test_names_in_the_plot_end_inside_of_it():
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([7000, 9000], [1, 1], "o")
+    for x, name in ((7000, "6/6"), (9000, "8/8, layers 1 2 3 4 5 at 8/8")):
+        axes.annotate(name, (x, 1), (7, 3), textcoords="offset points")
+
+    _make_room(figure, axes)
+
+    figure.draw_without_rendering()
+    assert all(text.get_window_extent().x1 <= axes.bbox.x1 + 0.5 for text in axes.texts)

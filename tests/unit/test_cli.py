@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -39,6 +40,21 @@ def test_info_prints_every_device(capsys):
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
     assert all(device.backend in printed for device in tq_hb.devices())
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("TQ_HB_CPU_ISA", "[none]"), ("TQ_HB_NUM_THREADS", "x"), ("TQ_HB_DEVICE", "nonsense")]
+)
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["tables", "json"])
+def test_info_shows_a_variable_that_cannot_be_used(variable, value, options):
+    command = [sys.executable, "-m", "tq_hb", "info", *options]
+    environment = {**os.environ, variable: value, "COLUMNS": "200"}
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert run.returncode == 2
+    assert run.stderr == ""
+    assert f"{variable} must be " in run.stdout
+    assert f"got '{value}'" in run.stdout
+    assert tq_hb.__version__ in run.stdout
 
 
 def test_info_says_in_words_that_a_device_is_simulated(capsys):
@@ -95,8 +111,9 @@ def test_bench_takes_peers_of_the_same_shape(capsys):
 def test_bench_prints_tables(capsys):
     assert main(["bench", *SMALL, "--threads", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "attend" in printed
     assert "1 token" in printed
+    for op in ("attend", "append"):  # on one line, however narrow the table
+        assert f"\n{op}: heads 4, kv_heads 2, head_dim 256, kv_len 70, k_bits 8, v_bits 8, packing byte\n" in printed
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,7 @@ def report() -> dict[str, Any]:
     missing = {**results[0], "tokens": 65536, "skipped": {"all": "too large"}} | peers_cpu.compare({})
     return {
         "command": "python -m bench.peers_cpu",
+        "path": "peers_cpu.json",
         "commit": "abc",
         "machine": {"processor": "Abacus", "isa": "beads"},
         "load_average": [1.25, 1, 1],
@@ -188,13 +189,13 @@ def test_a_run_of_changed_sources_starts_over(report):
     assert peers_cpu.finished(report, "abc with changes", report["machine"], report["results"][0]) == []
 
 
-def test_only_what_is_missing_is_measured(report, monkeypatch):
-    monkeypatch.setattr(peers_cpu, "_write", lambda results, account: None)
+def test_only_what_is_missing_is_measured(report, monkeypatch, tmp_path):
+    monkeypatch.setattr(peers_cpu, "_write", lambda results, account, out: None)
     monkeypatch.setattr(peers_cpu, "_available_bytes", lambda: 0)
     results = report["results"][1:3]
     shapes = [Shape(16, 16, 256, 4096), Shape(16, 8, 256, 4096)]
 
-    peers_cpu._run(shapes, report["results"][0], {}, results)
+    peers_cpu._run(shapes, report["results"][0], {}, results, tmp_path)
 
     assert [peers_cpu.key(r) for r in results[2:]] == [(16, 8, 256, 4096, 1), (16, 8, 256, 4096, 2)]
     assert "0 are available" in results[2]["skipped"]["all"]
@@ -213,6 +214,20 @@ def test_shapes_are_read_from_the_command_line():
     for text in ("16/8/256", "16/8/256/4k"):
         with pytest.raises(argparse.ArgumentTypeError, match="must be heads/kv_heads/head_dim/tokens, got"):
             peers_cpu.parse_shape(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("16/8/100/10", "head_dim must be one of 64, 128, 256, 512"),
+        ("16/3/256/10", "heads must be a multiple of kv_heads"),
+        ("16/8/256/0", "all at least 1"),
+        ("16/0/256/10", "all at least 1"),
+    ],
+)
+def test_shapes_that_cannot_be_measured_are_refused_at_once(text, rule):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"{rule}.*, got '{text}'"):
+        peers_cpu.parse_shape(text)
 
 
 @pytest.mark.parametrize(
@@ -282,10 +297,10 @@ def test_bfloat16_is_rounded_to_even():
     assert np.array_equal(k, x.astype(ml_dtypes.bfloat16).view(np.uint16))
 
 
-def test_tables_say_how_long_the_fastest_peer_takes(report, monkeypatch):
-    monkeypatch.setattr(tables.harness, "read", lambda name: report)
-
-    every_shape, every_peer, short = tables.every_shape(), tables.every_peer(), tables.at_one_length()
+def test_tables_say_how_long_the_fastest_peer_takes(report):
+    every_shape, every_peer, short = (
+        make(report) for make in (tables.every_shape, tables.every_peer, tables.at_one_length)
+    )
 
     assert "| 16 / 16 / 256 | 4,096 | 1 | numpy, 30 | 10 (3.00) |" in every_shape
     assert "| 16 / 16 / 256 | 4,096 | 2 | numpy, 30 | 40 (0.75) |" in every_shape
@@ -300,10 +315,8 @@ def test_tables_say_how_long_the_fastest_peer_takes(report, monkeypatch):
     assert "Abacus, beads, load average 1.2, numpy 2" in short
 
 
-def test_bounds_set_the_ratios_beside_those_of_a_read(report, monkeypatch):
-    monkeypatch.setattr(tables.harness, "read", lambda name: report)
-
-    bounds = tables.bounds()
+def test_bounds_set_the_ratios_beside_those_of_a_read(report):
+    bounds = tables.bounds(report)
 
     assert "| 1 query head per KV head | 2 | 1.9 (0.8 to 3.0) | 3.8 (1.5 to 6.0) |" in bounds
     assert "| 8 query heads per KV head | 1 | 1.5 (1.5 to 1.5) | 3.0 (3.0 to 3.0) |" in bounds
@@ -313,4 +326,4 @@ def test_bounds_set_the_ratios_beside_those_of_a_read(report, monkeypatch):
 def test_the_plot_is_drawn(report):
     pytest.importorskip("matplotlib")
 
-    assert tables.plot(report["results"][1:]).startswith(b"\x89PNG")
+    assert tables.plot(report).startswith(b"\x89PNG")

@@ -91,6 +91,11 @@ def limits(gate: Report) -> str:
     return ", ".join(words) + (f", for the whole {CONFIDENCE:.0%} interval" if gate["by_interval"] else "")
 
 
+def title(report: Report) -> str:
+    """Return what the table for the terminal is of."""
+    return f"{report['model']}: {_scope(report)}"
+
+
 def rich_table(report: Report) -> Any:
     """Return the table for the terminal: every setting on the text where each figure is worst."""
     from tq_hb.cli._output import table
@@ -98,7 +103,6 @@ def rich_table(report: Report) -> Any:
     shown = [name for name in _SHOWN if name in report["settings"][0]["worst"]]
     gates = [gate["name"] for gate in report["gates"]]
     rows = table(
-        f"{report['model']}: {_scope(report)}",
         "K/V bits",
         "bytes\nper token",
         *(_COLUMNS[name] for name in shown),
@@ -225,7 +229,20 @@ def plot_error(report: Report) -> bytes:
     )
     axes.grid(alpha=0.3)
     axes.legend()
+    _make_room(figure, axes)
     return _png(figure)
+
+
+def _make_room(figure: Any, axes: Any) -> None:
+    """Move the right end of the axes so far that every annotation ends before it."""
+    figure.draw_without_rendering()
+    left, right = axes.get_xlim()
+    width = axes.bbox.width
+    for text in axes.texts:
+        x = text.xy[0]
+        taken = text.get_window_extent().x1 - axes.transData.transform(text.xy)[0]
+        right = max(right, left + (x - left) * width / (width - taken))
+    axes.set_xlim(left, right)
 
 
 def plot_layers(report: Report) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -37,13 +38,16 @@ def library_versions() -> dict[str, str | None]:
     return versions
 
 
-def describe() -> dict[str, object]:
-    """Return what a measurement has to be read with: the machine, the threads and the versions."""
+def describe(ask: Callable[[Callable[[], object]], object] = lambda get: get()) -> dict[str, object]:
+    """Return what a measurement has to be read with: the machine, the threads and the versions.
+
+    What the environment can make fail is got by `ask`.
+    """
     return {
         "system": platform.platform(),
         "processor": processor_name(),
-        "isa": tq_hb.cpu_isa(),
-        "threads": tq_hb.num_threads(),
+        "isa": ask(tq_hb.cpu_isa),
+        "threads": ask(tq_hb.num_threads),
         "python": platform.python_version(),
         "tq_hb": tq_hb.__version__,
         "libraries": library_versions(),

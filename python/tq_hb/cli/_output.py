@@ -7,7 +7,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SIMULATED = "simulated: runs the Metal sources on this CPU; says nothing about speed"
 """What is said of a simulated device."""
@@ -19,14 +22,20 @@ def print_json(report: object) -> None:
     print()
 
 
-def table(title: str, *columns: str, numeric_from: int = 1) -> Any:
+def table(*columns: str, numeric_from: int = 1) -> Any:
     """Return an empty rich table whose columns from `numeric_from` on are right-aligned."""
     from rich.table import Table
 
-    result = Table(title=title, title_justify="left", title_style="bold")
+    result = Table()
     for i, column in enumerate(columns):
         result.add_column(column, justify="right" if i >= numeric_from else "left", no_wrap=True)
     return result
+
+
+def print_table(console: Console, title: str, rows: Any) -> None:
+    """Print a table below its title, which rich's own titles would wrap at the table's width."""
+    console.print(title, style="bold", markup=False, soft_wrap=True)
+    console.print(rows)
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -23,8 +23,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     >>> parser.parse_args(["bench", "--kv-len", "100"]).kv_len
     100
     """
-    parser = subparsers.add_parser("bench", help="time attend and append for one shape")
-    parser.add_argument("--op", choices=("attend", "append", "all"), default="all")
+    parser = subparsers.add_parser(
+        "bench",
+        help="time attend and append for one shape",
+        description="Times one token's attention over a cache, against torch's over float caches of the same shape, "
+        "and appending to a cache. Both are checked before they are timed, on caches that no processor cache holds.",
+    )
+    parser.add_argument(
+        "--op", choices=("attend", "append", "all"), default="all", help="what to time (default all, which is both)"
+    )
     parser.add_argument("--heads", type=int, default=16, metavar="H", help="query heads (default 16)")
     parser.add_argument("--kv-heads", type=int, default=8, metavar="G", help="key and value heads (default 8)")
     parser.add_argument("--head-dim", type=int, default=256, metavar="D", help="values per head (default 256)")
@@ -98,7 +105,7 @@ def _print_tables(report: dict[str, Any]) -> None:
     from rich.console import Console
 
     from tq_hb.cli._machine import threads_in_words
-    from tq_hb.cli._output import SIMULATED, table
+    from tq_hb.cli._output import SIMULATED, print_table, table
 
     console = Console(markup=False)
     machine, device = report["machine"], report["device"]
@@ -108,7 +115,8 @@ def _print_tables(report: dict[str, Any]) -> None:
         console.print(f"{device['backend']} is {SIMULATED}; these timings mean nothing", soft_wrap=True)
     for result in report["results"]:
         title = f"{result['op']}: " + ", ".join(f"{field} {value}" for field, value in result["shape"].items())
-        rows = table(title, "", "median", "quartiles", "read", "GB/s", "of floor")
+        moved = "floats in" if result["op"] == "append" else "read"
+        rows = table("", "median", "quartiles", moved, "GB/s", "of floor")
         for row in result["rows"]:
             rows.add_row(
                 row["name"],
@@ -119,7 +127,7 @@ def _print_tables(report: dict[str, Any]) -> None:
                 f"{row['share_of_read']:.0%}",
             )
         console.print()
-        console.print(rows)
+        print_table(console, title, rows)
         console.print(f"floor, a plain read: {result['read_gb_s']:.1f} GB/s; {_describe_check(result)}")
 
 

@@ -131,14 +131,9 @@ def _calibrate(
 
 
 def _show(report: dict[str, Any], console: Console) -> None:
-    from tq_hb.cli._output import table
+    from tq_hb.cli._output import print_table, table
 
-    rows = table(
-        f"{report['model']}: {report['tokens']:,} tokens over {report['context']:,} positions",
-        "layer",
-        "keys' energy left",
-        "centred",
-    )
+    rows = table("layer", "keys' energy left", "centred")
     for layer in report["layers"]:
         residual = layer["residual"]
         rows.add_row(
@@ -146,7 +141,7 @@ def _show(report: dict[str, Any], console: Console) -> None:
             "no keys of its own" if residual is None else f"{residual:.0%}",
             "yes" if layer["is_centred"] else "no",
         )
-    console.print(rows)
+    print_table(console, f"{report['model']}: {report['tokens']:,} tokens over {report['context']:,} positions", rows)
     console.print(
         "Energy left: the sum of the keys' squares around a mean that other pieces of the text gave, over that around "
         "zero. A layer for which it is not less gets no mean.",

@@ -227,10 +227,10 @@ def _measure(job: Job, settings: list[Widths], *, with_exceptions: bool, console
 
 
 def _show(report: dict[str, Any], directory: Path, console: Console) -> None:
-    from tq_hb.cli._gate_report import limits, markdown, plot_error, plot_layers, rich_table, sentences
-    from tq_hb.cli._output import write_whole
+    from tq_hb.cli._gate_report import limits, markdown, plot_error, plot_layers, rich_table, sentences, title
+    from tq_hb.cli._output import print_table, write_whole
 
-    console.print(rich_table(report))
+    print_table(console, title(report), rich_table(report))
     for gate in report["gates"]:
         console.print(f"{gate['name']}: {limits(gate)}", style="dim")
     console.print("In brackets: an interval reaches over a limit. KL in nats.", style="dim")

@@ -216,11 +216,10 @@ def _replay(loaded: LoadedModel, tokens: torch.Tensor, workload: Workload, conso
 
 
 def _print_results(report: dict[str, Any], console: Console) -> None:
-    from tq_hb.cli._output import table
+    from tq_hb.cli._output import print_table, table
 
     replay = report["replay"]
     rows = table(
-        f"{report['model']}: {replay['scored_tokens']} tokens decoded after {replay['prefill_tokens']} of prefill",
         "K/V bits",
         "bytes\nper token",
         "MiB\nin all",
@@ -239,7 +238,8 @@ def _print_results(report: dict[str, Any], console: Console) -> None:
             f"{row['top1_agreement']:.1%}",
             f"{row['perplexity']:.2f}",
         )
-    console.print(rows)
+    title = f"{report['model']}: {replay['scored_tokens']} tokens decoded after {replay['prefill_tokens']} of prefill"
+    print_table(console, title, rows)
     console.print(
         "Bytes are of all layers, float32 in the first row; codes are plane packed. KL is that of the "
         "next-token distributions from the first row's, in nats. Time is the median of whole steps, taken in turns.",
@@ -261,18 +261,18 @@ def _plot(report: dict[str, Any]) -> bytes:
             row["mean_kl_standard_error"],
             fmt="o",
             capsize=4,
-            label=f"{row['setting']} bits",
+            color="C0",
         )
-    axes.axvline(reference["bytes_per_token"], color="black", linestyle="--", label="float32, KL 0")
+        place = (row["bytes_per_token"], row["mean_kl"])
+        axes.annotate(f"{row['setting']} bits", place, (9, -4), textcoords="offset points")
     axes.set(
         title=f"{report['model']}: {report['replay']['scored_tokens']} tokens replayed",
-        xlabel="bytes per token held, all layers",
-        ylabel="mean KL from the float32 cache, nats",
+        xlabel=f"bytes per token held, all layers (float32: {reference['bytes_per_token']:,})",
+        ylabel="mean KL from the float32 cache, nats (log scale)",
         yscale="log",
     )
-    axes.set_xlim(left=0)
+    axes.margins(x=0.15)
     axes.grid(alpha=0.3)
-    axes.legend(title="K/V", loc="center")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150)
     return content.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 VARIABLES = (
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         print_json(report)
     else:
         _print_tables(report)
-    return 0
+    return 2 if report["errors"] else 0
 
 
 def collect() -> dict[str, Any]:
@@ -64,9 +65,21 @@ def collect() -> dict[str, Any]:
     import tq_hb
     from tq_hb.cli import _machine
 
+    errors: list[str] = []
+
+    def ask(get: Callable[[], object]) -> object:
+        """Return None where a variable has a value that can't be used: this is where one looks why."""
+        try:
+            return get()
+        except (tq_hb.InvalidArgument, tq_hb.DeviceError) as error:
+            if str(error) not in errors:
+                errors.append(str(error))
+            return None
+
     return {
-        **_machine.describe(),
-        "default_device": tq_hb.Device("auto").backend,
+        **_machine.describe(ask),
+        "default_device": ask(lambda: tq_hb.Device("auto").backend),
+        "errors": errors,
         "devices": [dataclasses.asdict(device) for device in tq_hb.devices()],
         "head_dims": list(tq_hb.supported_head_dims()),
         "bits": list(tq_hb.supported_bits()),
@@ -79,11 +92,12 @@ def _print_tables(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     from tq_hb.cli._machine import threads_in_words
-    from tq_hb.cli._output import SIMULATED, table
+    from tq_hb.cli._output import SIMULATED, print_table, table
 
     facts = Table.grid(padding=(0, 2))
     facts.add_row("tq_hb", report["tq_hb"])
-    facts.add_row("processor", f"{report['processor']}, {report['isa']}, {threads_in_words(report['threads'])}")
+    usable = "" if report["isa"] is None else f", {report['isa']}, {threads_in_words(report['threads'])}"
+    facts.add_row("processor", f"{report['processor']}{usable}")
     facts.add_row("system", f"{report['system']}, Python {report['python']}")
     facts.add_row("head dimensions", ", ".join(map(str, report["head_dims"])))
     facts.add_row("bits per value", ", ".join(map(str, report["bits"])))
@@ -91,18 +105,20 @@ def _print_tables(report: dict[str, Any]) -> None:
     facts.add_row("libraries", ", ".join(libraries))
     variables = (f"{name}={value}" for name, value in report["environment"].items() if value is not None)
     facts.add_row("environment", ", ".join(variables) or "no variable set")
+    for error in report["errors"]:
+        facts.add_row("error", error, style="red")
 
-    devices = table("devices", "backend", "usable", "name", numeric_from=3)
+    devices = table("backend", "usable", "name", numeric_from=3)
     devices.columns[-1].no_wrap = False  # a reason may be longer than a line
     for device in report["devices"]:
         usable = "default" if device["backend"] == report["default_device"] else "yes"
         seen = (usable, device["name"]) if device["available"] else ("no", device["reason"])
         devices.add_row(device["backend"], *seen)
 
-    console = Console()
+    console = Console(markup=False)
     console.print(facts)
     console.print()
-    console.print(devices)
+    print_table(console, "devices", devices)
     for device in report["devices"]:
         if device["is_simulated"]:
             console.print(f"{device['backend']} is {SIMULATED}", soft_wrap=True)
