@@ -10,6 +10,7 @@ import argparse
 import math
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -78,6 +79,23 @@ def replay() -> str:
     ]
     command = "tq-hb generate --out bench/results"
     return table(header, rows) + _source({"command": command}, "generate") + _machine(report)
+
+
+def demo() -> str:
+    """Return what a real model wrote, behind the last sentence of its prompt, and what that took."""
+    report = harness.read("generate")
+    made = report["generated"]
+    prompt = (harness.ROOT / "python" / "tq_hb" / "cli" / "data" / "prompt.txt").read_text(encoding="utf-8").rstrip()
+    text = f"[...] {prompt.rsplit('. ', 1)[-1]}\n{made['text']}"
+    quoted = "\n".join(textwrap.fill(line, 120) for line in text.split("\n"))
+    # The last token is never fed back, so the cache does not see it.
+    seen = made["prompt_tokens"] + made["new_tokens"] - 1
+    kernels = ", ".join(f"`{kernel}`" for kernel in made["kernels"])
+    return (
+        f"```\n{quoted}\n```\n\n{report['model']}: {made['new_tokens']} tokens in {made['seconds']:.1f} s, the prompt "
+        f"of {made['prompt_tokens']} tokens included, at {made['k_bits']}/{made['v_bits']} bits. The cache has seen "
+        f"{seen} tokens and takes {made['cache_nbytes'] / 2**20:.1f} MiB. Attended on the codes by {kernels}.\n"
+    )
 
 
 def memory() -> str:
@@ -266,6 +284,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "peers_cpu_avx512": partial(peers_tables.every_shape, "peers_cpu_avx512"),
     "peers_cpu_bounds_avx512": partial(peers_tables.bounds, "peers_cpu_avx512"),
     "cuda_attend": cuda_attend,
+    "demo": demo,
     "memory": memory,
     "metal_bounds": metal_tables.bounds,
     "metal_cost": metal_tables.cost,
