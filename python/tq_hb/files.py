@@ -143,9 +143,9 @@ def load_caches(path: str | os.PathLike[str], device: str | Device | None = None
     --------
     >>> import tempfile, tq_hb
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     tq_hb.KVCache(2, 256, 1024, k_bits=6).save(f"{folder}/cache.safetensors")
+    ...     tq_hb.KVCache(2, 256, 1024, v_bits=6, packing="plane").save(f"{folder}/cache.safetensors")
     ...     (cache,) = tq_hb.load_caches(f"{folder}/cache.safetensors", device="cpu")
-    >>> cache.capacity, cache.k_bits, cache.device.backend
+    >>> cache.capacity, cache.v_bits, cache.device.backend
     (1024, 6, 'cpu')
     """
     from tq_hb import KVCache

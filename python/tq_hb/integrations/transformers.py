@@ -72,13 +72,13 @@ def enable(model: Model) -> None:
     ...     num_key_value_heads=1, head_dim=256, sliding_window=8)
     >>> model = Gemma3ForCausalLM(config).eval()
     >>> enable(model)
-    >>> cache = TqCache(model.config, k_bits=8, v_bits=6)
+    >>> cache = TqCache(model.config, k_bits=8, v_bits=6, packing="plane")
     >>> prompt = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]])
     >>> tokens = model.generate(prompt, cache=cache, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     >>> tokens.shape
     torch.Size([1, 15])
-    >>> cache.bytes_per_token  # six layers of 520 bytes, a byte per code
-    3120
+    >>> cache.bytes_per_token  # six layers of 256 bytes for K, 192 for V and 8 for norms
+    2736
     """
     model.set_attn_implementation(ATTENTION_NAME)
     if model.config.get_text_config(decoder=True)._attn_implementation != ATTENTION_NAME:
@@ -123,9 +123,9 @@ class TqCache(Cache):  # type: ignore[misc]
     >>> import torch
     >>> from transformers import Qwen3Config
     >>> config = Qwen3Config(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=256)
-    >>> cache = TqCache(config, k_bits=8, v_bits=5)
+    >>> cache = TqCache(config, k_bits=8, v_bits=5, packing="plane")
     >>> cache.get_seq_length(), cache.bytes_per_token
-    (0, 2080)
+    (0, 1696)
     >>> TqCache(config, k_mean={1: torch.ones(2, 256)}).k_means[1].shape
     (2, 256)
     """
