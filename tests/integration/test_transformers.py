@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import doctest
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -290,6 +292,84 @@ def test_a_deep_copy_goes_its_own_way():
     want = run(model, make_tokens(5, seed=2), branch, (1, 1, 1))
     assert (cache.get_seq_length(), branch.get_seq_length()) == (40, 43)
     assert torch.equal(run(model, make_tokens(5, seed=2), cache, (1, 1, 1)), want)
+
+
+# --- files --------------------------------------------------------------------------------------
+
+OPTIONS = {"k_bits": 8, "v_bits": 6, "packing": "plane", "precision": "strict", "rollback": 3}
+
+
+def held(cache):
+    """What a file keeps of every layer that holds keys."""
+    return [dataclasses.asdict(layer.kv._saved()) for layer in cache._holding]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [0, 5, 2 * WINDOW + 3], ids=lambda n: f"after{n}")
+def test_a_loaded_cache_goes_on_bit_for_bit(kind, tokens, tmp_path):
+    model = enabled(kind)
+    cache = TqCache(model.config, **OPTIONS)
+    if tokens:
+        run(model, make_tokens(tokens), cache, (tokens,))
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = TqCache.load(tmp_path / "cache.safetensors", model.config)
+
+    assert [layer.is_croppable for layer in loaded._holding] == [layer.is_croppable for layer in cache._holding]
+    for want, got in zip(held(cache), held(loaded), strict=True):
+        assert want.keys() == got.keys()
+        assert all(np.array_equal(got[name], value) for name, value in want.items())
+    more = make_tokens(WINDOW + 4, seed=1)
+    steps = (4, *[1] * WINDOW)
+    assert torch.equal(run(model, more, loaded, steps), run(model, more, cache, steps))
+    assert loaded.get_seq_length() == tokens + WINDOW + 4
+    assert len(loaded.layers) == len(cache.layers)
+
+
+def test_a_loaded_cache_keeps_its_means(tmp_path):
+    model = enabled("llama")
+    cache = TqCache(model.config, k_mean="prefill")
+    run(model, make_tokens(300), cache, (300,))
+    assert any(mean is not None for mean in cache.k_means)
+    cache.save(tmp_path / "cache")
+    for want, got in zip(cache.k_means, TqCache.load(tmp_path / "cache", model.config).k_means, strict=True):
+        assert np.array_equal(want, got)
+
+
+def test_a_saved_cache_is_one_of_the_layers_that_hold_keys(tmp_path):
+    model = enabled()
+    cache = TqCache(model.config)
+    run(model, make_tokens(5), cache, (5,))
+    cache.save(tmp_path / "cache")
+    assert [len(kv) for kv in tq_hb.load_caches(tmp_path / "cache")] == [5] * len(cache._holding)
+    tq_hb.save_caches(tmp_path / "layers", [layer.kv for layer in cache._holding])
+    assert (tmp_path / "cache").read_bytes() == (tmp_path / "layers").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"num_hidden_layers": 2}, r"the 2 layers of config that have keys, got 6"),
+        ({"head_dim": 64}, r"\(KV heads, head_dim, window\) \(1, 64, \d+\) for layer 0, got \(1, 256, \d+\)"),
+        ({"sliding_window": WINDOW + 1}, rf"\(1, 256, {WINDOW + 1}\) for layer 0, got \(1, 256, {WINDOW}\)"),
+    ],
+    ids=["layers", "head_dim", "window"],
+)
+def test_a_file_of_another_shape_is_refused(other, message, tmp_path):
+    TqCache(make_config()).save(tmp_path / "cache")
+    with pytest.raises(tq_hb.InvalidArgument, match=f"^TqCache.load: path must hold .*{message}$"):
+        TqCache.load(tmp_path / "cache", make_config(**other))
+
+
+def test_errors_of_files_name_the_call(tmp_path):
+    with pytest.raises(tq_hb.InvalidArgument, match="^TqCache.save: path must be a str or an os.PathLike, got int"):
+        TqCache(make_config()).save(1)
+    with pytest.raises(FileNotFoundError):
+        TqCache.load(tmp_path / "none", make_config())
+    with pytest.raises(tq_hb.InvalidArgument, match="^TqCache.load: "):
+        TqCache.load(tmp_path / "none", make_config(), "gpu")
+    (tmp_path / "text").write_text("no cache")
+    with pytest.raises(tq_hb.InvalidArgument, match="^TqCache.load: "):
+        TqCache.load(tmp_path / "text", make_config())
 
 
 # --- what is not supported is said, and nothing else happens ------------------------------------
