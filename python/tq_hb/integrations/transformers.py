@@ -26,11 +26,18 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeAlias
 
-import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, get_layer_types_and_kwargs
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+try:
+    import torch
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, get_layer_types_and_kwargs
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+except ImportError as error:  # one of them is not there, or too old
+    raise type(error)(
+        f"{__name__}: needs torch and transformers, got {error}. Install them: pip install 'tq-hb[transformers]', or "
+        "from a checkout pip install '.[transformers]'.",
+        name=error.name,
+    ) from error
 
 from tq_hb import InvalidArgument, KVCache, UnsupportedError
 from tq_hb.device import resolve_device
