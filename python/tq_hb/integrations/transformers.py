@@ -24,6 +24,7 @@ import copy
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 try:
@@ -430,7 +431,7 @@ class TqLayer(CacheLayerMixin):  # type: ignore[misc]
         'CodesOnly'
         """
         if key_states.shape[0] != 1:
-            raise UnsupportedError(f"TqCache: batch must be 1, got {key_states.shape[0]}")
+            raise _only_one(key_states.shape[0])
         if self.kv.offset == 0:
             if self._make_kv is not None:
                 self.kv = self._make_kv(k_mean=prefill_mean(_token_major(key_states)))
@@ -575,9 +576,9 @@ class TqLayer(CacheLayerMixin):  # type: ignore[misc]
         >>> layer = TqLayer(KVCache(1, 256))
         >>> layer.batch_repeat_interleave(4)
         Traceback (most recent call last):
-        tq_hb.UnsupportedError: TqCache: batch must be 1, got 4 repeats
+        tq_hb.UnsupportedError: TqCache: batch must be 1 (use a TqCache for each sequence), got 4 repeats
         """
-        raise UnsupportedError(f"TqCache: batch must be 1, got {repeats} repeats")
+        raise _only_one(f"{repeats} repeats")
 
     def batch_select_indices(self, indices: torch.Tensor) -> NoReturn:
         """Raise: batches are not supported.
@@ -588,9 +589,9 @@ class TqLayer(CacheLayerMixin):  # type: ignore[misc]
         >>> layer = TqLayer(KVCache(1, 256))
         >>> layer.batch_select_indices(torch.tensor([0, 2]))
         Traceback (most recent call last):
-        tq_hb.UnsupportedError: TqCache: batch must be 1, got a selection of 2 sequences
+        tq_hb.UnsupportedError: TqCache: batch must be 1 (use a TqCache for each sequence), got 2 selected
         """
-        raise UnsupportedError(f"TqCache: batch must be 1, got a selection of {len(indices)} sequences")
+        raise _only_one(f"{len(indices)} selected")
 
 
 class CodesOnly:
@@ -627,8 +628,14 @@ class CodesOnly:
         )
 
 
+def _only_one(got: object) -> UnsupportedError:
+    return UnsupportedError(f"TqCache: batch must be 1 (use a TqCache for each sequence), got {got}")
+
+
 def _shapes(op: str, config: Config) -> list[Shape | None]:
     """Return the shape of every layer's cache; None for those that attend to another layer's keys and values."""
+    if not hasattr(config, "get_text_config"):
+        raise InvalidArgument(f"{op}: config must be a transformers config (model.config), got {type(config).__name__}")
     config = config.get_text_config(decoder=True)
     layer_types, layer_kwargs = get_layer_types_and_kwargs(config)
     shapes: list[Shape | None] = []
@@ -649,6 +656,11 @@ def _shapes(op: str, config: Config) -> list[Shape | None]:
 def _k_means(k_mean: Any, config: Config, layers: int) -> list[Any]:
     """Return a mean or None per layer."""
     if isinstance(k_mean, str | os.PathLike):
+        if not Path(k_mean).is_file():
+            raise InvalidArgument(
+                f"TqCache: k_mean must be 'prefill' or the path of a Calibration's file, got {os.fspath(k_mean)!r} (it "
+                "isn't there)"
+            )
         k_mean = Calibration.load(k_mean)
     if isinstance(k_mean, Calibration):
         model_type = config.get_text_config(decoder=True).model_type
