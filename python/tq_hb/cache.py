@@ -415,7 +415,8 @@ class KVCache:
         if self._window is not None or needed <= self._capacity:
             return
         if not self._grows:
-            raise invalid(op, "tokens", f"must fit in the capacity of {self._capacity}", needed)
+            ways_out = "a KVCache without one grows, with sliding_window it keeps the newest"
+            raise invalid(op, "tokens", f"must fit in the capacity of {self._capacity} ({ways_out})", needed)
         self._resize(max(needed, 2 * self._capacity, _MIN_GROWTH))
 
     def _resize(self, capacity: int) -> None:
