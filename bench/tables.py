@@ -94,7 +94,8 @@ def demo() -> str:
     return (
         f"```\n{quoted}\n```\n\n{report['model']}: {made['new_tokens']} tokens in {made['seconds']:.1f} s, the prompt "
         f"of {made['prompt_tokens']} tokens included, at {made['k_bits']}/{made['v_bits']} bits. The cache has seen "
-        f"{seen} tokens and takes {made['cache_nbytes'] / 2**20:.1f} MiB. Attended on the codes by {kernels}.\n"
+        f"{seen} tokens and takes {made['cache_nbytes'] / 2**20:.1f} MiB. Attended on the codes by {kernels} "
+        "(`bench/results/generate.json`).\n"
     )
 
 
