@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +78,23 @@ def replay(report: Report) -> str:
     # A report that names no command was written by this one.
     named = {"command": "tq-hb generate --out bench/results", **report}
     return table(header, rows) + source(named) + _machine(report)
+
+
+def demo(report: Report) -> str:
+    """Return what a real model wrote, behind the last sentence of its prompt, and what that took."""
+    made = report["generated"]
+    prompt = (harness.ROOT / "python" / "tq_hb" / "cli" / "data" / "prompt.txt").read_text(encoding="utf-8").rstrip()
+    text = f"[...] {prompt.rsplit('. ', 1)[-1]}\n{made['text']}"
+    quoted = "\n".join(textwrap.fill(line, 120) for line in text.split("\n"))
+    # The last token is never fed back, so the cache does not see it.
+    seen = made["prompt_tokens"] + made["new_tokens"] - 1
+    kernels = ", ".join(f"`{kernel}`" for kernel in made["kernels"])
+    return (
+        f"```\n{quoted}\n```\n\n{report['model']}: {made['new_tokens']} tokens in {made['seconds']:.1f} s, the prompt "
+        f"of {made['prompt_tokens']} tokens included, at {made['k_bits']}/{made['v_bits']} bits. The cache has seen "
+        f"{seen} tokens and takes {made['cache_nbytes'] / 2**20:.1f} MiB. Attended on the codes by {kernels} "
+        "(`bench/results/generate.json`).\n"
+    )
 
 
 def memory(report: Report) -> str:
@@ -259,6 +277,7 @@ _TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
     "peers_cpu_avx512": ("peers_cpu_avx512", peers_tables.every_shape),
     "peers_cpu_bounds_avx512": ("peers_cpu_avx512", peers_tables.bounds),
     "cuda_attend": ("peers_cuda", cuda_attend),
+    "demo": ("generate", demo),
     "memory": ("codec", memory),
     "metal_bounds": ("metal_model", metal_tables.bounds),
     "metal_cost": ("metal_model", metal_tables.cost),
@@ -277,7 +296,7 @@ _TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
 
 
 PLOTS: dict[str, Callable[[Report], bytes]] = {
-    "generate": generate._plot,
+    "generate": generate.plot,
     "metal_model": plots.metal_model,
     "peers_cpu": peers_tables.plot,
     "peers_cuda": plots.peers_cuda,

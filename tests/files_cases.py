@@ -166,6 +166,8 @@ def filled(prefix: str, item: str, suffix: str = "") -> Malform:
 # What is wrong before the header is read as JSON, or as bytes.
 add("empty", "size", lambda c: b"")
 add("seven_bytes", "size", lambda c: c[:7])
+add("text", "content", lambda c: b"Keys and values of a cache, in words.\n")
+add("eight_bytes_of_text", "content", lambda c: b"8 bytes\n")
 add("header_longer_than_any_file", "header length", lambda c: b"\xff" * 8 + c[8:])
 add("header_longer_than_the_file", "header length", lambda c: (len(c) - 7).to_bytes(8, "little") + c[8:])
 add("header_over_the_limit", "header length", lambda c: with_size(b" " * (HEADER_LIMIT + 1)))

@@ -1,7 +1,7 @@
 // Numbers of the codec that every implementation shares, host and device code.
 //
-// Its function is static: files with their own instruction-set flags include this, and one function for all files could
-// be linked from the wrong one.
+// The function defined here is static: files with their own instruction-set flags include this, and one that they share
+// with others could be linked from the wrong file.
 #pragma once
 
 #include "core/abi.h"

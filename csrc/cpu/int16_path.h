@@ -137,7 +137,9 @@ struct DotSums {
 /// Keys that kRows rows of queries are multiplied by at a time. Several share the load of a query, and a product need
 /// not wait for the one before it.
 template <std::size_t kRows>
-constexpr std::size_t kKeysAtOnce = kDots < 2 * kRows ? 1 : kDots < 4 * kRows ? 2 : 4;
+constexpr std::size_t kKeysAtOnce = kDots < 2 * kRows   ? 1
+                                    : kDots < 4 * kRows ? 2
+                                                        : 4;
 
 /// Multiplies some keys, of a group those from `t` on, by kRows queries.
 template <std::size_t kHeadDim, std::size_t kRows, class Keys>

@@ -175,7 +175,8 @@ class BatchedKVCache:
         ----------
         slots : int array or sequence, shape (sequences,)
             Each slot at most once.
-        k, v : array, shape (sequences, tokens, num_kv_heads, head_dim)
+        k, v : array, shape (sequences, num_kv_heads, head_dim) or (sequences, tokens, num_kv_heads, head_dim)
+            Without an axis of tokens, one for each sequence.
         counts : int array or sequence, shape (sequences,), optional
             How many of its tokens each sequence takes, the first ones; all by default. The others may hold anything.
 
@@ -193,6 +194,9 @@ class BatchedKVCache:
         >>> batch.append([2, 0], x, x, counts=[5, 1])
         >>> batch.lengths.tolist()
         [1, 0, 5]
+        >>> batch.append([2, 0], x[:, 0], x[:, 0])  # the next token of each
+        >>> batch.lengths.tolist()
+        [2, 0, 6]
         """
         op = "BatchedKVCache.append"
         chosen = self._slots(op, slots)
@@ -329,10 +333,11 @@ class BatchedKVCache:
 
     def _rows(self, op: str, field: str, x: Array, sequences: int) -> Rows:
         rows = as_rows(op, field, x, self._form.device._core)
-        heads = (self._form.num_kv_heads, self._form.head_dim)
-        if rows.ndim != 4 or rows.shape[0] != sequences or rows.shape[2:] != heads:
-            raise invalid(op, field, f"must have shape ({sequences}, tokens, {str(heads)[1:]}", rows.shape)
-        return rows
+        one = (sequences, self._form.num_kv_heads, self._form.head_dim)
+        if rows.ndim not in (3, 4) or (rows.shape[0], *rows.shape[-2:]) != one:
+            several = f"({sequences}, tokens, {one[1]}, {one[2]})"
+            raise invalid(op, field, f"must have shape {one} or {several}", rows.shape)
+        return rows if rows.ndim == 4 else rows.reshape((sequences, 1, *one[1:]))
 
     def _counts(self, op: str, counts: Integers | None, sequences: int, tokens: int) -> _Indices:
         if counts is None:

@@ -104,7 +104,7 @@ class KVCache:
         Makes the cache a ring in which a query sees the newest ``sliding_window`` tokens.
     codebook : "lloyd_max" or "mlx_native"
     packing : "byte" or "plane"
-        One byte per code, or 5 and 6 bits in 5 and 6 bits.
+        One byte per code at every width, or 5 and 6 bits in 5 and 6 bits.
     k_mean : array, shape (num_kv_heads, head_dim), optional
         Subtracted from every key before it is encoded, and taken into account wherever the keys are read: what
         is encoded is smaller, so its error is too. Finite; rounded to float32 and copied.
@@ -120,12 +120,12 @@ class KVCache:
     --------
     >>> import numpy as np, tq_hb
     >>> rng = np.random.default_rng(0)
-    >>> cache = tq_hb.KVCache(num_kv_heads=2, head_dim=256, k_bits=8, v_bits=6)
+    >>> cache = tq_hb.KVCache(num_kv_heads=2, head_dim=256, k_bits=8, v_bits=6, packing="plane")
     >>> k, v = rng.standard_normal((2, 100, 2, 256), np.float32)
     >>> cache.append(k, v)
     >>> out = cache.attend(rng.standard_normal((8, 256), np.float32))
-    >>> out.shape, len(cache), cache.bytes_per_token
-    ((8, 256), 100, 1040)
+    >>> out.shape, len(cache), cache.bytes_per_token  # 2 * (256 + 192 + 8)
+    ((8, 256), 100, 912)
     """
 
     def __init__(
@@ -416,7 +416,8 @@ class KVCache:
         if self._window is not None or needed <= self._capacity:
             return
         if not self._grows:
-            raise invalid(op, "tokens", f"must fit in the capacity of {self._capacity}", needed)
+            ways_out = "a KVCache without one grows, with sliding_window it keeps the newest"
+            raise invalid(op, "tokens", f"must fit in the capacity of {self._capacity} ({ways_out})", needed)
         self._resize(max(needed, 2 * self._capacity, _MIN_GROWTH))
 
     def _resize(self, capacity: int) -> None:

@@ -143,9 +143,9 @@ def load_caches(path: str | os.PathLike[str], device: str | Device | None = None
     --------
     >>> import tempfile, tq_hb
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     tq_hb.KVCache(2, 256, 1024, k_bits=6).save(f"{folder}/cache.safetensors")
+    ...     tq_hb.KVCache(2, 256, 1024, v_bits=6, packing="plane").save(f"{folder}/cache.safetensors")
     ...     (cache,) = tq_hb.load_caches(f"{folder}/cache.safetensors", device="cpu")
-    >>> cache.capacity, cache.k_bits, cache.device.backend
+    >>> cache.capacity, cache.v_bits, cache.device.backend
     (1024, 6, 'cpu')
     """
     from tq_hb import KVCache
@@ -166,7 +166,10 @@ def write_caches(op: str, path: str | os.PathLike[str], caches: Sequence[SavedCa
     name = _file_name(op, path)
     with _naming(op, name):
         parts = _serialise(caches)
-    _replace_file(name, parts)
+    try:
+        _replace_file(name, parts)
+    except OSError as error:  # of the temporary file, which the caller knows nothing of
+        raise OSError(error.errno, error.strerror, name) from error
 
 
 def _serialise(caches: Sequence[SavedCache]) -> tuple[bytes, memoryview]:
@@ -277,12 +280,17 @@ def _read(file: BinaryIO) -> list[SavedCache]:
     from safetensors.numpy import load
 
     size = os.fstat(file.fileno()).st_size
-    require(size >= _SIZE_BYTES, "size", f"must be at least {_SIZE_BYTES} bytes", size)
-    header_bytes = int.from_bytes(file.read(_SIZE_BYTES), "little")
+    require(size >= _SIZE_BYTES, "size", f"must be at least the {_SIZE_BYTES} bytes that safetensors begin with", size)
+    beginning = file.read(_SIZE_BYTES + 1)
+    header_bytes = int.from_bytes(beginning[:_SIZE_BYTES], "little")
     start = _SIZE_BYTES + header_bytes
+    # What has an object where the header should be is rather a damaged file than one of another kind.
+    is_safetensors = start <= size or beginning.endswith(b"{")
+    require(is_safetensors, "content", "must be that of a safetensors file", beginning)
     require(start <= size, "header length", f"must be at most the {size - _SIZE_BYTES} bytes after it", header_bytes)
     limit = file_header.MAX_BYTES
     require(header_bytes <= limit, "header length", f"must be at most {limit}", header_bytes)
+    file.seek(_SIZE_BYTES)
     header = file.read(header_bytes)
     entries, checksum = file_header.parse(header, size - start)
 

@@ -28,11 +28,19 @@ def norms_shape(lead: tuple[int, ...], head_dim: int) -> tuple[int, ...]:
     return (*lead, count) if count > 1 else lead
 
 
+def integer(op: str, field: str, value: object) -> int | None:
+    """Return ``value`` as an integer of 32 bits, None if it is none: for callers whose own rule says more."""
+    try:
+        return _core.to_uint32(op, field, value)
+    except _core.InvalidArgument:
+        return None
+
+
 def check_bits(op: str, field: str, value: object) -> int:
     """Return ``value`` as an index width."""
-    bits = _core.to_uint32(op, field, value)
+    bits = integer(op, field, value)
     if bits not in _core.supported_bits():
-        raise invalid(op, field, "must be " + one_of(_core.supported_bits()), bits)
+        raise invalid(op, field, "must be " + one_of(_core.supported_bits()), repr(value) if bits is None else bits)
     return bits
 
 

@@ -12,6 +12,7 @@ from functools import cache
 from typing import NamedTuple
 
 from tq_hb import _core
+from tq_hb.options import integer, invalid
 
 AttendKernel = _core.AttendKernel
 
@@ -263,9 +264,9 @@ def check_num_threads(op: str, field: str, value: object) -> int:
     Traceback (most recent call last):
     tq_hb.InvalidArgument: set_num_threads: n must be from 1 to 1024, got 0
     """
-    count = _core.to_uint32(op, field, value)
-    if not 1 <= count <= MAX_THREADS:
-        raise _core.InvalidArgument(f"{op}: {field} must be from 1 to {MAX_THREADS}, got {count}")
+    count = integer(op, field, value)
+    if count is None or not 1 <= count <= MAX_THREADS:
+        raise invalid(op, field, f"must be from 1 to {MAX_THREADS}", repr(value) if count is None else count)
     return count
 
 

@@ -87,6 +87,22 @@ def test_a_batch_equals_single_caches(device, windows, form):
     assert contents(batch) == [content(cache) for cache in singles]
 
 
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: "d{head_dim}k{k_bits}v{v_bits}".format(**form))
+def test_one_token_per_sequence(device, form):
+    """Without an axis of tokens it is what it is with one of length 1."""
+    form = dict(form)
+    head_dim = form.pop("head_dim")
+    if form.get("k_mean"):
+        form["k_mean"] = rows(KV_HEADS, head_dim, seed=99)
+    short, long = (tq_hb.BatchedKVCache(3, KV_HEADS, head_dim, 5, device=device, **form) for _ in range(2))
+    k, v = rows(2, 2, KV_HEADS, head_dim)
+    for counts in (None, [1, 1], [0, 1]):
+        short.append([2, 0], k, v, counts=counts)
+        long.append([2, 0], k[:, None], v[:, None], counts=counts)
+    assert short.lengths.tolist() == [3, 0, 2]
+    assert contents(short) == contents(long)
+
+
 def test_one_query_per_sequence(device):
     batch = filled(device=device)
     q = rows(2, HEADS, 64, seed=1)
@@ -260,6 +276,34 @@ class TestRefusals:
             batch.append([0, 1], x, x, counts=counts)
         assert contents(batch) == before
 
+    def test_of_counts_beyond_one_token(self):
+        batch = filled()
+        before = contents(batch)
+        x = rows(2, KV_HEADS, 64)
+        with pytest.raises(
+            tq_hb.InvalidArgument, match="append: counts must be at most the 1 tokens of k and v, got 2"
+        ):
+            batch.append([0, 1], x, x, counts=[1, 2])
+        assert contents(batch) == before
+
+    @pytest.mark.parametrize("field", ["k", "v"])
+    def test_of_a_bad_row_of_one_token(self, device, field):
+        batch = filled(device=device)
+        before = contents(batch)
+        x = {"k": rows(3, KV_HEADS, 64), "v": rows(3, KV_HEADS, 64)}
+        x[field][2, 1, 5] = np.nan
+        with pytest.raises(tq_hb.InvalidArgument, match=rf"append: {field}\[2\].*token 0.*head 1"):
+            batch.append([0, 1, 2], **x)
+        assert contents(batch) == before
+
+    def test_of_one_token_that_does_not_fit(self, device):
+        batch = filled(capacity=9, device=device)
+        before = contents(batch)
+        x = rows(3, KV_HEADS, 64)
+        with pytest.raises(tq_hb.InvalidArgument, match="append: slot 2: tokens must fit in the capacity of 9"):
+            batch.append([0, 1, 2], x, x)
+        assert contents(batch) == before
+
     @pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38])
     @pytest.mark.parametrize("field", ["k", "v"])
     def test_of_a_bad_row_in_one_sequence(self, device, bad, field):
@@ -278,7 +322,7 @@ class TestRefusals:
         before = contents(batch)
         x = rows(3, 12, KV_HEADS, 64)
         with pytest.raises(
-            tq_hb.InvalidArgument, match="append: slot 2: tokens must fit in the capacity of 20, got 21"
+            tq_hb.InvalidArgument, match=r"append: slot 2: tokens must fit in the capacity of 20 \(.*\), got 21"
         ):
             batch.append([0, 1, 2], x, x)
         assert contents(batch) == before
@@ -288,14 +332,23 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("k_shape", "v_shape"),
         [
-            ((3, 1, 2, 64), (3, 1, 2, 64)), ((2, 2, 64), (2, 2, 64)), ((2, 1, 3, 64), (2, 1, 3, 64)),
-            ((2, 1, 2, 128), (2, 1, 2, 128)), ((2, 1, 2, 64), (2, 2, 2, 64)),
+            ((3, 1, 2, 64), (3, 1, 2, 64)), ((2, 1, 3, 64), (2, 1, 3, 64)), ((2, 1, 2, 128), (2, 1, 2, 128)),
+            ((2, 1, 2, 64), (2, 2, 2, 64)), ((2, 2, 64), (2, 2, 2, 64)), ((3, 2, 64), (3, 2, 64)),
+            ((2, 3, 64), (2, 3, 64)), ((2, 2, 128), (2, 2, 128)), ((2, 2, 64), (3, 2, 64)), ((2, 64), (2, 64)),
+            ((1, 2, 1, 2, 64), (1, 2, 1, 2, 64)),
         ],
     )  # fmt: skip
     def test_of_shapes(self, k_shape, v_shape):
         batch = filled()
+        before = contents(batch)
         with pytest.raises(tq_hb.InvalidArgument, match="^BatchedKVCache.append: [kv] must have"):
             batch.append([0, 1], rows(*k_shape), rows(*v_shape))
+        assert contents(batch) == before
+
+    def test_of_shapes_name_both_forms(self):
+        message = r"append: k must have shape \(2, 2, 64\) or \(2, tokens, 2, 64\), got \(3, 2, 64\)$"
+        with pytest.raises(tq_hb.InvalidArgument, match=message):
+            filled().append([0, 1], rows(3, 2, 64), rows(3, 2, 64))
 
     @pytest.mark.parametrize("shape", [(3, 4, 64), (4, 64), (2, 1, 1, 4, 64), (2, 3, 64), (2, 4, 128), (2, 0, 4, 64)])
     def test_of_queries(self, shape):
@@ -325,6 +378,7 @@ def test_no_sequences_and_no_tokens(device, queries):
     batch = filled(device=device)
     before = contents(batch)
     batch.append([], rows(0, 3, KV_HEADS, 64), rows(0, 3, KV_HEADS, 64))
+    batch.append([], rows(0, KV_HEADS, 64), rows(0, KV_HEADS, 64))
     batch.append([0, 1], rows(2, 0, KV_HEADS, 64), rows(2, 0, KV_HEADS, 64))
     batch.append([0, 1], rows(2, 3, KV_HEADS, 64), rows(2, 3, KV_HEADS, 64), counts=[0, 0])
     assert contents(batch) == before

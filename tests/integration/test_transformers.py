@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import doctest
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -292,6 +294,84 @@ def test_a_deep_copy_goes_its_own_way():
     assert torch.equal(run(model, make_tokens(5, seed=2), cache, (1, 1, 1)), want)
 
 
+# --- files --------------------------------------------------------------------------------------
+
+OPTIONS = {"k_bits": 8, "v_bits": 6, "packing": "plane", "precision": "strict", "rollback": 3}
+
+
+def held(cache):
+    """What a file keeps of every layer that holds keys."""
+    return [dataclasses.asdict(layer.kv._saved()) for layer in cache._holding]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens", [0, 5, 2 * WINDOW + 3], ids=lambda n: f"after{n}")
+def test_a_loaded_cache_goes_on_bit_for_bit(kind, tokens, tmp_path):
+    model = enabled(kind)
+    cache = TqCache(model.config, **OPTIONS)
+    if tokens:
+        run(model, make_tokens(tokens), cache, (tokens,))
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = TqCache.load(tmp_path / "cache.safetensors", model.config)
+
+    assert [layer.is_croppable for layer in loaded._holding] == [layer.is_croppable for layer in cache._holding]
+    for want, got in zip(held(cache), held(loaded), strict=True):
+        assert want.keys() == got.keys()
+        assert all(np.array_equal(got[name], value) for name, value in want.items())
+    more = make_tokens(WINDOW + 4, seed=1)
+    steps = (4, *[1] * WINDOW)
+    assert torch.equal(run(model, more, loaded, steps), run(model, more, cache, steps))
+    assert loaded.get_seq_length() == tokens + WINDOW + 4
+    assert len(loaded.layers) == len(cache.layers)
+
+
+def test_a_loaded_cache_keeps_its_means(tmp_path):
+    model = enabled("llama")
+    cache = TqCache(model.config, k_mean="prefill")
+    run(model, make_tokens(300), cache, (300,))
+    assert any(mean is not None for mean in cache.k_means)
+    cache.save(tmp_path / "cache")
+    for want, got in zip(cache.k_means, TqCache.load(tmp_path / "cache", model.config).k_means, strict=True):
+        assert np.array_equal(want, got)
+
+
+def test_a_saved_cache_is_one_of_the_layers_that_hold_keys(tmp_path):
+    model = enabled()
+    cache = TqCache(model.config)
+    run(model, make_tokens(5), cache, (5,))
+    cache.save(tmp_path / "cache")
+    assert [len(kv) for kv in tq_hb.load_caches(tmp_path / "cache")] == [5] * len(cache._holding)
+    tq_hb.save_caches(tmp_path / "layers", [layer.kv for layer in cache._holding])
+    assert (tmp_path / "cache").read_bytes() == (tmp_path / "layers").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"num_hidden_layers": 2}, r"the 2 layers of config that have keys, got 6"),
+        ({"head_dim": 64}, r"\(KV heads, head_dim, window\) \(1, 64, \d+\) for layer 0, got \(1, 256, \d+\)"),
+        ({"sliding_window": WINDOW + 1}, rf"\(1, 256, {WINDOW + 1}\) for layer 0, got \(1, 256, {WINDOW}\)"),
+    ],
+    ids=["layers", "head_dim", "window"],
+)
+def test_a_file_of_another_shape_is_refused(other, message, tmp_path):
+    TqCache(make_config()).save(tmp_path / "cache")
+    with pytest.raises(tq_hb.InvalidArgument, match=f"^TqCache.load: path must hold .*{message}$"):
+        TqCache.load(tmp_path / "cache", make_config(**other))
+
+
+def test_errors_of_files_name_the_call(tmp_path):
+    with pytest.raises(tq_hb.InvalidArgument, match="^TqCache.save: path must be a str or an os.PathLike, got int"):
+        TqCache(make_config()).save(1)
+    with pytest.raises(FileNotFoundError):
+        TqCache.load(tmp_path / "none", make_config())
+    with pytest.raises(tq_hb.InvalidArgument, match="^TqCache.load: "):
+        TqCache.load(tmp_path / "none", make_config(), "gpu")
+    (tmp_path / "text").write_text("no cache")
+    with pytest.raises(tq_hb.InvalidArgument, match="^TqCache.load: "):
+        TqCache.load(tmp_path / "text", make_config())
+
+
 # --- what is not supported is said, and nothing else happens ------------------------------------
 
 
@@ -301,7 +381,7 @@ def unsupported(message):
 
 def test_batches_are_refused():
     model = enabled()
-    with unsupported("TqCache: batch must be 1, got 2"):
+    with unsupported(r"TqCache: batch must be 1 \(use a TqCache for each sequence\), got 2$"):
         model(make_tokens(8).repeat(2, 1), cache=TqCache(model.config))
 
 
@@ -316,7 +396,7 @@ def test_padding_is_refused():
 
 def test_beams_are_refused():
     model = enabled()
-    with unsupported("batch must be 1, got 2"):
+    with unsupported("batch must be 1 .*, got 2$"):
         model.generate(make_tokens(8), cache=TqCache(model.config), max_new_tokens=4, num_beams=2)
     cache = TqCache(model.config)
     run(model, make_tokens(8), cache, (8,))
@@ -324,7 +404,7 @@ def test_beams_are_refused():
         cache.reorder_cache(torch.tensor([0]))
     with unsupported("got 3 repeats"):
         cache.batch_repeat_interleave(3)
-    with unsupported("got a selection of 2 sequences"):
+    with unsupported("got 2 selected"):
         cache.batch_select_indices(torch.tensor([0, 0]))
 
 
@@ -408,6 +488,13 @@ def test_models_whose_attention_cannot_be_replaced_are_refused(monkeypatch):
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(tq_hb.InvalidArgument, match=message):
         TqCache(make_config(), **options)
+
+
+@pytest.mark.parametrize("make", [TqCache, lambda config: TqCache.load("no such file", config)], ids=["new", "load"])
+def test_a_model_in_the_place_of_its_config_is_refused(make):
+    message = r"^TqCache(.load)?: config must be a transformers config \(model.config\), got Gemma3ForCausalLM$"
+    with pytest.raises(tq_hb.InvalidArgument, match=message):
+        make(make_model())
 
 
 def test_the_documentation_examples_run():

@@ -13,6 +13,7 @@ import pytest
 
 import reference
 import tolerance
+import tq_hb
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
@@ -77,3 +78,33 @@ def test_a_query_before_the_recent_tokens_is_served_by_the_history():
     stored = [np.concatenate([h, x[8:]]).swapaxes(0, 1) for h in cache.history.dequantize()]
     want = reference.attend(q, *stored, scale=1 / 8, ranges=[(0, 6 + i) for i in range(5)])
     assert tolerance.nmse(cache.attend(q), want) ** 0.5 <= tolerance.PRECISION_L2["default"]
+
+
+def test_recorded_decoding_reports_what_caches_give():
+    script = EXAMPLES / "recorded_decode.py"
+    text = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True).stdout
+    assert "lengths [48, 32, 16]" in text
+    assert float(re.search(r"largest difference from KVCache: (\S+)", text)[1]) < 1e-3
+
+
+def test_recorded_decoding_attends_to_every_token_of_every_sequence():
+    """Against float64 attention to what a cache of the same form stores."""
+    example, device, rng = load("recorded_decode"), tq_hb.Device("cpu"), np.random.default_rng(0)
+    sequences = [example.Sequence(device, capacity=8) for _ in range(2)]
+    kv_heads, head_dim = example.KV_HEADS, example.HEAD_DIM
+    caches = [
+        tq_hb.KVCache(kv_heads, head_dim, k_bits=example.K_BITS, v_bits=example.V_BITS, packing="plane", device=device)
+        for _ in sequences
+    ]
+    for running in ([0], [0, 1], [1], [0, 1]):
+        for i in running:
+            for buffer in (sequences[i].q, sequences[i].k, sequences[i].v):
+                buffer.copy_from(rng.standard_normal(buffer.shape, dtype=np.float32))
+            caches[i].append(sequences[i].k.numpy(), sequences[i].v.numpy())
+        example.step(device, [sequences[i] for i in running])
+        for i in running:
+            stored = [x.swapaxes(0, 1) for x in caches[i].dequantize()]
+            want = reference.attend(sequences[i].q.numpy()[None], *stored, scale=head_dim**-0.5)
+            got = sequences[i].output.numpy()[None]
+            assert tolerance.nmse(got, want) ** 0.5 <= tolerance.PRECISION_L2["default"]
+    assert [sequence.length for sequence in sequences] == [3, 3]

@@ -313,7 +313,7 @@ class TestKVCaches:
     def test_the_error_names_the_call(self, path):
         path.write_bytes(b"not a cache")
         for name, call in (("KVCache.load", tq_hb.KVCache.load), ("load_caches", load_caches)):
-            with pytest.raises(tq_hb.InvalidArgument, match=f"^{name}: header length of '.*cache.safetensors' must"):
+            with pytest.raises(tq_hb.InvalidArgument, match=f"^{name}: content of '.*cache.safetensors' must"):
                 call(path)
 
     def test_what_no_cache_can_be_made_of_names_the_call(self, monkeypatch):
@@ -378,14 +378,16 @@ class TestPaths:
     def test_missing(self, path):
         with pytest.raises(FileNotFoundError):
             read_caches("op", path)
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(FileNotFoundError) as raised:
             write_caches("op", path / "cache", [make_saved()])
+        assert (raised.value.filename, raised.value.filename2) == (str(path / "cache"), None)
 
     def test_folder(self, tmp_path):
         with pytest.raises(IsADirectoryError):
             read_caches("op", tmp_path)
-        with pytest.raises(IsADirectoryError):
+        with pytest.raises(IsADirectoryError) as raised:
             write_caches("op", tmp_path, [make_saved()])
+        assert (raised.value.filename, raised.value.filename2) == (str(tmp_path), None)
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")

@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 
 import tq_hb
 from tq_hb.cli._gate_caches import Layer, Widths
+from tq_hb.cli._gate_report import sentences
 from tq_hb.cli._gate_run import Job, Outcome, smallest, with_worst_layers_excepted
 from tq_hb.cli._gate_stats import (
     CAPTURED,
@@ -143,6 +144,23 @@ def test_the_smallest_is_the_one_of_fewest_bytes_that_passes_on_every_text():
     assert smallest(outcomes[3:], OURS) is None
     assert smallest([outcome(8, 8, 1e-3, lost=1.0)], OURS) is None
     assert smallest(outcomes, CAPTURED).setting.name == "6/6"
+
+
+@pytest.mark.parametrize(
+    ("setting", "how"),
+    [
+        (Widths(8, 6), 'TqCache(config, k_bits=8, v_bits=6, packing="plane")'),
+        (Widths(6, 5, k_mean="prefill"), 'TqCache(config, k_bits=6, v_bits=5, packing="plane", k_mean="prefill")'),
+        (Widths(8, 5, k_mean=(None,)), 'TqCache(config, k_bits=8, v_bits=5, packing="plane", k_mean=FILE)'),
+        (Widths(8, 6, (2, 3)), 'packing="plane"'),
+    ],
+    ids=["widths", "prefill mean", "means of a file", "exceptions"],
+)
+def test_the_advice_says_how_to_make_what_was_measured(setting, how):
+    row = {"name": setting.name, "bytes_per_token": 8208, **setting.describe()}
+    report = {"settings": [row], "gates": [{"name": "KL"}], "smallest": {"KL": setting.name}}
+    want = f"Gate KL: the smallest that passes is {setting.name}, 8,208 bytes per token, with {how}."
+    assert sentences(report) == [want]
 
 
 class EightLayers(Job):

