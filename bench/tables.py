@@ -16,7 +16,7 @@ from typing import Any
 from bench import gate_tables, harness, metal_tables, plots, quality_tables
 from bench.markdown import Report, source, table
 from bench.peers import tables as peers_tables
-from tq_hb.cli import generate
+from tq_hb.cli._generate_plot import plot_replay
 from tq_hb.cli._machine import threads_in_words
 
 _DOCUMENTS = (
@@ -296,7 +296,7 @@ _TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
 
 
 PLOTS: dict[str, Callable[[Report], bytes]] = {
-    "generate": generate.plot,
+    "generate": plot_replay,
     "metal_model": plots.metal_model,
     "peers_cpu": peers_tables.plot,
     "peers_cuda": plots.peers_cuda,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import json
 import os
 import time
@@ -81,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
+    from tq_hb.cli._generate_plot import plot_replay
     from tq_hb.cli._machine import describe
     from tq_hb.cli._models import extras_of, require_packages
     from tq_hb.cli._output import commit, print_json, write_whole
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         },
     }
     _print_results(report, console)
-    files = {"generate.json": (json.dumps(report, indent=2) + "\n").encode(), "generate.png": plot(report)}
+    files = {"generate.json": (json.dumps(report, indent=2) + "\n").encode(), "generate.png": plot_replay(report)}
     for name, content in files.items():
         write_whole(args.out / name, content)
     console.print(f"Written: {', '.join(str(args.out / name) for name in files)}", soft_wrap=True)
@@ -246,34 +246,3 @@ def _print_results(report: dict[str, Any], console: Console) -> None:
         "next-token distributions from the first row's, in nats. Time is the median of whole steps, taken in turns.",
         style="dim",
     )
-
-
-def plot(report: dict[str, Any]) -> bytes:
-    """Draw KL against bytes as a PNG."""
-    from matplotlib.figure import Figure
-
-    reference, *rows = report["replay"]["settings"]
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for row in rows:
-        axes.errorbar(
-            row["bytes_per_token"],
-            row["mean_kl"],
-            row["mean_kl_standard_error"],
-            fmt="o",
-            capsize=4,
-            color="C0",
-        )
-        place = (row["bytes_per_token"], row["mean_kl"])
-        axes.annotate(f"{row['setting']} bits", place, (9, -4), textcoords="offset points")
-    axes.set(
-        title=f"{report['model']}: {report['replay']['scored_tokens']} tokens replayed",
-        xlabel=f"bytes per token held, all layers (float32: {reference['bytes_per_token']:,})",
-        ylabel="mean KL from the float32 cache, nats (log scale)",
-        yscale="log",
-    )
-    axes.margins(x=0.15)
-    axes.grid(alpha=0.3)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150)
-    return content.getvalue()
