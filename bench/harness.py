@@ -164,11 +164,18 @@ def track(cases: Sequence[Case], describe: Callable[[Case], str] = str) -> Itera
         progress.update(task, description="done", completed=len(cases), refresh=True)
 
 
-def commit() -> str:
-    """Return the commit that is measured, and whether what is built differs from it."""
+def commit() -> str | None:
+    """Return the commit that is measured, and whether what is built differs from it.
+
+    None outside of a git checkout: what has been measured is not lost for that.
+    """
 
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
     measured = ("csrc", "python", "CMakeLists.txt")
-    return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", "--", *measured) else "")
+    try:
+        head, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", *measured)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + (" with changes" if changes else "")

@@ -135,10 +135,12 @@ def find_peers(peers: dict[str, tuple[Callable[[], str], Build]]) -> tuple[dict[
     return usable, {"libraries": versions, "skipped": skipped}
 
 
-def finished(report: dict[str, Any], commit: str, machine: dict[str, Any], account: dict[str, Any]) -> list[Any]:
+def finished(report: dict[str, Any], commit: str | None, machine: dict[str, Any], account: dict[str, Any]) -> list[Any]:
     """Return the shapes of an earlier report that this run would measure in the same way, else none."""
+    if commit is None or "with changes" in commit:
+        return []
     same = report["commit"] == commit and report["machine"] == machine and report["results"][:1] == [account]
-    return report["results"][1:] if same and "with changes" not in commit else []
+    return report["results"][1:] if same else []
 
 
 def key(result: dict[str, Any]) -> tuple[int, ...]:

@@ -184,7 +184,8 @@ class BatchedKVCache:
         ------
         InvalidArgument
             If the tokens of any sequence do not fit, or a value among them is not finite, or a norm overflows;
-            all sequences are unchanged then.
+            all sequences are unchanged then. Of arrays on a GPU, for which nothing waits, only such a row is left as
+            it was, and a later call raises.
 
         Examples
         --------

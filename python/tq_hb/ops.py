@@ -203,7 +203,7 @@ def quantize(
     Raises
     ------
     InvalidArgument
-        If a value is not finite or a vector's norm does not fit in float32.
+        If a value is not finite, or the sum of a vector's squares does not fit in float32.
 
     Examples
     --------
@@ -601,7 +601,7 @@ def flash_attn_vec_tq_hb(
     k_packed, v_packed : uint8 (num_kv_heads, kv_capacity, row_bytes)
         ``row_bytes`` is head_dim, or ``head_dim * bits // 8`` with ``packing="plane"``.
     k_norms, v_norms : float32 (num_kv_heads, kv_capacity), or (num_kv_heads, kv_capacity, 2) for head_dim 512
-        Trusted as they are: a norm of a visible slot that is not finite shows in the output.
+        Trusted as they are: a NaN among the norms of visible slots shows in the output.
     p : FlashAttnVecTqHbParams
     nwg : int, optional
         Workgroups per head and query, 1 to 32; :mod:`tq_hb.policy` chooses otherwise.

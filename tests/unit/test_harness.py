@@ -113,3 +113,11 @@ def test_a_run_without_matplotlib_has_its_results_all_the_same(tmp_path, capsys)
 
     assert capsys.readouterr().err == "no plot: No module named 'matplotlib'\n"
     assert harness.read("cpu", tmp_path)["results"] == []
+
+
+def test_results_are_kept_where_there_is_no_git_checkout(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+
+    harness.finish("cpu", [], tmp_path)
+
+    assert harness.read("cpu", tmp_path)["commit"] is None
