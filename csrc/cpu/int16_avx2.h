@@ -16,7 +16,7 @@ constexpr std::size_t kChunk = 32;
 constexpr unsigned kSumShift = 3;
 constexpr std::size_t kLaneStep = 1;
 constexpr std::size_t kKeyGroup = 8;
-constexpr std::size_t kDots = 1;
+constexpr std::size_t kDots = 1;  // every key alone: there are few registers
 constexpr std::size_t kValueRows = 2;
 
 struct Levels {
