@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <new>
@@ -110,7 +111,7 @@ struct Workspace {
   Scratch<float> q;              // [kv head][rows][head_dim]
   Scratch<double> scale, bias;   // [kv head][rows]; a scale of NaN marks a row that cannot be used
   Scratch<std::int16_t> values;  // of rows in fixed point: see Int16Query
-  Scratch<double> units;
+  Scratch<double> units, reach;
   Scratch<std::int32_t> halves;
   Scratch<double> max, sum;  // [kv head][range][rows]: partial states, and what a tile needs
   Scratch<float> out;
@@ -121,11 +122,11 @@ struct Workspace {
 /// query by query, so that they can share its keys.
 class QueryBlock {
  public:
-  QueryBlock(const AttendOp& op, const IsaKernel& kernel, float row_scale, std::size_t first, std::size_t queries,
-             Workspace& memory);
+  QueryBlock(const AttendOp& op, const Side& k, const Side& v, const IsaKernel& kernel, float row_scale,
+             std::size_t first, std::size_t queries, Workspace& memory);
 
   /// Attends all rows to one range of one KV head's keys, into the partial states.
-  void attend_unit(std::size_t unit, const Side& k, const Side& v);
+  void attend_unit(std::size_t unit);
   std::size_t num_units() const { return kv_heads_ * ranges_; }
   std::size_t num_rows() const { return kv_heads_ * rows_; }
 
@@ -144,8 +145,11 @@ class QueryBlock {
   /// The first partial state of a row; those of its further ranges follow at distances of rows_.
   std::size_t first_partial(std::size_t row) const { return row / rows_ * ranges_ * rows_ + row % rows_; }
   void merge(std::size_t row, std::size_t head, float* out, float* lse) const;
+  /// Corrects a row's sums over all its ranges: see rescore.h. Returns by how much all of its scores are to be raised.
+  double rescore(std::size_t row, double max, double* sum, float* out) const;
 
   const AttendOp& op_;
+  const Side &k_, &v_;
   const IsaKernel& kernel_;
   bool in_int16_;
   std::size_t head_dim_, kv_heads_, group_;
@@ -156,9 +160,11 @@ class QueryBlock {
   Workspace& memory_;
 };
 
-QueryBlock::QueryBlock(const AttendOp& op, const IsaKernel& kernel, float row_scale, std::size_t first,
-                       std::size_t queries, Workspace& memory)
+QueryBlock::QueryBlock(const AttendOp& op, const Side& k, const Side& v, const IsaKernel& kernel, float row_scale,
+                       std::size_t first, std::size_t queries, Workspace& memory)
     : op_(op),
+      k_(k),
+      v_(v),
       kernel_(kernel),
       in_int16_(attend_precision(op, kernel) == Precision::kDefault),
       head_dim_(op.args.head_dim),
@@ -215,10 +221,13 @@ void QueryBlock::quantize_rows(double key_unit) {
   memory_.values.reserve((num_rows() + kQueryRows - 1) * head_dim_);
   memory_.units.reserve(num_rows() * kMaxNormBlocks);
   memory_.halves.reserve(num_rows() * kMaxNormBlocks);
+  memory_.reach.reserve(num_rows());
   for (std::size_t row = 0; row < num_rows(); ++row) {
     double* units = memory_.units + row * kMaxNormBlocks;
-    kernel_.quantize_query(memory_.q + row * head_dim_, head_dim_, memory_.values + row * head_dim_, units,
-                           memory_.halves + row * kMaxNormBlocks);
+    const double length =
+        kernel_.quantize_query(memory_.q + row * head_dim_, head_dim_, memory_.values + row * head_dim_, units,
+                               memory_.halves + row * kMaxNormBlocks);
+    memory_.reach[row] = length * std::abs(memory_.scale[row]);
     for (std::size_t b = 0; b < norms_per_row(head_dim_); ++b) units[b] *= key_unit * memory_.scale[row];
   }
 }
@@ -231,7 +240,7 @@ void QueryBlock::reserve_partials() {
   memory_.scratch.reserve(partials);
 }
 
-void QueryBlock::attend_unit(std::size_t unit, const Side& k, const Side& v) {
+void QueryBlock::attend_unit(std::size_t unit) {
   const std::size_t kv_head = unit / ranges_;
   const std::size_t first = unit % ranges_ * range_;
   const std::size_t capacity = op_.args.kv_capacity;
@@ -240,8 +249,8 @@ void QueryBlock::attend_unit(std::size_t unit, const Side& k, const Side& v) {
   task.q_scale = memory_.scale + kv_head * rows_;
   task.bias = memory_.bias + kv_head * rows_;
   task.seen = memory_.seen + 0;
-  task.k = k.head(kv_head);
-  task.v = v.head(kv_head);
+  task.k = k_.head(kv_head);
+  task.v = v_.head(kv_head);
   task.rows = rows_;
   task.head_dim = head_dim_;
   task.first_age = keys_.begin + first;
@@ -258,7 +267,7 @@ void QueryBlock::attend_unit(std::size_t unit, const Side& k, const Side& v) {
   if (!in_int16_) return kernel_.attend(task);
   const std::size_t row = kv_head * rows_;
   task.q_int16 = {memory_.values + row * head_dim_, memory_.units + row * kMaxNormBlocks,
-                  memory_.halves + row * kMaxNormBlocks};
+                  memory_.halves + row * kMaxNormBlocks, memory_.reach + row};
   kernel_.attend_int16(task);
 }
 
@@ -282,9 +291,9 @@ void QueryBlock::merge(std::size_t row, std::size_t head, float* out, float* lse
     return;
   }
   const std::size_t first = first_partial(row);
-  double max = sink;
+  double max = kNone;
   for (std::size_t r = 0; r < ranges_; ++r) max = std::max(max, memory_.max[first + r * rows_]);
-  double sum = sink == kNone ? 0.0 : std::exp(sink - max);
+  double sum = 0.0;
   constexpr std::size_t kBlock = 64;
   float weights[kBlock];
   for (std::size_t r = 0; r < ranges_; r += kBlock) {
@@ -296,24 +305,55 @@ void QueryBlock::merge(std::size_t row, std::size_t head, float* out, float* lse
     }
     kernel_.add_partials(memory_.out + begin * head_dim_, rows_ * head_dim_, weights, count, head_dim_, out);
   }
-  const float inverse = static_cast<float>(1.0 / (sum * static_cast<double>(kHeadroom)));
-  for (std::size_t j = 0; j < head_dim_; ++j) out[j] *= inverse;
+  if (in_int16_) max += rescore(row, max, &sum, out);
+  // Of the larger of the keys' maximum and the sink, weights are at most 1.
+  const double top = std::max(max, sink);
+  const double share = std::exp(max - top);
+  sum = sum * share + (sink == kNone ? 0.0 : std::exp(sink - top));
+  const float factor = static_cast<float>(share / (sum * static_cast<double>(kHeadroom)));
+  for (std::size_t j = 0; j < head_dim_; ++j) out[j] *= factor;
   if (op_.fused_undo) kernel_.unrotate(out, head_dim_);
-  if (lse != nullptr) *lse = static_cast<float>(max + std::log(sum));
+  if (lse != nullptr) *lse = static_cast<float>(top + std::log(sum));
 }
 
-/// Whether any head has a sink: -infinity is none.
-bool has_sink(const AttendOp& op) noexcept {
-  if (!op.sinks) return false;
-  const float* sinks = op.sinks->data<const float>();
-  return std::any_of(sinks, sinks + op.sinks->size(), [](float sink) { return !std::isinf(sink); });
+double QueryBlock::rescore(std::size_t row, double max, double* sum, float* out) const {
+  const RowScratch* scratch = memory_.scratch + first_partial(row);
+  const auto for_each_decisive = [&](const auto& visit) {
+    for (std::size_t r = 0; r < ranges_; ++r) {
+      const NotedKeys& noted = scratch[r * rows_].noted;
+      for (std::size_t i = 0; i < noted.num_decisive; ++i) {
+        visit(noted.decisive[i], std::exp(2.0 * (noted.decisive[i].score - max)));
+      }
+    }
+  };
+  // A key's score has an error of some reach, and its share in the output's is that of its weight's square.
+  double squares = 0.0, reach = 0.0;
+  for_each_decisive([&](const ScoredKey&, double square) { squares += square; });
+  for (std::size_t r = 0; r < ranges_; ++r) reach = std::max(reach, scratch[r * rows_].noted.reach);
+  ScoredKey keys[RescoreTask::kMostKeys];
+  std::size_t count = 0;
+  for_each_decisive([&](const ScoredKey& key, double square) {
+    if (square * reach * reach > squares && count < std::size(keys)) keys[count++] = key;
+  });
+  if (count == 0) return 0.0;
+  ScoredKey references[2 * NotedKeys::kMostReferences];
+  std::size_t num_references = 0;
+  for (std::size_t r = 0; r < ranges_; ++r) {
+    const NotedKeys& noted = scratch[r * rows_].noted;
+    for (std::size_t i = 0; i < noted.num_references && num_references < std::size(references); ++i) {
+      references[num_references++] = noted.references[i];
+    }
+  }
+  const std::size_t kv_head = row / rows_;
+  return kernel_.rescore({memory_.q + row * head_dim_, memory_.scale[row], memory_.bias[row],
+                          static_cast<double>(op_.args.softcap), k_.head(kv_head), v_.head(kv_head), head_dim_,
+                          row_scale_ * kHeadroom, keys, count, references, num_references, max, sum, out});
 }
 
 }  // namespace
 
 Precision attend_precision(const AttendOp& op, const IsaKernel& kernel) noexcept {
-  // Beside a sink, one key's weight can be all there is: its rounding is then not averaged away, nor divided out.
-  return kernel.attend_int16 == nullptr || has_sink(op) ? Precision::kStrict : op.precision;
+  return kernel.attend_int16 == nullptr ? Precision::kStrict : op.precision;
 }
 
 void attend(const AttendOp& op, ThreadPool& pool, BadRows& bad_rows) {
@@ -325,8 +365,8 @@ void attend(const AttendOp& op, ThreadPool& pool, BadRows& bad_rows) {
   static thread_local Workspace memory;
   for (std::size_t first = 0; first < op.num_queries(); first += kQueryBlock) {
     const std::size_t queries = std::min<std::size_t>(kQueryBlock, op.num_queries() - first);
-    QueryBlock block(op, attend_kernel(), row_scale, first, queries, memory);
-    pool.parallel_for(block.num_units(), [&](std::size_t unit) { block.attend_unit(unit, k, v); });
+    QueryBlock block(op, k, v, attend_kernel(), row_scale, first, queries, memory);
+    pool.parallel_for(block.num_units(), [&](std::size_t unit) { block.attend_unit(unit); });
     pool.parallel_for(queries * heads, [&](std::size_t i) { block.finish(i / heads, i % heads, bad_rows); });
   }
 }

@@ -1,5 +1,7 @@
+#include "cpu/float32_avx2.h"
 #include "cpu/int16_avx2.h"
-// Its primitives come first.
+// Their primitives come first.
+#include "cpu/float32_lookup.h"
 #include "cpu/int16_path.h"
 
 namespace tq_hb {
@@ -10,6 +12,7 @@ const IsaKernel& attend_kernel_avxvnni() noexcept {
     vnni.isa = "avxvnni";
     vnni.attend_int16 = attend_int16;
     vnni.quantize_query = quantize_query;
+    vnni.rescore = rescore;
     return vnni;
   }();
   return kernel;

@@ -66,9 +66,25 @@ struct Int16Query {
   const std::int16_t* values;  ///< [rows][head_dim]
   const double* units;         ///< [rows][kMaxNormBlocks]: what turns a block's sum into its share of dot(q, values)
   const std::int32_t* halves;  ///< [rows][kMaxNormBlocks]: added to a block's sum for the half in every level
+  const double* reach;         ///< [rows]: times a key's norm, the standard deviation of a score over random codes
 };
 
-/// What a row needs while a tile is attended to.
+struct ScoredKey {
+  double score;  ///< as the softmax took it
+  std::size_t slot;
+};
+
+/// Keys of a range that a row may score again: see rescore.h.
+struct NotedKeys {
+  static constexpr std::size_t kMostDecisive = 16, kMostReferences = 4;
+
+  double reach;  ///< the largest of the tiles that they are of, times its norms
+  std::size_t num_decisive, num_references;
+  ScoredKey decisive[kMostDecisive];      ///< that have much of the weight
+  ScoredKey references[kMostReferences];  ///< that are as good as any
+};
+
+/// What a row needs while a tile is attended to. What it has noted stays until its ranges are merged.
 struct RowScratch {
   alignas(64) double scores[kAttendTile];
   alignas(64) float weights[kAttendTile];  ///< exp(score - max), 0 for a key that is not seen
@@ -76,6 +92,7 @@ struct RowScratch {
   float fixed_units[kMaxNormBlocks];  ///< what turns sums of fixed weights and fixed levels into output
   std::int32_t halves[kMaxNormBlocks];
   float correction;  ///< what earlier sums are multiplied by
+  NotedKeys noted;   ///< by attend_int16 alone
 };
 
 /// A range of keys, oldest first: slots first_slot, first_slot + 1, ... wrapping at capacity.
@@ -101,6 +118,24 @@ struct AttendTask {
   float* out;  ///< [rows][head_dim], not divided by sum
 };
 
+/// The sums of a row over all ranges, which errors of scores are taken out of.
+struct RescoreTask {
+  static constexpr std::size_t kMostKeys = 128;
+
+  const float* q;  ///< [head_dim]; this and what follows as in AttendTask
+  double q_scale, bias, softcap;
+  HeadRows k, v;
+  std::size_t head_dim;
+  float v_scale;
+  const ScoredKey* keys;  ///< whose scores are to become exact: kMostKeys at most
+  std::size_t num_keys;
+  const ScoredKey* references;  ///< whose scores say what the errors of all have in common
+  std::size_t num_references;
+  double max;  ///< of the scores
+  double* sum;
+  float* out;  ///< [head_dim], not divided by sum
+};
+
 struct IsaKernel {
   const char* isa;
   /// Copies a row of q, scaled by a power of two so that no product of it can overflow. Returns what undoes that, or
@@ -119,9 +154,12 @@ struct IsaKernel {
   /// In sums of 16-bit products; null where that is not faster.
   void (*attend_int16)(const AttendTask& task) noexcept;
   /// Puts one row of q into fixed point: `values` [head_dim], `units` and `halves` [kMaxNormBlocks]. The units are
-  /// those of q alone.
-  void (*quantize_query)(const float* q, std::size_t head_dim, std::int16_t* values, double* units,
-                         std::int32_t* halves) noexcept;
+  /// those of q alone. Returns the row's length.
+  double (*quantize_query)(const float* q, std::size_t head_dim, std::int16_t* values, double* units,
+                           std::int32_t* halves) noexcept;
+  /// Scores keys in float32 and corrects sums that attend_int16 made. Returns by how much the scores of all keys are to
+  /// be raised. Null where attend_int16 is.
+  double (*rescore)(const RescoreTask& task) noexcept;
 };
 
 const IsaKernel& attend_kernel_portable() noexcept;

@@ -6,9 +6,9 @@
 namespace tq_hb {
 
 const IsaKernel& attend_kernel_portable() noexcept {
-  static const IsaKernel kernel{"portable",   scale_query,  rotate_row,
-                                unrotate_row, add_partials, attend_in_float32<ScalarDecoder>,
-                                nullptr,      nullptr,      nullptr};
+  static const IsaKernel kernel{
+      "portable", scale_query, rotate_row, unrotate_row, add_partials, attend_in_float32<ScalarDecoder>,
+      nullptr,    nullptr,     nullptr,    nullptr};
   return kernel;
 }
 

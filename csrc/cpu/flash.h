@@ -105,6 +105,10 @@ inline void fill_outside(T* values, Span span, T value) noexcept {
   for (std::size_t t = span.end; t < kTile; ++t) values[t] = value;
 }
 
+inline double capped(double score, double softcap) noexcept {
+  return softcap * tanh(score / softcap);
+}
+
 /// Leaves the scores of keys that a row does not see at -inf, and finds the maximum that includes this tile.
 template <std::size_t kTile>
 inline double masked_maximum(const AttendTask& task, std::size_t r, const Tile& tile) noexcept {
@@ -115,9 +119,7 @@ inline double masked_maximum(const AttendTask& task, std::size_t r, const Tile& 
     for (std::size_t t = 0; t < kTile; t += kDoubles) store(row.scores + t, load_as<Doubles>(row.scores + t) + bias);
   }
   if (task.softcap > 0.0) {
-    for (std::size_t t = seen.begin; t < seen.end; ++t) {
-      row.scores[t] = task.softcap * tanh(row.scores[t] / task.softcap);
-    }
+    for (std::size_t t = seen.begin; t < seen.end; ++t) row.scores[t] = capped(row.scores[t], task.softcap);
   }
   if (seen.begin > 0 || seen.end < kTile) {
     fill_outside<kTile>(row.scores, seen.begin < seen.end ? seen : Span{kTile, kTile}, -static_cast<double>(INFINITY));

@@ -83,7 +83,8 @@ struct ByteTableDecoder {
   static void order(float* out, std::size_t count) noexcept { order_columns<kChunk>(out, count); }
 };
 
-void attend_float32(const AttendTask& task) noexcept {
+/// Unused where only single keys are looked up: see rescore.h.
+[[maybe_unused]] void attend_float32(const AttendTask& task) noexcept {
   attend_in_float32<ByteTableDecoder>(task);
 }
 

@@ -26,6 +26,7 @@
 #pragma once
 
 #include "cpu/flash.h"
+#include "cpu/rescore.h"
 
 namespace tq_hb {
 namespace {
@@ -49,11 +50,12 @@ constexpr std::size_t place_of(std::size_t j) noexcept {
   return j % 16 / 8 * (kChunk / 2) + j / 16 * 8 + j % 8;
 }
 
-void quantize_query(const float* q, std::size_t head_dim, std::int16_t* values, double* units,
-                    std::int32_t* halves) noexcept {
+double quantize_query(const float* q, std::size_t head_dim, std::int16_t* values, double* units,
+                      std::int32_t* halves) noexcept {
   constexpr std::size_t kPairs = 2 * kLanes;  // coordinates whose products go to the lanes of one vector of sums
   static_assert(kLanes == kSumLanes, "a product of 32 bits for every float");
   const std::size_t block_dim = head_dim < kNormBlock ? head_dim : kNormBlock;
+  Vec squares{};
   for (std::size_t first = 0; first < head_dim; first += block_dim) {
     float placed[kNormBlock];
     for (std::size_t chunk = 0; chunk < block_dim; chunk += kChunk) {
@@ -70,6 +72,7 @@ void quantize_query(const float* q, std::size_t head_dim, std::int16_t* values, 
         for (std::size_t i = 0; i < 2; ++i) {
           const Vec value = magnitude(load(placed + j + i * kLanes));
           sums[i] += value;
+          squares += value * value;
           largest = max(largest, value);
         }
       }
@@ -98,6 +101,7 @@ void quantize_query(const float* q, std::size_t head_dim, std::int16_t* values, 
     units[first / block_dim] = static_cast<double>(unit) * divisor;
     halves[first / block_dim] = sum / (2 * divisor);
   }
+  return __builtin_sqrt(static_cast<double>(sum_of_lanes(squares)));
 }
 
 /// Keys whose codes are looked up when they are used.
@@ -374,11 +378,12 @@ class Int16Path {
   static constexpr std::size_t kTile = kAttendTile;
 
   explicit Int16Path(const AttendTask& task) noexcept
-      : task_(task), k_(FormatCalls<kHeadDim>::of(task.k)), v_(FormatCalls<kHeadDim>::of(task.v)) {}
+      : task_(task), k_(FormatCalls<kHeadDim>::of(task.k)), v_(FormatCalls<kHeadDim>::of(task.v)), notes_(task) {}
 
   void score(const Tile& tile) noexcept {
     const TileRows keys = rows_of<kTile>(task_.k, tile);
     const KeyNorms<kHeadDim> norms(task_.k, tile);
+    notes_.expect(norms);
     const UpcomingCodes values = codes_from(task_.v, kHeadDim, tile.slots[0]);
     for (std::size_t first = 0; first < tile.count; first += kKeyGroup) {
       k_.score(task_, norms, keys, first, values);
@@ -388,6 +393,7 @@ class Int16Path {
   void accumulate(const Tile& tile) noexcept {
     // Two pairs at a time: keys beyond the last have a weight of 0.
     const std::size_t pairs = (tile.count + 3) / 4 * 2;
+    notes_.take(tile);
     fix_weights(tile);
     const TileRows values = rows_of<kTile>(task_.v, tile);
     const UpcomingCodes next = keys_after<kTile>(task_, tile);
@@ -455,6 +461,7 @@ class Int16Path {
 
   const AttendTask& task_;
   FormatCalls<kHeadDim> k_, v_;
+  NoteTaker<kHeadDim> notes_;
 };
 
 void attend_int16(const AttendTask& task) noexcept {

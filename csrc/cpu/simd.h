@@ -147,6 +147,19 @@ inline Vec max(Vec a, Vec b) noexcept {
   return a > b ? a : b;
 }
 
+/// The lanes that are above a bound, as the bits of a number.
+inline std::uint32_t lanes_above(Vec vec, float bound) noexcept {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(vec, Vec{} + bound, _CMP_GT_OQ);
+#elif defined(__AVX__)
+  return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(vec, Vec{} + bound, _CMP_GT_OQ)));
+#else
+  std::uint32_t bits = 0;
+  for (std::size_t i = 0; i < kLanes; ++i) bits |= static_cast<std::uint32_t>(vec[i] > bound) << i;
+  return bits;
+#endif
+}
+
 inline std::int32_t max_of_lanes(IntVec vec) noexcept {
   return fold_lanes<std::int32_t, kLanes>(vec, [](auto a, auto b) { return a > b ? a : b; });
 }

@@ -372,6 +372,113 @@ TEST(CpuAttend, KeepsThePromiseOfDefaultPrecision) {
   }
 }
 
+/// The relative error of every row.
+std::vector<double> row_errors(const std::vector<float>& got, const std::vector<double>& want, std::size_t head_dim) {
+  std::vector<double> errors;
+  for (std::size_t row = 0; row < want.size(); row += head_dim) {
+    double distance = 0.0, length = 0.0;
+    for (std::size_t j = row; j < row + head_dim; ++j) {
+      distance += std::pow(static_cast<double>(got[j]) - want[j], 2);
+      length += std::pow(want[j], 2);
+    }
+    errors.push_back(std::sqrt(distance / length));
+  }
+  return errors;
+}
+
+/// With scores so far apart a few keys have most of the weight, so that a row's error is that of their scores.
+TEST(CpuAttend, KeepsThePromiseOfDefaultPrecisionForEveryHead) {
+  for (const unsigned head_dim : {64u, 128u, 512u}) {
+    for (const unsigned bits : {5u, 6u, 8u}) {
+      const unsigned heads = 8192 / head_dim;
+      CacheCase test(heads, heads, head_dim, 257, bits, bits);
+      test.precision = Precision::kDefault;
+      test.args.scale *= 4.0f;
+      const std::vector<double> expected = test.expected();
+      for (const std::string& isa : cpu_isas()) {
+        const ForcedIsa forced(isa);
+        const std::vector<double> errors = row_errors(test.attend(), expected, head_dim);
+        const double worst = *std::max_element(errors.begin(), errors.end());
+        const std::string which = isa + " D=" + std::to_string(head_dim) + " bits=" + std::to_string(bits);
+        EXPECT_LT(worst, 5e-4) << which;
+        if (std::getenv("TQ_HB_SHOW") != nullptr) std::printf("%s: at most %.2e\n", which.c_str(), worst);
+      }
+    }
+  }
+}
+
+TEST(CpuAttend, ScoresDecisiveKeysAgainWhereverTheyAre) {
+  for (const unsigned head_dim : {64u, 512u}) {
+    for (const Packing packing : {Packing::kByte, Packing::kPlane}) {
+      CacheCase test(6, 2, head_dim, 700, 6, 5, "cpu", packing);
+      test.precision = Precision::kDefault;
+      test.ask(11);
+      test.add_score_bias();
+      test.add_lse();
+      test.args.scale *= 4.0f;
+      test.args.softcap = 30.0f;
+      test.args.ring_start = 377;
+      test.args.mask_type = 2;
+      test.args.sliding_window = 333;
+      const CacheCase::Expected expected = test.expected_with_lse();
+      for (const std::string& isa : cpu_isas()) {
+        const ForcedIsa forced(isa);
+        const std::vector<double> errors = row_errors(test.attend(), expected.output, head_dim);
+        EXPECT_LT(*std::max_element(errors.begin(), errors.end()), 4e-4) << isa << " D=" << head_dim;
+        EXPECT_TRUE(close(*test.lse, expected.lse, kInt16Lse)) << isa << " D=" << head_dim;
+      }
+    }
+  }
+}
+
+/// Errors that all keys share divide out, but beside a sink: exact scores of some keys must not make them.
+TEST(CpuAttend, KeepsThePromiseWhereKeysHaveMuchInCommon) {
+  for (const unsigned head_dim : {64u, 512u}) {
+    for (const float common : {3.0f, 10.0f}) {
+      const unsigned heads = 4096 / head_dim;
+      CacheCase test(heads, heads, head_dim, 257, 5, 6);
+      test.precision = Precision::kDefault;
+      test.args.scale *= 2.0f;
+      Buffer keys = test.random({257, heads, head_dim}, 8);
+      const Buffer offsets = test.random({heads, head_dim}, 9);
+      for (std::uint64_t i = 0; i < keys.size(); ++i) {
+        keys.data<float>()[i] += common * offsets.data<float>()[i % offsets.size()];
+      }
+      test.fill(keys, test.k_packed, test.k_norms, *test.k_codebook);
+      test.add_lse();
+      for (const bool with_sinks : {false, true}) {
+        if (with_sinks) {
+          // About as much weight as all keys have.
+          test.sinks = test.random({heads}, 10);
+          for (unsigned head = 0; head < heads; ++head)
+            test.sinks->data<float>()[head] += test.lse->data<float>()[head];
+        }
+        const CacheCase::Expected expected = test.expected_with_lse();
+        for (const std::string& isa : cpu_isas()) {
+          const ForcedIsa forced(isa);
+          const std::vector<double> errors = row_errors(test.attend(), expected.output, head_dim);
+          EXPECT_LT(*std::max_element(errors.begin(), errors.end()), 3e-4) << isa << " D=" << head_dim;
+          EXPECT_TRUE(close(*test.lse, expected.lse, kInt16Lse)) << isa << " D=" << head_dim;
+        }
+      }
+    }
+  }
+}
+
+/// Fixed point is then off by more than what makes a weight, and there is one key to attend to.
+TEST(CpuAttend, GivesTheValueOfASingleKeyAtAnyScore) {
+  for (const float scale : {1.0f, 1e3f, 1e6f, 1e20f, -1e20f}) {
+    CacheCase test(4, 1, 256, 1, 8, 8);
+    test.precision = Precision::kDefault;
+    test.args.scale = scale;
+    const std::vector<double> expected = test.expected();
+    for (const std::string& isa : cpu_isas()) {
+      const ForcedIsa forced(isa);
+      EXPECT_LT(std::sqrt(nmse(test.attend(), expected)), 5e-4) << isa << " scale=" << scale;
+    }
+  }
+}
+
 TEST(Int16Levels, SegmentsStayNearTheLevels) {
   for (const CodebookName name : {CodebookName::kLloydMax, CodebookName::kMlxNative}) {
     const Codebook& codebook = find_codebook("test", name, 8);

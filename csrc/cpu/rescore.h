@@ -1,0 +1,172 @@
+// Exact scores of the keys that a row's output hangs on.
+//
+// The rounding of 16-bit products averages away where many keys share the weight. Where scores are far apart, a few
+// keys have most of it, and the errors of their scores, which grow with the scores, are those of the output. So such
+// keys are noted, and when a row's ranges have been merged, scored again in float32.
+//
+// Errors that all keys share, as they do where the keys themselves have much in common, divide out: taken out of some
+// keys' scores, they would be made. They are measured by references, which stand for all keys, and taken out of all.
+#pragma once
+
+#include "cpu/float32_lookup.h"
+
+namespace tq_hb {
+namespace {
+
+/// Notes keys of a range, tile by tile.
+template <std::size_t kHeadDim>
+class NoteTaker {
+ public:
+  explicit NoteTaker(const AttendTask& task) noexcept : task_(task) {
+    for (std::size_t r = 0; r < task.rows; ++r) {
+      NotedKeys& noted = task.scratch[r].noted;
+      noted.reach = 0.0;
+      noted.num_decisive = noted.num_references = 0;
+    }
+  }
+
+  /// A tile with these norms is to be scored.
+  void expect(const TileNorms<kAttendTile, kNormBlocks<kHeadDim>>& norms) noexcept {
+    Vec largest{};
+    for (std::size_t b = 0; b < kNormBlocks<kHeadDim>; ++b) {
+      for (std::size_t t = 0; t < kAttendTile; t += kLanes) {
+        largest = max(magnitude(load(norms.of_block[b] + t)), largest);
+      }
+    }
+    largest_norm_ = static_cast<double>(max_of_lanes(largest));
+  }
+
+  /// That tile has its weights.
+  void take(const Tile& tile) noexcept {
+    for (std::size_t r = 0; r < task_.rows; ++r) {
+      const double reach = task_.q_int16.reach[r] * largest_norm_;
+      if (!(reach > kReach)) continue;
+      RowScratch& row = task_.scratch[r];
+      if (reach > row.noted.reach) row.noted.reach = reach;
+      note_decisive(row, tile, static_cast<float>(1.0 / reach));
+      if (reach > kFarReach && row.noted.num_references == 0) note_references(row, tile, seen_of(task_.seen[r], tile));
+    }
+  }
+
+ private:
+  /// Up to which the errors of scores are no more than others.
+  static constexpr double kReach = 2.0;
+  /// What scores of a standard deviation of 4 hardly reach, unless keys have much in common.
+  static constexpr double kFarReach = 5.0;
+
+  static void note_decisive(RowScratch& row, const Tile& tile, float least_weight) noexcept {
+    for (std::size_t first = 0; first < kAttendTile; first += kLanes) {
+      std::uint32_t above = lanes_above(load(row.weights + first), least_weight);
+      for (; above != 0; above &= above - 1) {
+        const std::size_t t = first + static_cast<std::size_t>(__builtin_ctz(above));
+        insert(row.noted, {row.scores[t], tile.slots[t]});
+      }
+    }
+  }
+
+  /// In the place of the lowest if there are as many as may be.
+  static void insert(NotedKeys& noted, const ScoredKey& key) noexcept {
+    if (noted.num_decisive < NotedKeys::kMostDecisive) {
+      noted.decisive[noted.num_decisive++] = key;
+      return;
+    }
+    ScoredKey* lowest = noted.decisive;
+    for (ScoredKey& other : noted.decisive) {
+      if (other.score < lowest->score) lowest = &other;
+    }
+    if (lowest->score < key.score) *lowest = key;
+  }
+
+  static void note_references(RowScratch& row, const Tile& tile, const Span& seen) noexcept {
+    constexpr std::size_t kStep = kAttendTile / NotedKeys::kMostReferences;
+    for (std::size_t t = seen.begin; t < seen.end; t += kStep) {
+      row.noted.references[row.noted.num_references++] = {row.scores[t], tile.slots[t]};
+    }
+  }
+
+  const AttendTask& task_;
+  double largest_norm_ = 0.0;
+};
+
+template <std::size_t kHeadDim>
+class Rescoring {
+ public:
+  explicit Rescoring(const RescoreTask& task) noexcept : task_(task) { place_query(task.q, kHeadDim, q_); }
+
+  double run() noexcept {
+    double changes[RescoreTask::kMostKeys], shared = 0.0;
+    for (std::size_t i = 0; i < task_.num_keys; ++i) shared += changes[i] = change_of(task_.keys[i]);
+    for (std::size_t i = 0; i < task_.num_references; ++i) shared += change_of(task_.references[i]);
+    shared = task_.num_references == 0 ? 0.0 : shared / static_cast<double>(task_.num_keys + task_.num_references);
+    for (std::size_t i = 0; i < task_.num_keys; ++i) change_weight(task_.keys[i], changes[i] - shared);
+    ByteTableDecoder<kHeadDim>::order(added_, kHeadDim);
+    for (std::size_t j = 0; j < kHeadDim; j += kLanes) store(task_.out + j, load(task_.out + j) + load(added_ + j));
+    return shared;
+  }
+
+ private:
+  static constexpr std::size_t kBlocks = kNormBlocks<kHeadDim>, kDim = kBlockDim<kHeadDim>;
+  /// Of a score, so that sums keep their order of magnitude: beyond that no score of 16-bit products is near.
+  static constexpr double kMostChange = 1.0;
+
+  const float* decode(const HeadRows& side, std::size_t slot, std::size_t block) noexcept {
+    Tile tile;
+    tile.slots[0] = slot;
+    tile.count = 1;
+    ByteTableDecoder<kHeadDim>::decode(side, tile, block, levels_);
+    return levels_;
+  }
+
+  double change_of(const ScoredKey& key) noexcept {
+    double score = 0.0;
+    for (std::size_t b = 0; b < kBlocks; ++b) {
+      const float *levels = decode(task_.k, key.slot, b), *q = q_ + b * kDim;
+      Vec sums[2] = {};
+      for (std::size_t j = 0; j < kDim; j += 2 * kLanes) {
+        sums[0] += load(levels + j) * load(q + j);
+        sums[1] += load(levels + j + kLanes) * load(q + j + kLanes);
+      }
+      const float norm = task_.k.norms[key.slot * kBlocks + b];
+      score += static_cast<double>(sum_of_lanes(sums[0] + sums[1])) * static_cast<double>(norm);
+    }
+    score = score * task_.q_scale + task_.bias;
+    if (task_.softcap > 0.0) score = capped(score, task_.softcap);
+    const double change = score - key.score;
+    if (change > kMostChange) return kMostChange;
+    return change < -kMostChange ? -kMostChange : change;
+  }
+
+  void change_weight(const ScoredKey& key, double change) noexcept {
+    const double before = key.score - task_.max;
+    Vec exponents{};
+    exponents[0] = static_cast<float>(before);
+    exponents[1] = static_cast<float>(before + change);
+    const Vec weights = exp_of_negative(exponents);
+    const float added = weights[1] - weights[0];
+    *task_.sum += static_cast<double>(added);
+    for (std::size_t b = 0; b < kBlocks; ++b) {
+      const float* levels = decode(task_.v, key.slot, b);
+      const float factor = added * (task_.v.norms[key.slot * kBlocks + b] * task_.v_scale);
+      for (std::size_t j = b * kDim; j < (b + 1) * kDim; j += kLanes, levels += kLanes) {
+        store(added_ + j, load(added_ + j) + factor * load(levels));
+      }
+    }
+  }
+
+  const RescoreTask& task_;
+  alignas(64) float levels_[kDim];  // of a norm block of K or V
+  // In the order of those.
+  alignas(64) float q_[kHeadDim];
+  alignas(64) float added_[kHeadDim] = {};
+};
+
+double rescore(const RescoreTask& task) noexcept {
+#define TQ_RESCORE(size) \
+  if (task.head_dim == size) return Rescoring<size>(task).run();
+  TQ_HB_FOR_EACH_HEAD_DIM(TQ_RESCORE)
+#undef TQ_RESCORE
+  return 0.0;
+}
+
+}  // namespace
+}  // namespace tq_hb
