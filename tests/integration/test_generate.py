@@ -106,6 +106,20 @@ def test_quick_run_writes_a_report_and_a_plot(tmp_path, capsys):
     assert len(report["load_average"]) == 3
 
 
+@pytest.mark.parametrize("change", [["--quick"], ["--max-new-tokens", "5"], ["--text-file", "mine.txt"]], ids=" ".join)
+def test_another_workload_does_not_replace_the_results_of_the_documents(change, tmp_path, monkeypatch, capsys):
+    (tmp_path / "python" / "tq_hb").mkdir(parents=True)
+    (tmp_path / "python" / "tq_hb" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+
+    assert main(["generate", *change, "--out", "bench/results"]) == 2
+
+    error = capsys.readouterr().err
+    assert "generate: --out must be another folder than the results that the documents show" in error
+    assert f"with {change[0]}, got bench/results" in error
+    assert not (tmp_path / "bench").exists()
+
+
 def test_the_texts_are_long_enough():
     """A word is a token or more, so that the counts hold for any tokenizer."""
     prompt, text = (generate._read(None, name, None) for name in ("prompt.txt", "replay.txt"))

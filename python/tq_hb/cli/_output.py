@@ -47,10 +47,21 @@ def write_whole(path: Path, content: bytes) -> None:
         file.replace(path)
 
 
+def is_checkout(root: Path) -> bool:
+    """Tell whether a folder is a checkout of this project."""
+    return (root / "python" / "tq_hb" / "__init__.py").exists()
+
+
+def has_results_of_documents(folder: Path) -> bool:
+    """Tell whether a folder is ``bench/results`` of a checkout, which the documents show."""
+    results = folder.resolve()
+    return results.parts[-2:] == ("bench", "results") and is_checkout(results.parents[1])
+
+
 def commit() -> str | None:
     """Return the checkout's commit if the command runs in one of this project."""
     root = Path.cwd()
-    if not (root / "python" / "tq_hb" / "__init__.py").exists():
+    if not is_checkout(root):
         return None
     try:
         return subprocess.run(

@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     from tq_hb.cli._models import extras_of, require_packages
     from tq_hb.cli._output import commit, print_json, write_whole
 
+    _check_out(args)
     packages = {name: name for name in ("torch", "transformers", "matplotlib")}
     require_packages(packages, extras_of("tiny" if args.quick else "gemma-3-270m", plots=True))
     # Before torch is loaded: its waiting threads would spin, and take the cores from everything else, tq_hb included.
@@ -120,6 +121,21 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report)
     return 0
+
+
+def _check_out(args: argparse.Namespace) -> None:
+    """Keep the results that the documents show from being replaced by those of another workload."""
+    from tq_hb.cli._output import has_results_of_documents
+
+    changes = ("quick", "prompt_file", "text_file", "max_new_tokens")
+    given = [f"--{name.replace('_', '-')}" for name in changes if getattr(args, name)]
+    if given and has_results_of_documents(args.out):
+        import tq_hb
+
+        raise tq_hb.InvalidArgument(
+            f"generate: --out must be another folder than the results that the documents show, with {given[0]}, "
+            f"got {args.out}"
+        )
 
 
 def _load(quick: bool, console: Console) -> LoadedModel:
