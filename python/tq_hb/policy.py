@@ -98,6 +98,9 @@ def environment() -> Environment:
 def reload() -> None:
     """Read the environment again.
 
+    ``TQ_HB_NUM_THREADS`` and ``TQ_HB_CPU_ISA`` take effect at the first use of the cpu backend only: what they say
+    later changes neither its threads, which :func:`tq_hb.set_num_threads` does, nor its instruction set.
+
     >>> import os, tq_hb
     >>> os.environ["HF2Q_TQ_NWG"] = "8"
     >>> tq_hb.policy.reload()

@@ -74,6 +74,12 @@ def test_the_environment_is_read_once_until_reload(monkeypatch, environment):
     assert tq_hb.compute_nsg(64) == 4
 
 
+def test_a_reload_leaves_the_cpu_backend_as_it_is(environment):
+    before = tq_hb.num_threads(), tq_hb.cpu_isa()
+    environment(TQ_HB_NUM_THREADS=str(before[0] + 1), TQ_HB_CPU_ISA="portable")
+    assert (tq_hb.num_threads(), tq_hb.cpu_isa()) == before
+
+
 def test_arguments_of_a_call_override_the_environment(environment):
     environment(HF2Q_TQ_NWG="33", HF2Q_TQ_NSG="2")
     p = tq_hb.FlashAttnVecTqHbParams(
