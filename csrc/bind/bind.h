@@ -58,7 +58,7 @@ void bind_dlpack_import(py::module_& module);
 
 /// A Python integer in [0, 2^32), or InvalidArgument naming `field`.
 std::uint32_t to_uint32(std::string_view op, std::string_view field, const py::handle& value);
-/// A Python number as float32, or InvalidArgument naming `field`.
+/// A Python number as float32, or InvalidArgument naming `field`; so too where only float32 makes it infinite or 0.
 float to_float32(std::string_view op, std::string_view field, const py::handle& value);
 
 py::dtype numpy_dtype(DType dtype);

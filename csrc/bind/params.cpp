@@ -36,6 +36,10 @@ float to_float32(std::string_view op, std::string_view field, const py::handle& 
   if (std::isfinite(number) && !std::isfinite(rounded)) {
     throw invalid(std::string(op), std::string(field), "must be finite in float32", number);
   }
+  // 0 can mean something else altogether: as a softcap, none.
+  if (number != 0.0 && rounded == 0.0f) {
+    throw invalid(std::string(op), std::string(field), "must not round to 0 in float32", number);
+  }
   return rounded;
 }
 
@@ -190,7 +194,8 @@ void bind(py::module_& module, const Params<Args>& params, const std::string& do
 void bind_params(py::module_& module) {
   bind(module, flash_attn_vec_params(),
        "Scalars of a decode-attention call. All fields are keywords.\n\n"
-       "Integer fields are 32-bit and unsigned; anything else raises InvalidArgument naming the field.",
+       "Integer fields are 32-bit and unsigned, the others float32; what does not fit, as a number that would become\n"
+       "infinite or 0, raises InvalidArgument naming the field.",
        ">>> import tq_hb\n>>> p = tq_hb.FlashAttnVecTqHbParams(num_heads=16, num_kv_heads=8, head_dim=256,\n"
        "...     kv_seq_len=64, kv_capacity=1024, scale=0.0625)\n>>> p  # doctest: +NORMALIZE_WHITESPACE\n"
        "FlashAttnVecTqHbParams(num_heads=16, num_kv_heads=8, head_dim=256, kv_seq_len=64, kv_capacity=1024,\n"

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -131,6 +132,10 @@ void validate(const std::string& op, const TqFlashAttnVecArgs& args) {
   if (!std::isfinite(args.scale)) throw invalid(op, "scale", "must be finite", args.scale);
   if (!std::isfinite(args.softcap) || args.softcap < 0.0f) {
     throw invalid(op, "softcap", "must be finite and >= 0", args.softcap);
+  }
+  // A GPU may take what is smaller for 0, which is no cap.
+  if (args.softcap != 0.0f && args.softcap < std::numeric_limits<float>::min()) {
+    throw invalid(op, "softcap", "must be 0 or at least 1.2e-38, a normal float32", args.softcap);
   }
   check_scale_factor(op, args.scale_factor_d512);
   if (args.fuse_fwht_pre > 1) throw invalid(op, "fuse_fwht_pre", "must be 0 or 1", args.fuse_fwht_pre);

@@ -86,6 +86,8 @@ TEST(AttendParams, RefusesEachBrokenRule) {
   expect_refused(args, &Args::ring_start, 1u, {"ring_start must be 0 unless the ring is full"});
   for (const float value : {kNan, kInf, -kInf}) expect_refused(args, &Args::scale, value, {"scale must be finite"});
   for (const float value : {kNan, kInf, -1.0f}) expect_refused(args, &Args::softcap, value, {"softcap"});
+  expect_refused(args, &Args::softcap, std::numeric_limits<float>::denorm_min(),
+                 {"softcap", "0 or at least", "1.4013e-45"});
   for (const float value : {kNan, kInf, 0.0f, -1.0f}) {
     expect_refused(args, &Args::scale_factor_d512, value, {"scale_factor_d512"});
   }

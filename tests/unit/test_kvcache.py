@@ -252,7 +252,7 @@ class TestAttend:
         [
             ("scale", float("nan")), ("scale", float("inf")), ("scale", 1e300), ("scale", "1"),
             ("softcap", -1.0), ("softcap", float("nan")), ("softcap", float("inf")), ("softcap", "1"),
-            ("softcap", None),
+            ("softcap", None), ("softcap", 1e-50), ("softcap", 1e-40),
         ],
     )  # fmt: skip
     def test_bad_numbers_are_refused(self, name, value):

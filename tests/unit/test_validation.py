@@ -102,6 +102,7 @@ BAD_ATTEND_PARAMS = [
     ("softcap", -1.0, "must be finite and >= 0"),
     ("softcap", NAN, "must be finite and >= 0"),
     ("softcap", INF, "must be finite and >= 0"),
+    ("softcap", 1.4013e-45, "must be 0 or at least 1.2e-38"),
     ("scale", NAN, "must be finite"),
     ("scale", INF, "must be finite"),
     ("scale", -INF, "must be finite"),
@@ -176,6 +177,16 @@ def test_attend_params_refuse_what_is_no_u32(name, value):
 def test_attend_params_refuse_what_is_no_number(name, value):
     with refusal(ATTEND_PARAMS, name, "got"):
         AttendCall({name: value}).run()
+
+
+@pytest.mark.parametrize("value", [1e-46, -5e-324], ids=str)
+@pytest.mark.parametrize("name", ["scale", "softcap", "scale_factor_d512"])
+def test_a_number_does_not_become_0_unnoticed(name, value):
+    p = tq_hb.FlashAttnVecTqHbParams(num_heads=1, num_kv_heads=1, head_dim=64, kv_seq_len=1, kv_capacity=1, scale=1.0)
+
+    for change in (p.replace, lambda **values: setattr(p, *values.popitem())):
+        with refusal(ATTEND_PARAMS, name, "must not round to 0 in float32, got", f"{value:g}"):
+            change(**{name: value})
 
 
 @pytest.mark.parametrize("name", INTEGER_FIELDS)
