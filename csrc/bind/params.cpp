@@ -129,12 +129,13 @@ Args with(const Params<Args>& params, Args args, const py::kwargs& values) {
 
 template <class Args>
 Args make(const Params<Args>& params, const py::kwargs& values) {
-  Args args = params.defaults;
+  std::string missing;
   for (const Field<Args>& field : params.fields) {
-    // The conversion of nothing to the field's type says what is missing.
-    if (field.is_required && !values.contains(field.key)) field.set(params.name, args, Py_None);
+    if (!field.is_required || values.contains(field.key)) continue;
+    missing += (missing.empty() ? "" : ", ") + std::string(field.name);
   }
-  return with(params, args, values);
+  if (!missing.empty()) throw invalid(params.name, missing, "must be given", "no value");
+  return with(params, params.defaults, values);
 }
 
 /// Both docstrings end with their examples; the fields are listed in between by their own text.

@@ -207,13 +207,17 @@ def test_integers_of_any_type_are_accepted(value):
     AttendCall({"num_heads": value, "nsg": value}).run()
 
 
-@pytest.mark.parametrize("name", ["num_heads", "num_kv_heads", "head_dim", "kv_seq_len", "kv_capacity", "scale"])
-def test_params_name_the_field_that_is_missing(name):
+@pytest.mark.parametrize(
+    "given", [("num_heads",), ("num_kv_heads", "head_dim", "kv_seq_len", "kv_capacity", "scale"), ()], ids=str
+)
+def test_params_name_all_fields_that_are_missing(given):
     values = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 256, "kv_seq_len": 10, "kv_capacity": 12, "scale": 1.0}
-    del values[name]
+    missing = ", ".join(name for name in values if name not in given)
 
-    with refusal("FlashAttnVecTqHbParams", name, "got None"):
-        tq_hb.FlashAttnVecTqHbParams(**values)
+    with pytest.raises(tq_hb.InvalidArgument) as caught:
+        tq_hb.FlashAttnVecTqHbParams(**{name: values[name] for name in given})
+
+    assert str(caught.value) == f"FlashAttnVecTqHbParams: {missing} must be given, got no value"
 
 
 BAD_ATTEND_KEYWORDS = [
