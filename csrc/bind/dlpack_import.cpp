@@ -143,14 +143,18 @@ Consumed consume_capsule(const std::string& op, const std::string& field, const 
 
 constexpr const char* kRule = "must be readable through DLPack";
 
-/// Calls `read`; whatever Python code throws in it is the array's fault.
+/// Calls `read`; whatever Python code throws in it is the array's fault, unless memory has run out.
 template <class Read>
 auto blaming(const std::string& op, const std::string& field, const Read& read) {
   try {
     return read();
   } catch (const py::error_already_set& error) {
     if (!error.matches(PyExc_Exception)) throw;  // KeyboardInterrupt and its like
-    throw invalid(op, field, kRule, std::string(py::str(error.value())));
+    const std::string reason = py::str(error.value());
+    if (error.matches(PyExc_MemoryError)) {
+      throw Error(ErrorCode::kOutOfMemory, op + ": " + field + " could not be read: " + reason);
+    }
+    throw invalid(op, field, kRule, reason);
   } catch (const py::cast_error&) {
     throw invalid(op, field, kRule, "a device type that is no 32-bit integer");
   }

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from tq_hb import _core, gpu_arrays, policy
 from tq_hb.encoder import Buffer, CommandEncoder
-from tq_hb.interop import Array, as_float32, as_shared, borrow
+from tq_hb.interop import Array, as_float32, as_shared, borrow, copied
 from tq_hb.options import check_bits, invalid
 
 # Apple's pages are the largest of the supported systems; a multiple suits all.
@@ -211,7 +211,9 @@ class Device:
         array, is_bfloat16 = borrow(op, "x", x)
         if is_bfloat16 or array.dtype.name in ("float64", "bfloat16"):
             array = as_float32(op, "x", x)
-        return self._core.copy_in(op, "x", array.astype(array.dtype.newbyteorder("="), copy=False))
+        if not (array.dtype.isnative and array.flags.c_contiguous):
+            array = copied(op, "x", array, array.dtype.newbyteorder("="))
+        return self._core.copy_in(op, "x", array)
 
     def _array_on_gpu(self, op: str, x: Array, copy: bool | None) -> Buffer:
         shared = gpu_arrays.view(op, "x", x, self._core, on_its_stream=False)

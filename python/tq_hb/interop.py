@@ -91,13 +91,14 @@ def as_float32(op: str, field: str, x: Array) -> Float32Array:
 
 def _as_float32(op: str, field: str, array: npt.NDArray[Any], is_bfloat16: bool) -> Float32Array:
     if is_bfloat16:
-        return (np.ascontiguousarray(array).astype(np.uint32) << 16).view(np.float32)
+        bits = copied(op, field, array, np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
     if array.dtype == np.float32:
-        return _contiguous(array)
+        return _contiguous(op, field, array)
     if _dtype_name(array) not in (*_FLOAT_NAMES.values(), "bfloat16"):
         raise invalid(op, field, "must have dtype float16, bfloat16, float32 or float64", array.dtype)
-    with np.errstate(all="ignore"):
-        return _contiguous(array.astype(np.float32, copy=False))
+    return copied(op, field, array, np.float32)
 
 
 def as_codes(op: str, field: str, x: Array) -> npt.NDArray[np.uint8]:
@@ -105,12 +106,21 @@ def as_codes(op: str, field: str, x: Array) -> npt.NDArray[np.uint8]:
     array, _ = borrow(op, field, x)
     if array.dtype != np.uint8:
         raise invalid(op, field, "must have dtype uint8", array.dtype)
-    return _contiguous(array)
+    return _contiguous(op, field, array)
 
 
-def _contiguous(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _contiguous(op: str, field: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     # ascontiguousarray would turn a scalar into a vector, and leave an array at an odd address as it is.
-    return array if array.flags.c_contiguous and array.flags.aligned else array.copy()
+    return array if array.flags.c_contiguous and array.flags.aligned else copied(op, field, array, array.dtype)
+
+
+def copied(op: str, field: str, array: npt.NDArray[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Return a C-contiguous copy of an array as ``dtype``; what that cannot hold becomes infinite."""
+    try:
+        with np.errstate(all="ignore"):
+            return array.astype(dtype, order="C")
+    except MemoryError as error:
+        raise _core.OutOfMemoryError(f"{op}: {field} could not be copied: {error}") from error
 
 
 def as_writable(op: str, field: str, x: Array, dtype: npt.DTypeLike) -> npt.NDArray[Any]:

@@ -25,6 +25,7 @@ from tq_hb.interop import (
     as_rows,
     as_writable_rows,
     check_sinks,
+    copied,
     like,
     require_disjoint,
     require_rows,
@@ -103,7 +104,7 @@ def _transform(op: str, kind: _core.Fwht, x: Array) -> Array:
     if rows.ndim == 0:
         raise invalid(op, "x", "must have head_dim as its last axis", "a scalar")
     check_head_dim(op, rows.shape[-1])
-    result = rows.copy()
+    result = copied(op, "x", rows, np.float32)
     core = Device("cpu")._core
     staging, encoder = Staging(op, core), core.make_encoder()
     encoder.fwht(op, kind, staging.update("x", result))

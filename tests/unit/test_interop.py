@@ -166,6 +166,39 @@ def test_a_capsule_is_consumed_once(x):
         tq_hb.rotate(exporter)
 
 
+def test_an_exporter_without_memory_is_not_the_callers_fault():
+    class Full(ByDlpackOnly):
+        def __dlpack__(self, **keywords):
+            raise MemoryError("no memory is left")
+
+    with pytest.raises(tq_hb.OutOfMemoryError, match="^rotate: x could not be read: no memory is left"):
+        tq_hb.rotate(Full(np.zeros(256, np.float32)))
+
+
+# More than any machine addresses, all of it one value.
+ENDLESS = {
+    dtype: np.lib.stride_tricks.as_strided(np.zeros(1, dtype), (2**40, 2, 256), (0, 0, 0))
+    for dtype in ("float16", "float32", ">f4", "float64", "uint8")
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("rotate: x", lambda: tq_hb.rotate(ENDLESS["float32"])),
+        ("quantize: x", lambda: tq_hb.quantize(ENDLESS["float16"], 8)),
+        ("dequantize: codes", lambda: tq_hb.dequantize(ENDLESS["uint8"], np.ones(1, np.float32), 8, head_dim=256)),
+        ("KVCache.append: k", lambda: tq_hb.KVCache(2, 256).append(ENDLESS["float64"], ENDLESS["float64"])),
+        ("KVCache.attend: q", lambda: tq_hb.KVCache(2, 256).attend(ENDLESS["float32"])),
+        ("Device.array: x", lambda: tq_hb.Device("cpu").array(ENDLESS[">f4"])),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_array_too_large_to_be_copied_is_named(name, call):
+    with pytest.raises(tq_hb.OutOfMemoryError, match=f"^{name} could not be copied: Unable to allocate"):
+        call()
+
+
 def test_a_read_only_array_may_come_through_dlpack(x):
     assert np.array_equal(tq_hb.rotate(ByDlpackOnly(read_only(x))), tq_hb.rotate(x))
 
