@@ -83,6 +83,12 @@ def stream(*arrays: Array) -> int | None:
     return None
 
 
+def require_no_negative_bit(op: str, field: str, x: Array) -> None:
+    """Raise for a tensor whose values are those in its memory negated, where the memory itself is used."""
+    if library(x) == "torch" and x.is_neg():
+        raise invalid(op, field, "must not have torch's negative bit; call its resolve_neg()", "a tensor with it")
+
+
 def view(op: str, field: str, x: Array, device: _core.Device, *, on_its_stream: bool = True) -> _core.Buffer:
     """Return a buffer over an array as it is: C-contiguous and of a dtype that buffers have.
 
@@ -91,6 +97,7 @@ def view(op: str, field: str, x: Array, device: _core.Device, *, on_its_stream: 
     require(op, field, x, device)
     if isinstance(x, _core.Buffer):
         return x
+    require_no_negative_bit(op, field, x)
     kind = library(x)
     is_in_order = on_its_stream and kind in ("torch", "cupy")
     return device.borrow(op, field, x.detach() if kind == "torch" else x, _NO_ORDER if is_in_order else _LEGACY_STREAM)
@@ -103,7 +110,7 @@ def as_float32(op: str, field: str, x: Array, device: _core.Device, *, on_its_st
     if kind == "torch":
         if not x.is_floating_point():
             raise invalid(op, field, wanted, x.dtype)
-        x = x.detach().to(sys.modules["torch"].float32).contiguous()
+        x = x.detach().resolve_neg().to(sys.modules["torch"].float32).contiguous()
         if x.data_ptr() % _ALIGNMENT:
             x = x.clone()
     elif kind == "cupy":

@@ -58,7 +58,8 @@ def _exportable(x: Array) -> Array:
     if x.device.type == "mps":
         # DLPack has no streams for Metal: what torch still computes has to be there before it is read.
         sys.modules["torch"].mps.synchronize()
-    return x.detach()  # torch exports no tensor that still records gradients
+    # torch exports no tensor that still records gradients, and one with the negative bit as if it had none.
+    return x.detach().resolve_neg()
 
 
 def _dtype_name(array: npt.NDArray[Any]) -> str:
@@ -150,6 +151,7 @@ def _borrow_writable(op: str, field: str, x: Array) -> tuple[npt.NDArray[Any], s
     """Borrow an array that can be written in place, with the name of its dtype."""
     if _library(x) == "mlx":
         raise invalid(op, field, "must be writable (mlx arrays are not; use tq_hb.empty)", "an mlx array")
+    gpu_arrays.require_no_negative_bit(op, field, x)
     array, is_bfloat16 = borrow(op, field, x)
     _check_layout(op, field, array)
     return array, "bfloat16" if is_bfloat16 else _dtype_name(array)

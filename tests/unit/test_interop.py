@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import array
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import tolerance
 import tq_hb
+from tq_hb import gpu_arrays
 
 
 def library(name: str):
@@ -349,6 +351,41 @@ class TestTorch:
     def test_non_contiguous_and_gradient_carrying_tensors(self, torch, x):
         t = torch.from_numpy(strided(x)).requires_grad_()
         assert np.array_equal(tq_hb.quantize(t, 8)[0].numpy(), tq_hb.quantize(x, 8)[0])
+
+    def test_the_negative_bit_is_seen(self, torch, x):
+        t = torch.from_numpy(x)
+        negated = torch.complex(torch.zeros_like(t), -t).conj().imag
+        assert negated.is_neg()
+        assert np.array_equal(tq_hb.rotate(negated).numpy(), tq_hb.rotate(x))
+        assert np.array_equal(tq_hb.Device("cpu").array(negated).numpy(), x)
+
+    def test_the_negative_bit_is_seen_on_a_gpu_too(self, torch):
+        lent = []
+
+        def borrow(op, field, x, stream):
+            lent.append(x)
+            return SimpleNamespace(dtype=np.float32)
+
+        gpu = SimpleNamespace(backend="cuda", borrow=borrow)
+        negated = torch._neg_view(torch.ones(2, 64))
+
+        gpu_arrays.as_float32("op", "x", negated, gpu)
+
+        assert not lent[0].is_neg()
+        assert torch.equal(lent[0], -torch.ones(2, 64))
+        with pytest.raises(tq_hb.InvalidArgument, match=r"^op: x must not have torch's negative bit"):
+            gpu_arrays.view("op", "x", negated, gpu)
+
+    def test_a_destination_with_the_negative_bit_is_refused(self, torch, x):
+        cache = tq_hb.KVCache(2, 256)
+        cache.append(x, x)
+        q = torch.from_numpy(x[0])
+        with pytest.raises(
+            tq_hb.InvalidArgument, match=r"^KVCache\.attend: out must not have torch's negative bit.*got"
+        ):
+            cache.attend(q, out=torch._neg_view(torch.zeros(2, 256)))
+        with pytest.raises(tq_hb.InvalidArgument, match=r"^Device\.array: x must not have torch's negative bit"):
+            tq_hb.Device("cpu").array(torch._neg_view(torch.from_numpy(tq_hb.empty(3))), copy=False)
 
     def test_a_non_contiguous_destination_is_refused(self, torch, x):
         packed = torch.zeros((6, 2, 256), dtype=torch.uint8).transpose(0, 1)
