@@ -87,7 +87,7 @@ bench: $(STAMP)-demo $(STAMP)-test $(STAMP)-peers $(STAMP)-package
 	$(BIN)/python -m bench.cpu_kernels
 	$(BIN)/python -m bench.cpu_append
 	$(BIN)/python -m bench.peers.llama_cpp
-	$(BIN)/python -m bench.peers_cpu --full
+	$(BIN)/python -m bench.peers_cpu
 	$(BIN)/python -m bench.tables
 
 mutants: $(STAMP)-test $(STAMP)-googletest

@@ -1,9 +1,8 @@
 """tq_hb's cpu backend against the attention of other libraries on the CPU, in one run, taking turns, caches cold.
 
-``python -m bench.peers_cpu`` writes ``bench/results/peers_cpu.json`` and ``.png`` at its end; until then what it has
-measured is in ``bench/results/unfinished``. A run that was stopped goes on where it was, if the commit, the machine and
-the libraries are the same. ``bench/peers/`` has the contenders; one that can't run here is skipped, and the file says
-why.
+``python -m bench.peers_cpu`` writes ``bench/results/peers_cpu.json`` and ``.png`` after every shape. A run that was
+stopped goes on where it was, if the commit, the machine and the libraries are the same. ``bench/peers/`` has the
+contenders; one that can't run here is skipped, and the file says why.
 
 * A call is one token's attention over the whole cache, from Python. It reads the next of several copies of its cache,
   which are together larger than twice the last-level cache, or one that is much larger by itself.
@@ -17,7 +16,6 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -143,13 +141,6 @@ def finished(report: dict[str, Any], commit: str | None, machine: dict[str, Any]
         return []
     same = report["commit"] == commit and report["machine"] == machine and report["results"][:1] == [account]
     return report["results"][1:] if same else []
-
-
-def lost(report: dict[str, Any], shapes: Iterable[Shape], kept: Iterable[dict[str, Any]]) -> list[Any]:
-    """Return the shapes of an earlier report that this run neither keeps nor measures again."""
-    replaced = {(*asdict(shape).values(), threads) for shape in shapes for threads in THREADS}
-    replaced |= {key(result) for result in kept}
-    return [result for result in report["results"][1:] if key(result) not in replaced]
 
 
 def key(result: dict[str, Any]) -> tuple[int, ...]:
@@ -337,7 +328,7 @@ def main() -> None:
         default=30,
         help="at most, of one contender (default: %(default)s)",
     )
-    parser.add_argument("--fresh", action="store_true", help="measure again what the files have")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the file has")
     args = harness.parse(
         parser, is_partial=lambda args: args.size == "quick" or args.shapes or args.seconds < _FEWEST_SECONDS
     )
@@ -347,22 +338,11 @@ def main() -> None:
     for name, reason in account["skipped"].items():
         print(f"{name} is skipped: {reason}")
     tq_hb.set_num_threads(max(THREADS))
-    unfinished = args.out / "unfinished"
-    earlier = {at: harness.read("peers_cpu", at) for at in (unfinished, args.out) if (at / "peers_cpu.json").exists()}
     results: list[dict[str, Any]] = []
-    if not args.fresh:
-        same = (finished(report, harness.commit(), _machine.describe(), account) for report in earlier.values())
-        results = next(filter(None, same), [])
-    shapes = args.shapes or grid(args.size or "default")
-    if args.out in earlier and args.out.resolve() == harness.RESULTS and lost(earlier[args.out], shapes, results):
-        parser.error(
-            "this measures fewer shapes than bench/results has, and would replace them: "
-            "take --full, or name another folder, as in --out build/bench"
-        )
-    unfinished.mkdir(exist_ok=True)
-    _run(shapes, account, peers, results, unfinished)
+    if not args.fresh and (args.out / "peers_cpu.json").exists():
+        results = finished(harness.read("peers_cpu", args.out), harness.commit(), _machine.describe(), account)
+    _run(args.shapes or grid(args.size or "default"), account, peers, results, args.out)
     _write(results, account, args.out)
-    shutil.rmtree(unfinished)
     compared = any(result["ratio"] for result in results)
     if compared:
         harness.draw("peers_cpu", args.out, tables.plot)

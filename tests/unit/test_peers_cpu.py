@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from contextlib import nullcontext
 from itertools import pairwise
@@ -15,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench import harness, peers_cpu
+from bench import peers_cpu
 from bench.peers import contender, llama_cpp, tables, timing
 from bench.peers.contender import Contender, Problem, Rotation, Storage, UnavailableError
 from bench.peers_cpu import Shape
@@ -200,58 +199,6 @@ def test_only_what_is_missing_is_measured(report, monkeypatch, tmp_path):
 
     assert [peers_cpu.key(r) for r in results[2:]] == [(16, 8, 256, 4096, 1), (16, 8, 256, 4096, 2)]
     assert "0 are available" in results[2]["skipped"]["all"]
-
-
-@pytest.fixture
-def folder(report, monkeypatch, tmp_path):
-    """The folder of results, with a report in it, for runs on a machine on which every shape is too large."""
-    (tmp_path / "peers_cpu.json").write_text(json.dumps(report))
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    monkeypatch.setattr(harness, "commit", lambda: "abd")
-    monkeypatch.setattr(peers_cpu, "PEERS", {})
-    monkeypatch.setattr(peers_cpu, "_available_bytes", lambda: 0)
-    return tmp_path
-
-
-def run(monkeypatch, folder: Path, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench.peers_cpu", "--out", str(folder), *arguments])
-    peers_cpu.main()
-
-
-def test_a_smaller_run_replaces_no_results(folder, monkeypatch, capsys):
-    before = (folder / "peers_cpu.json").read_bytes()
-
-    with pytest.raises(SystemExit, match="2"):
-        run(monkeypatch, folder)
-
-    assert "take --full, or name another folder, as in --out build/bench" in capsys.readouterr().err
-    assert (folder / "peers_cpu.json").read_bytes() == before
-    run(monkeypatch, folder / "other")
-    run(monkeypatch, folder, "--full")
-    assert (folder / "peers_cpu.json").read_bytes() != before
-
-
-def test_a_run_that_is_stopped_replaces_nothing_and_goes_on(folder, monkeypatch):
-    before = (folder / "peers_cpu.json").read_bytes()
-    measured = []
-
-    def available() -> int:
-        measured.append(0)
-        if len(measured) == 3:
-            raise KeyboardInterrupt
-        return 0
-
-    monkeypatch.setattr(peers_cpu, "_available_bytes", available)
-    with pytest.raises(KeyboardInterrupt):
-        run(monkeypatch, folder, "--full", "--fresh")
-    assert (folder / "peers_cpu.json").read_bytes() == before
-
-    run(monkeypatch, folder, "--full")
-
-    shapes = len(peers_cpu.grid("full"))
-    assert len(measured) == shapes + 1
-    assert len(json.loads((folder / "peers_cpu.json").read_text())["results"]) == 1 + 2 * shapes
-    assert [path.name for path in folder.iterdir()] == ["peers_cpu.json"]
 
 
 def test_the_grid_is_the_same_each_time_and_grows_with_its_size():
