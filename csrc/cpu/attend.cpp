@@ -26,7 +26,8 @@ constexpr std::size_t kTargetUnits = 32;
 constexpr std::size_t kMostUnits = 1024;
 // Queries that share the decoding of a key. Scratch is kept for these alone, however many there are in all.
 constexpr std::size_t kQueryBlock = 8;
-// Keeps sums of 2^24 values whose norms are as large as float32 goes finite; undone when they are divided.
+// Keeps sums of 2^23 values whose norms are as large as float32 goes finite, also where weights have been corrected and
+// are larger than 1; undone when they are divided.
 constexpr float kHeadroom = 0x1p-24f;
 
 /// Keys per range. Depends on the shape alone, so the bits do not depend on the number of threads.
@@ -111,11 +112,12 @@ struct Workspace {
   Scratch<float> q;              // [kv head][rows][head_dim]
   Scratch<double> scale, bias;   // [kv head][rows]; a scale of NaN marks a row that cannot be used
   Scratch<std::int16_t> values;  // of rows in fixed point: see Int16Query
-  Scratch<double> units, reach;
+  Scratch<double> units, reach_per_norm;
   Scratch<std::int32_t> halves;
   Scratch<double> max, sum;  // [kv head][range][rows]: partial states, and what a tile needs
   Scratch<float> out;
   Scratch<RowScratch> scratch;
+  Scratch<NotedKeys> notes;  // where the kernel is in 16 bits
 };
 
 /// Up to kQueryBlock consecutive queries. A row is one head of one of them: the rows of a KV head follow each other,
@@ -221,13 +223,13 @@ void QueryBlock::quantize_rows(double key_unit) {
   memory_.values.reserve((num_rows() + kQueryRows - 1) * head_dim_);
   memory_.units.reserve(num_rows() * kMaxNormBlocks);
   memory_.halves.reserve(num_rows() * kMaxNormBlocks);
-  memory_.reach.reserve(num_rows());
+  memory_.reach_per_norm.reserve(num_rows());
   for (std::size_t row = 0; row < num_rows(); ++row) {
     double* units = memory_.units + row * kMaxNormBlocks;
     const double length =
         kernel_.quantize_query(memory_.q + row * head_dim_, head_dim_, memory_.values + row * head_dim_, units,
                                memory_.halves + row * kMaxNormBlocks);
-    memory_.reach[row] = length * std::abs(memory_.scale[row]);
+    memory_.reach_per_norm[row] = length * std::abs(memory_.scale[row]);
     for (std::size_t b = 0; b < norms_per_row(head_dim_); ++b) units[b] *= key_unit * memory_.scale[row];
   }
 }
@@ -238,6 +240,7 @@ void QueryBlock::reserve_partials() {
   memory_.sum.reserve(partials);
   memory_.out.reserve(partials * head_dim_);
   memory_.scratch.reserve(partials);
+  if (in_int16_) memory_.notes.reserve(partials);
 }
 
 void QueryBlock::attend_unit(std::size_t unit) {
@@ -267,7 +270,8 @@ void QueryBlock::attend_unit(std::size_t unit) {
   if (!in_int16_) return kernel_.attend(task);
   const std::size_t row = kv_head * rows_;
   task.q_int16 = {memory_.values + row * head_dim_, memory_.units + row * kMaxNormBlocks,
-                  memory_.halves + row * kMaxNormBlocks, memory_.reach + row};
+                  memory_.halves + row * kMaxNormBlocks, memory_.reach_per_norm + row};
+  task.notes = memory_.notes + unit * rows_;
   kernel_.attend_int16(task);
 }
 
@@ -300,7 +304,8 @@ void QueryBlock::merge(std::size_t row, std::size_t head, float* out, float* lse
     const std::size_t count = std::min(kBlock, ranges_ - r), begin = first + r * rows_;
     for (std::size_t i = 0; i < count; ++i) {
       const std::size_t at = begin + i * rows_;
-      weights[i] = std::exp(static_cast<float>(memory_.max[at] - max));
+      // Equal where every score is -infinity, too: a difference of infinities would be NaN.
+      weights[i] = memory_.max[at] < max ? std::exp(static_cast<float>(memory_.max[at] - max)) : 1.0f;
       sum += memory_.sum[at] * static_cast<double>(weights[i]);
     }
     kernel_.add_partials(memory_.out + begin * head_dim_, rows_ * head_dim_, weights, count, head_dim_, out);
@@ -317,37 +322,49 @@ void QueryBlock::merge(std::size_t row, std::size_t head, float* out, float* lse
 }
 
 double QueryBlock::rescore(std::size_t row, double max, double* sum, float* out) const {
-  const RowScratch* scratch = memory_.scratch + first_partial(row);
-  const auto for_each_decisive = [&](const auto& visit) {
-    for (std::size_t r = 0; r < ranges_; ++r) {
-      const NotedKeys& noted = scratch[r * rows_].noted;
-      for (std::size_t i = 0; i < noted.num_decisive; ++i) {
-        visit(noted.decisive[i], std::exp(2.0 * (noted.decisive[i].score - max)));
-      }
-    }
-  };
-  // A key's score has an error of some reach, and its share in the output's is that of its weight's square.
+  const NotedKeys* notes = memory_.notes + first_partial(row);
   double squares = 0.0, reach = 0.0;
-  for_each_decisive([&](const ScoredKey&, double square) { squares += square; });
-  for (std::size_t r = 0; r < ranges_; ++r) reach = std::max(reach, scratch[r * rows_].noted.reach);
-  ScoredKey keys[RescoreTask::kMostKeys];
-  std::size_t count = 0;
-  for_each_decisive([&](const ScoredKey& key, double square) {
-    if (square * reach * reach > squares && count < std::size(keys)) keys[count++] = key;
-  });
-  if (count == 0) return 0.0;
-  ScoredKey references[2 * NotedKeys::kMostReferences];
-  std::size_t num_references = 0;
   for (std::size_t r = 0; r < ranges_; ++r) {
-    const NotedKeys& noted = scratch[r * rows_].noted;
-    for (std::size_t i = 0; i < noted.num_references && num_references < std::size(references); ++i) {
-      references[num_references++] = noted.references[i];
+    const NotedKeys& noted = notes[r * rows_];
+    reach = std::max(reach, noted.reach);
+    for (std::size_t i = 0; i < noted.num_decisive; ++i) squares += std::exp(2.0 * (noted.decisive[i].score - max));
+  }
+  if (reach == 0.0) return 0.0;
+  // A key's error adds to the output's in proportion to its weight and the reach, the weights of all as squares.
+  const double least = max + 0.5 * std::log(squares) - std::log(reach);
+  const auto is_higher = [](const ScoredKey& a, const ScoredKey& b) { return a.score > b.score; };
+  ScoredKey keys[RescoreTask::kMostKeys];
+  std::size_t num_keys = 0;
+  for (std::size_t r = 0; r < ranges_; ++r) {
+    const NotedKeys& noted = notes[r * rows_];
+    for (std::size_t i = 0; i < noted.num_decisive; ++i) {
+      if (!(noted.decisive[i].score > least)) continue;
+      // A heap with the lowest score on top.
+      if (num_keys == std::size(keys)) {
+        if (!is_higher(noted.decisive[i], keys[0])) continue;
+        std::pop_heap(keys, keys + num_keys--, is_higher);
+      }
+      keys[num_keys++] = noted.decisive[i];
+      std::push_heap(keys, keys + num_keys, is_higher);
     }
   }
+  // One range after the other, so that references are of all parts of the cache.
+  constexpr double kNoWeight = 16.0;  // below the highest score; such a key says nothing of those that matter
+  ScoredKey references[2 * NotedKeys::kMostReferences];
+  std::size_t num_references = 0;
+  for (std::size_t i = 0; i < NotedKeys::kMostReferences; ++i) {
+    for (std::size_t r = 0; r < ranges_ && num_references < std::size(references); ++r) {
+      const NotedKeys& noted = notes[r * rows_];
+      if (i < noted.num_references && noted.references[i].score > max - kNoWeight) {
+        references[num_references++] = noted.references[i];
+      }
+    }
+  }
+  if (num_keys + num_references == 0) return 0.0;
   const std::size_t kv_head = row / rows_;
   return kernel_.rescore({memory_.q + row * head_dim_, memory_.scale[row], memory_.bias[row],
                           static_cast<double>(op_.args.softcap), k_.head(kv_head), v_.head(kv_head), head_dim_,
-                          row_scale_ * kHeadroom, keys, count, references, num_references, max, sum, out});
+                          row_scale_ * kHeadroom, keys, num_keys, references, num_references, max, sum, out});
 }
 
 }  // namespace

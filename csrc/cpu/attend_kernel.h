@@ -54,7 +54,7 @@ struct LevelTable {
 struct HeadRows {
   const std::uint8_t* codes;  ///< [capacity][row_bytes]
   const float* norms;         ///< [capacity][norms per row]
-  const LevelTable* levels;   ///< read by attend alone
+  const LevelTable* levels;   ///< in float32
   std::size_t row_bytes;
   unsigned high_bits;        ///< width of the high plane: 1 or 2, or 0 where a code is a byte
   unsigned cbits;            ///< width of a code
@@ -63,10 +63,10 @@ struct HeadRows {
 
 /// Queries in fixed point, in the order in which an instruction set looks levels up.
 struct Int16Query {
-  const std::int16_t* values;  ///< [rows][head_dim]
-  const double* units;         ///< [rows][kMaxNormBlocks]: what turns a block's sum into its share of dot(q, values)
-  const std::int32_t* halves;  ///< [rows][kMaxNormBlocks]: added to a block's sum for the half in every level
-  const double* reach;         ///< [rows]: times a key's norm, the standard deviation of a score over random codes
+  const std::int16_t* values;    ///< [rows][head_dim]
+  const double* units;           ///< [rows][kMaxNormBlocks]: what turns a block's sum into its share of dot(q, values)
+  const std::int32_t* halves;    ///< [rows][kMaxNormBlocks]: added to a block's sum for the half in every level
+  const double* reach_per_norm;  ///< [rows]: times a key's norm, the standard deviation of a score over random codes
 };
 
 struct ScoredKey {
@@ -78,13 +78,14 @@ struct ScoredKey {
 struct NotedKeys {
   static constexpr std::size_t kMostDecisive = 16, kMostReferences = 4;
 
-  double reach;  ///< the largest of the tiles that they are of, times its norms
+  double reach;  ///< the largest of the tiles that they are of
   std::size_t num_decisive, num_references;
+  std::size_t lowest;                     ///< of the decisive keys, once there are as many as may be
   ScoredKey decisive[kMostDecisive];      ///< that have much of the weight
-  ScoredKey references[kMostReferences];  ///< that are as good as any
+  ScoredKey references[kMostReferences];  ///< whatever weight they have
 };
 
-/// What a row needs while a tile is attended to. What it has noted stays until its ranges are merged.
+/// What a row needs while a tile is attended to.
 struct RowScratch {
   alignas(64) double scores[kAttendTile];
   alignas(64) float weights[kAttendTile];  ///< exp(score - max), 0 for a key that is not seen
@@ -92,7 +93,6 @@ struct RowScratch {
   float fixed_units[kMaxNormBlocks];  ///< what turns sums of fixed weights and fixed levels into output
   std::int32_t halves[kMaxNormBlocks];
   float correction;  ///< what earlier sums are multiplied by
-  NotedKeys noted;   ///< by attend_int16 alone
 };
 
 /// A range of keys, oldest first: slots first_slot, first_slot + 1, ... wrapping at capacity.
@@ -112,6 +112,7 @@ struct AttendTask {
   double softcap;       ///< 0 for none
   float v_scale;        ///< what a V norm is multiplied by
   RowScratch* scratch;  ///< [rows]
+  NotedKeys* notes;     ///< [rows]: what attend_int16 notes
   // Partial softmax state over the range. A row that sees none of it gets -inf, 0 and zeros.
   double* max;
   double* sum;
@@ -120,7 +121,7 @@ struct AttendTask {
 
 /// The sums of a row over all ranges, which errors of scores are taken out of.
 struct RescoreTask {
-  static constexpr std::size_t kMostKeys = 128;
+  static constexpr std::size_t kMostKeys = 16;
 
   const float* q;  ///< [head_dim]; this and what follows as in AttendTask
   double q_scale, bias, softcap;

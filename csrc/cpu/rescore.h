@@ -4,8 +4,9 @@
 // keys have most of it, and the errors of their scores, which grow with the scores, are those of the output. So such
 // keys are noted, and when a row's ranges have been merged, scored again in float32.
 //
-// Errors that all keys share, as they do where the keys themselves have much in common, divide out: taken out of some
-// keys' scores, they would be made. They are measured by references, which stand for all keys, and taken out of all.
+// Keys that have much in common share an error, too, which divides out. Were it taken out of some scores alone, it
+// would become a difference between them and the rest. References, which are keys of any weight, tell how large it is,
+// and it is taken out of all scores.
 #pragma once
 
 #include "cpu/float32_lookup.h"
@@ -19,9 +20,8 @@ class NoteTaker {
  public:
   explicit NoteTaker(const AttendTask& task) noexcept : task_(task) {
     for (std::size_t r = 0; r < task.rows; ++r) {
-      NotedKeys& noted = task.scratch[r].noted;
-      noted.reach = 0.0;
-      noted.num_decisive = noted.num_references = 0;
+      task.notes[r].reach = 0.0;
+      task.notes[r].num_decisive = task.notes[r].num_references = 0;
     }
   }
 
@@ -33,59 +33,92 @@ class NoteTaker {
         largest = max(magnitude(load(norms.of_block[b] + t)), largest);
       }
     }
-    largest_norm_ = static_cast<double>(max_of_lanes(largest));
+    largest_norm_ = max_of_lanes(largest);
   }
 
   /// That tile has its weights.
   void take(const Tile& tile) noexcept {
     for (std::size_t r = 0; r < task_.rows; ++r) {
-      const double reach = task_.q_int16.reach[r] * largest_norm_;
+      const double per_norm = task_.q_int16.reach_per_norm[r];
+      if (!(per_norm * static_cast<double>(largest_norm_) > kReach)) continue;
+      // What a row does not see is not to touch it, not even by its norm.
+      const Span seen = seen_of(task_.seen[r], tile);
+      const bool sees_all = seen.begin == 0 && seen.end == tile.count;
+      const double reach = per_norm * static_cast<double>(sees_all ? largest_norm_ : largest_norm_of(tile, seen));
       if (!(reach > kReach)) continue;
-      RowScratch& row = task_.scratch[r];
-      if (reach > row.noted.reach) row.noted.reach = reach;
-      note_decisive(row, tile, static_cast<float>(1.0 / reach));
-      if (reach > kFarReach && row.noted.num_references == 0) note_references(row, tile, seen_of(task_.seen[r], tile));
+      NotedKeys& noted = task_.notes[r];
+      if (reach > noted.reach) noted.reach = reach;
+      const float least = static_cast<float>(1.0 / reach);
+      note_decisive(noted, task_.scratch[r], tile, least > kLeastWeight ? least : kLeastWeight);
+      if (reach > kFarReach && noted.num_references == 0) note_references(noted, task_.scratch[r], tile, seen);
     }
   }
 
  private:
-  /// Up to which the errors of scores are no more than others.
+  /// Below it, the rounding of scores adds no more to the output's error than that of weights and values.
   static constexpr double kReach = 2.0;
-  /// What scores of a standard deviation of 4 hardly reach, unless keys have much in common.
+  /// What scores with a standard deviation of 4 hardly reach, unless keys have much in common.
   static constexpr double kFarReach = 5.0;
+  /// Of the largest so far: keys with less are many, where they matter.
+  static constexpr float kLeastWeight = 0.125f;
+  /// Of one tile: so many keys of such weight share it.
+  static constexpr int kMany = 6;
 
-  static void note_decisive(RowScratch& row, const Tile& tile, float least_weight) noexcept {
-    for (std::size_t first = 0; first < kAttendTile; first += kLanes) {
-      std::uint32_t above = lanes_above(load(row.weights + first), least_weight);
-      for (; above != 0; above &= above - 1) {
-        const std::size_t t = first + static_cast<std::size_t>(__builtin_ctz(above));
-        insert(row.noted, {row.scores[t], tile.slots[t]});
+  float largest_norm_of(const Tile& tile, const Span& seen) const noexcept {
+    constexpr std::size_t kBlocks = kNormBlocks<kHeadDim>;
+    float largest = 0.0f;
+    for (std::size_t t = seen.begin; t < seen.end; ++t) {
+      for (std::size_t b = 0; b < kBlocks; ++b) {
+        const float norm = __builtin_fabsf(task_.k.norms[tile.slots[t] * kBlocks + b]);
+        largest = norm > largest ? norm : largest;
+      }
+    }
+    return largest;
+  }
+
+  static void note_decisive(NotedKeys& noted, const RowScratch& row, const Tile& tile, float least_weight) noexcept {
+    constexpr std::size_t kVectors = kAttendTile / kLanes;
+    std::uint32_t above[kVectors];
+    int count = 0;
+    for (std::size_t i = 0; i < kVectors; ++i) {
+      above[i] = lanes_above(load(row.weights + i * kLanes), least_weight);
+      count += __builtin_popcount(above[i]);
+    }
+    if (count > kMany) return;
+    for (std::size_t i = 0; i < kVectors; ++i) {
+      for (; above[i] != 0; above[i] &= above[i] - 1) {
+        const std::size_t t = i * kLanes + static_cast<std::size_t>(__builtin_ctz(above[i]));
+        insert(noted, {row.scores[t], tile.slots[t]});
       }
     }
   }
 
   /// In the place of the lowest if there are as many as may be.
   static void insert(NotedKeys& noted, const ScoredKey& key) noexcept {
-    if (noted.num_decisive < NotedKeys::kMostDecisive) {
+    constexpr std::size_t kMost = NotedKeys::kMostDecisive;
+    if (noted.num_decisive < kMost) {
       noted.decisive[noted.num_decisive++] = key;
+      if (noted.num_decisive < kMost) return;
+    } else if (key.score > noted.decisive[noted.lowest].score) {
+      noted.decisive[noted.lowest] = key;
+    } else {
       return;
     }
-    ScoredKey* lowest = noted.decisive;
-    for (ScoredKey& other : noted.decisive) {
-      if (other.score < lowest->score) lowest = &other;
+    noted.lowest = 0;
+    for (std::size_t i = 1; i < kMost; ++i) {
+      if (noted.decisive[i].score < noted.decisive[noted.lowest].score) noted.lowest = i;
     }
-    if (lowest->score < key.score) *lowest = key;
   }
 
-  static void note_references(RowScratch& row, const Tile& tile, const Span& seen) noexcept {
+  static void note_references(NotedKeys& noted, const RowScratch& row, const Tile& tile, const Span& seen) noexcept {
     constexpr std::size_t kStep = kAttendTile / NotedKeys::kMostReferences;
     for (std::size_t t = seen.begin; t < seen.end; t += kStep) {
-      row.noted.references[row.noted.num_references++] = {row.scores[t], tile.slots[t]};
+      noted.references[noted.num_references++] = {row.scores[t], tile.slots[t]};
     }
   }
 
   const AttendTask& task_;
-  double largest_norm_ = 0.0;
+  float largest_norm_ = 0.0f;
 };
 
 template <std::size_t kHeadDim>
@@ -95,7 +128,10 @@ class Rescoring {
 
   double run() noexcept {
     double changes[RescoreTask::kMostKeys], shared = 0.0;
-    for (std::size_t i = 0; i < task_.num_keys; ++i) shared += changes[i] = change_of(task_.keys[i]);
+    for (std::size_t i = 0; i < task_.num_keys; ++i) {
+      changes[i] = change_of(task_.keys[i]);
+      shared += changes[i];
+    }
     for (std::size_t i = 0; i < task_.num_references; ++i) shared += change_of(task_.references[i]);
     shared = task_.num_references == 0 ? 0.0 : shared / static_cast<double>(task_.num_keys + task_.num_references);
     for (std::size_t i = 0; i < task_.num_keys; ++i) change_weight(task_.keys[i], changes[i] - shared);
@@ -106,7 +142,7 @@ class Rescoring {
 
  private:
   static constexpr std::size_t kBlocks = kNormBlocks<kHeadDim>, kDim = kBlockDim<kHeadDim>;
-  /// Of a score, so that sums keep their order of magnitude: beyond that no score of 16-bit products is near.
+  /// Of a score, so that sums keep their order of magnitude. Errors are that large at a reach of thousands.
   static constexpr double kMostChange = 1.0;
 
   const float* decode(const HeadRows& side, std::size_t slot, std::size_t block) noexcept {
@@ -138,7 +174,7 @@ class Rescoring {
 
   void change_weight(const ScoredKey& key, double change) noexcept {
     const double before = key.score - task_.max;
-    Vec exponents{};
+    Vec exponents{};  // which may be a little above 0 here, where exp_of_negative is as good
     exponents[0] = static_cast<float>(before);
     exponents[1] = static_cast<float>(before + change);
     const Vec weights = exp_of_negative(exponents);
