@@ -477,15 +477,17 @@ TEST(CpuAttend, KeepsThePromiseWhereKeysHaveMuchInCommon) {
 /// Such a key has no weight, among others or, beside a sink, alone.
 TEST(CpuAttend, KeysScoredAtMinusInfinityHaveNoWeight) {
   constexpr unsigned kHeads = 8, kHeadDim = 64;
+  struct Place {
+    unsigned keys, key;
+  };
   for (const Precision precision : {Precision::kDefault, Precision::kStrict}) {
-    for (const auto& [keys, key] : {std::pair(1u, 0u), std::pair(40u, 0u), std::pair(40u, 1u), std::pair(40u, 8u)}) {
-      CacheCase test(kHeads, kHeads, kHeadDim, keys, 5, 5);
+    for (const Place place : {Place{1, 0}, Place{40, 0}, Place{40, 1}, Place{40, 8}}) {
+      CacheCase test(kHeads, kHeads, kHeadDim, place.keys, 5, 5);
       test.precision = precision;
       test.args.scale *= 8.0f;
       test.add_sinks();
       const auto with_norm = [&](float norm) {
-        for (unsigned head = 0; head < kHeads; ++head)
-          test.k_norms.data<float>()[head * test.args.kv_capacity + key] = norm;
+        for (unsigned head = 0; head < kHeads; ++head) test.k_norms.data<float>()[head * place.keys + place.key] = norm;
         return test.attend();
       };
       const std::vector<float> positive = with_norm(HUGE_VALF), negative = with_norm(-HUGE_VALF);
@@ -493,7 +495,7 @@ TEST(CpuAttend, KeysScoredAtMinusInfinityHaveNoWeight) {
         // One of the two norms gives +infinity, which must show.
         const std::size_t at = head * kHeadDim;
         EXPECT_NE(std::isnan(positive[at]), std::isnan(negative[at]))
-            << name_of(precision) << ' ' << key << ' ' << head;
+            << name_of(precision) << ' ' << place.key << ' ' << head;
       }
     }
   }
