@@ -360,7 +360,8 @@ double QueryBlock::rescore(std::size_t row, double max, double* sum, float* out)
       }
     }
   }
-  if (num_keys + num_references == 0) return 0.0;
+  // What all scores are raised by matters to a sink and lse alone.
+  if (num_keys == 0 && (num_references == 0 || !(op_.sinks || op_.lse))) return 0.0;
   const std::size_t kv_head = row / rows_;
   return kernel_.rescore({memory_.q + row * head_dim_, memory_.scale[row], memory_.bias[row],
                           static_cast<double>(op_.args.softcap), k_.head(kv_head), v_.head(kv_head), head_dim_,
