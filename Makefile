@@ -39,8 +39,9 @@ demo: $(STAMP)-demo $(STAMP)-package
 
 test: ctest ctest-arm64 pytest
 
-# Two builds: warnings as errors, then address and undefined-behaviour sanitizers. A test asks for more memory than
-# there is, which the sanitizer would otherwise report instead of refusing.
+# Three builds: warnings as errors, then address and undefined-behaviour sanitizers, then the thread sanitizer for what
+# starts threads. A test asks for more memory than there is, which the sanitizer would otherwise report instead of
+# refusing.
 ctest: $(STAMP)-venv $(STAMP)-googletest $(STAMP)-metal-sim
 	$(CMAKE) -B build/test -DCMAKE_BUILD_TYPE=Release -DTQ_HB_PYTHON=OFF -DTQ_HB_BUILD_TESTS=ON -DTQ_HB_WERROR=ON \
 	  -DTQ_HB_METAL=$(METAL)
@@ -50,6 +51,10 @@ ctest: $(STAMP)-venv $(STAMP)-googletest $(STAMP)-metal-sim
 	  -DTQ_HB_WERROR=ON -DTQ_HB_SANITIZE=address,undefined -DTQ_HB_METAL=$(METAL) $(SANITIZE_CXX)
 	$(BIN)/cmake --build build/sanitize
 	ASAN_OPTIONS=allocator_may_return_null=1 $(BIN)/ctest --test-dir build/sanitize --output-on-failure --parallel 2
+	$(CMAKE) -B build/thread -DCMAKE_BUILD_TYPE=RelWithDebInfo -DTQ_HB_PYTHON=OFF -DTQ_HB_BUILD_TESTS=ON \
+	  -DTQ_HB_WERROR=ON -DTQ_HB_SANITIZE=thread -DTQ_HB_METAL=off $(SANITIZE_CXX)
+	$(BIN)/cmake --build build/thread --target test_ops test_cpu
+	$(BIN)/ctest --test-dir build/thread --output-on-failure --tests-regex '^test_(ops|cpu)[.]' --parallel 2
 
 # The C++ tests built for 64-bit ARM and run under QEMU: for correctness, no time is measured there. The compiler
 # contracts a*b+c there unless it is told not to, so there's no need of test_codec_contracting.
@@ -69,7 +74,7 @@ ctest-arm64:
 endif
 
 pytest: $(STAMP)-test $(STAMP)-package-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 $(PYTEST_ARGS)
 
 lint: $(STAMP)-lint
 	$(BIN)/ruff check .
