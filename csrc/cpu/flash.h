@@ -32,20 +32,23 @@ struct TileRows {
   const std::uint8_t* at[kAttendTile];
 };
 
+/// Codes whose lines are asked for at a time: they take up a line at most.
+constexpr std::size_t kCodesPerRequest = 64;
+
 /// Codes that are worked on next. They follow each other except where the ring wraps: what is asked for beyond its end
 /// is not needed, and no error.
 struct UpcomingCodes {
-  /// Asks for the line of one code, which is a multiple of 8. Into the second cache level: rows a power of two apart
-  /// share places in the first. Lines are asked for one by one between other work: a processor has room for a dozen
-  /// requests, and stops at what goes beyond.
-  void prefetch(std::size_t code) const noexcept { __builtin_prefetch(first + code / 8 * bits, 0, 2); }
+  /// Asks for the line of the next kCodesPerRequest. Into the second cache level: rows a power of two apart share
+  /// places in the first. Lines are asked for one by one between other work: a processor has room for a dozen requests,
+  /// and stops at what goes beyond.
+  void prefetch() noexcept {
+    __builtin_prefetch(next, 0, 2);
+    next += request_bytes;
+  }
 
-  const std::uint8_t* first;
-  std::size_t bits;  ///< that a code takes up; 0 if nothing is to come
+  const std::uint8_t* next;
+  std::size_t request_bytes;  ///< what kCodesPerRequest take up; 0 if nothing is to come
 };
-
-/// Codes whose lines are asked for at a time: they take up a line at most.
-constexpr std::size_t kCodesPerRequest = 64;
 
 inline const std::uint8_t* row_of(const HeadRows& side, std::size_t slot) noexcept {
   return side.codes + slot * side.row_bytes;
@@ -55,12 +58,17 @@ inline const std::uint8_t* row_of(const HeadRows& side, std::size_t slot) noexce
 template <std::size_t kTile>
 inline TileRows rows_of(const HeadRows& side, const Tile& tile) noexcept {
   TileRows rows;
-  for (std::size_t t = 0; t < kTile; ++t) rows.at[t] = row_of(side, tile.slots[t]);
+  if (tile.in_sequence) {
+    const std::uint8_t* row = row_of(side, tile.slots[0]);
+    for (std::size_t t = 0; t < kTile; ++t, row += side.row_bytes) rows.at[t] = row;
+  } else {
+    for (std::size_t t = 0; t < kTile; ++t) rows.at[t] = row_of(side, tile.slots[t]);
+  }
   return rows;
 }
 
 inline UpcomingCodes codes_from(const HeadRows& side, std::size_t head_dim, std::size_t slot) noexcept {
-  return {row_of(side, slot), side.row_bytes * 8 / head_dim};
+  return {row_of(side, slot), side.row_bytes * kCodesPerRequest / head_dim};
 }
 
 /// The keys of the tile that follows, which may belong to the next range: a thread mostly takes that up, too.
@@ -199,9 +207,13 @@ void attend_range(const AttendTask& task) noexcept {
     // Those that end before the ring does follow each other.
     const std::size_t before_wrap = task.capacity - slot;
     tile.in_sequence = tile.count == Path::kTile && before_wrap >= Path::kTile;
-    for (std::size_t t = 0; t < Path::kTile; ++t) {
-      const std::size_t key = t < tile.count ? t : tile.count - 1;
-      tile.slots[t] = key < before_wrap ? slot + key : key - before_wrap;
+    if (tile.in_sequence) {
+      for (std::size_t t = 0; t < Path::kTile; ++t) tile.slots[t] = slot + t;
+    } else {
+      for (std::size_t t = 0; t < Path::kTile; ++t) {
+        const std::size_t key = t < tile.count ? t : tile.count - 1;
+        tile.slots[t] = key < before_wrap ? slot + key : key - before_wrap;
+      }
     }
     slot = tile.count < before_wrap ? slot + tile.count : tile.count - before_wrap;
     path.score(tile);

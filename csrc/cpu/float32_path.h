@@ -132,7 +132,9 @@ class Float32Path {
       });
     }
     for (std::size_t r = 0; r < task_.rows; ++r) {
-      for (std::size_t t = 0; t < kTile; ++t) task_.scratch[r].scores[t] *= task_.q_scale[r];
+      double* scores = task_.scratch[r].scores;
+      const double scale = task_.q_scale[r];
+      for (std::size_t t = 0; t < kTile; t += kDoubles) store(scores + t, load_as<Doubles>(scores + t) * scale);
     }
   }
 
@@ -153,8 +155,8 @@ class Float32Path {
   static constexpr std::size_t kBlocks = kNormBlocks<kHeadDim>, kDim = kBlockDim<kHeadDim>;
   using Norms = TileNorms<kTile, kBlocks>;
 
-  static void prefetch(const UpcomingCodes& tile) noexcept {
-    for (std::size_t code = 0; code < kTile * kHeadDim; code += kCodesPerRequest) tile.prefetch(code);
+  static void prefetch(UpcomingCodes tile) noexcept {
+    for (std::size_t code = 0; code < kTile * kHeadDim; code += kCodesPerRequest) tile.prefetch();
   }
 
   /// Scores of kRows rows from `r` on and one norm block, not yet scaled; those of keys that a row does not see mean

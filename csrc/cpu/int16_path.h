@@ -197,16 +197,22 @@ using KeyNorms = TileNorms<kAttendTile, kNormBlocks<kHeadDim>>;
 template <std::size_t kHeadDim>
 inline void finish_scores(const AttendTask& task, const KeyNorms<kHeadDim>& norms, std::size_t first, std::size_t r,
                           std::size_t rows, const DotSums<kHeadDim>& dots) noexcept {
+  constexpr std::size_t kGroups = kKeyGroup / kDoubles;
   for (std::size_t b = 0; b < kNormBlocks<kHeadDim>; ++b) {
+    Doubles key_norms[kGroups];
+    for (std::size_t i = 0; i < kGroups; ++i) {
+      key_norms[i] = to_doubles(load_as<DoublesAsFloats>(norms.of_block[b] + first + i * kDoubles));
+    }
     for (std::size_t k = 0; k < rows; ++k) {
       const std::size_t at = (r + k) * kMaxNormBlocks + b;
+      const double unit = task.q_int16.units[at];
+      const std::int32_t half = task.q_int16.halves[at];
+      double* scores = task.scratch[r + k].scores + first;
       std::int32_t totals[kKeyGroup];
       add_across(dots.sums[b][k], totals);
-      for (std::size_t t = 0; t < kKeyGroup; t += kDoubles) {
-        const DoublesAsInts sums = load_as<DoublesAsInts>(totals + t) + task.q_int16.halves[at];
-        const Doubles norm = __builtin_convertvector(load_as<DoublesAsFloats>(norms.of_block[b] + first + t), Doubles);
-        const Doubles share = __builtin_convertvector(sums, Doubles) * task.q_int16.units[at] * norm;
-        double* scores = task.scratch[r + k].scores + first + t;
+      for (std::size_t i = 0; i < kGroups; ++i, scores += kDoubles) {
+        const Doubles sums = to_doubles(load_as<DoublesAsInts>(totals + i * kDoubles) + half);
+        const Doubles share = sums * unit * key_norms[i];
         store(scores, b == 0 ? share : load_as<Doubles>(scores) + share);
       }
     }
@@ -217,14 +223,16 @@ inline void finish_scores(const AttendTask& task, const KeyNorms<kHeadDim>& norm
 template <std::size_t kHeadDim, class Reader, class CodesLookup>
 struct CodedPairs {
   [[gnu::always_inline]] PairLevels at(std::size_t p) const noexcept {
-    constexpr std::size_t kPairs = kAttendTile / 2, kCodes = 2 * kChunk;
-    for (std::size_t i = 0; i < kCodes; i += kCodesPerRequest) upcoming.prefetch((chunk * kPairs + p) * kCodes + i);
+    constexpr std::size_t kCodes = 2 * kChunk;
+    if (p * kCodes % kCodesPerRequest == 0) {
+      for (std::size_t i = 0; i < kCodes; i += kCodesPerRequest) upcoming.prefetch();
+    }
     return pairs_of<Reader>(lookup, rows.at[2 * p], rows.at[2 * p + 1], chunk);
   }
   const CodesLookup& lookup;
   const TileRows& rows;
   std::size_t chunk;
-  const UpcomingCodes& upcoming;
+  UpcomingCodes& upcoming;
 };
 
 struct DecodedPairs {
@@ -268,10 +276,11 @@ inline void add_rows(const AttendTask& task, std::size_t chunk, std::size_t r, s
 #pragma GCC unroll 8
   for (std::size_t k = 0; k < kRows; ++k) {
     float* out = task.out + (r + k) * kHeadDim + chunk * kChunk;
+    const float correction = rows[k].correction, unit = rows[k].fixed_units[block];
 #pragma GCC unroll 4
     for (std::size_t i = 0; i < 4; ++i, out += kSumLanes) {
       const Vec added = __builtin_convertvector(load_as<IntVec>(&sums[k][i]), Vec);
-      store(out, load(out) * rows[k].correction + added * rows[k].fixed_units[block]);
+      store(out, load(out) * correction + added * unit);
     }
   }
 }
@@ -282,72 +291,93 @@ struct Format {
   using Reader = CodeReader<kBits, kPlane, kHeadDim>;
   using CodesLookup = Lookup<kBits>;
 
-  /// Scores of all rows and the kKeyGroup keys of a tile from `first` on.
-  static void score(const AttendTask& task, const KeyNorms<kHeadDim>& norms, const TileRows& keys, std::size_t first,
-                    const UpcomingCodes& upcoming) noexcept {
-    const CodesLookup lookup(*task.k.int16);
+  /// Scores of all rows and the first `count` keys of a tile, up to a whole kKeyGroup.
+  static void score(const AttendTask& task, const KeyNorms<kHeadDim>& norms, const TileRows& keys, std::size_t count,
+                    UpcomingCodes upcoming) noexcept {
     // Memory for the queries ends on a whole group: see kQueryRows.
-    if (task.rows == 1) return score_fused<1>(task, norms, keys, first, lookup, upcoming);
-    if (task.rows == 2) return score_fused<2>(task, norms, keys, first, lookup, upcoming);
-    if (task.rows <= 4) return score_fused<4>(task, norms, keys, first, lookup, upcoming);
-    if (task.rows <= 8) return score_fused<8>(task, norms, keys, first, lookup, upcoming);
-    score_decoded(task, norms, keys, first, lookup, upcoming);
+    if (task.rows == 1) return score_fused<1>(task, norms, keys, count, upcoming);
+    if (task.rows == 2) return score_fused<2>(task, norms, keys, count, upcoming);
+    if (task.rows <= 4) return score_fused<4>(task, norms, keys, count, upcoming);
+    if (task.rows <= 8) return score_fused<8>(task, norms, keys, count, upcoming);
+    score_decoded(task, norms, keys, count, upcoming);
   }
 
-  /// Adds weights * values of one chunk of columns to all rows' outputs.
-  static void add(const AttendTask& task, const TileRows& values, std::size_t pairs, std::size_t chunk,
-                  const UpcomingCodes& upcoming) noexcept {
-    const CodesLookup lookup(*task.v.int16);
-    const CodedPairs<kHeadDim, Reader, CodesLookup> coded{lookup, values, chunk, upcoming};
-    if (task.rows == 1) return add_rows<kHeadDim, 1>(task, chunk, 0, pairs, coded);
-    if (task.rows == 2) return add_rows<kHeadDim, 2>(task, chunk, 0, pairs, coded);
-    PairLevels levels[kAttendTile / 2];
-    for (std::size_t p = 0; p < pairs; ++p) levels[p] = coded.at(p);
-    for_each_group<kValueRows>(task.rows, [&](auto rows, std::size_t r) {
-      add_rows<kHeadDim, decltype(rows)::value>(task, chunk, r, pairs, DecodedPairs{levels});
-    });
+  /// Adds weights * values to all rows' outputs.
+  static void add(const AttendTask& task, const TileRows& values, std::size_t pairs, UpcomingCodes upcoming) noexcept {
+    if (task.rows == 1) return add_fused<1>(task, values, pairs, upcoming);
+    if (task.rows == 2) return add_fused<2>(task, values, pairs, upcoming);
+    add_decoded(task, values, pairs, upcoming);
   }
 
  private:
   /// While all keys are scored, all upcoming codes are asked for.
-  static void prefetch_beside(std::size_t key, const UpcomingCodes& upcoming) noexcept {
-    for (std::size_t i = 0; i < kHeadDim; i += kCodesPerRequest) upcoming.prefetch(key * kHeadDim + i);
+  static void prefetch_beside_key(UpcomingCodes& upcoming) noexcept {
+    for (std::size_t i = 0; i < kHeadDim; i += kCodesPerRequest) upcoming.prefetch();
   }
 
   template <std::size_t kRows>
   static void score_fused(const AttendTask& task, const KeyNorms<kHeadDim>& norms, const TileRows& keys,
-                          std::size_t first, const CodesLookup& lookup, const UpcomingCodes& upcoming) noexcept {
-    const CodedKeys<Reader, CodesLookup> coded{lookup, keys.at + first};
-    DotSums<kHeadDim> dots;
-    for (std::size_t t = 0; t < kKeyGroup; t += kKeysAtOnce<kRows>) {
-      for (std::size_t j = 0; j < kKeysAtOnce<kRows>; ++j) prefetch_beside(first + t + j, upcoming);
-      multiply_keys<kHeadDim, kRows>(coded, not_hoisted(task.q_int16.values), t, dots);
+                          std::size_t count, UpcomingCodes upcoming) noexcept {
+    const CodesLookup lookup(*task.k.int16);
+    for (std::size_t first = 0; first < count; first += kKeyGroup) {
+      const CodedKeys<Reader, CodesLookup> coded{lookup, keys.at + first};
+      DotSums<kHeadDim> dots;
+      for (std::size_t t = 0; t < kKeyGroup; t += kKeysAtOnce<kRows>) {
+        for (std::size_t j = 0; j < kKeysAtOnce<kRows>; ++j) prefetch_beside_key(upcoming);
+        multiply_keys<kHeadDim, kRows>(coded, not_hoisted(task.q_int16.values), t, dots);
+      }
+      finish_scores(task, norms, first, 0, task.rows, dots);
     }
-    finish_scores(task, norms, first, 0, task.rows, dots);
   }
 
   static void score_decoded(const AttendTask& task, const KeyNorms<kHeadDim>& norms, const TileRows& keys,
-                            std::size_t first, const CodesLookup& lookup, const UpcomingCodes& upcoming) noexcept {
-    alignas(64) std::int16_t levels[kKeyGroup][kHeadDim];
-    for (std::size_t t = 0; t < kKeyGroup; ++t) {
-      prefetch_beside(first + t, upcoming);
+                            std::size_t count, UpcomingCodes upcoming) noexcept {
+    const CodesLookup lookup(*task.k.int16);
+    for (std::size_t first = 0; first < count; first += kKeyGroup) {
+      alignas(64) std::int16_t levels[kKeyGroup][kHeadDim];
+      for (std::size_t t = 0; t < kKeyGroup; ++t) {
+        prefetch_beside_key(upcoming);
 #pragma GCC unroll 1
-      for (std::size_t part = 0; part < kHeadDim; part += kPartDim<kHeadDim>) {
+        for (std::size_t part = 0; part < kHeadDim; part += kPartDim<kHeadDim>) {
 #pragma GCC unroll 8
-        for (std::size_t j = part; j < part + kPartDim<kHeadDim>; j += kChunk) {
-          const Levels looked_up = lookup.of(Reader::at(keys.at[first + t], j / kChunk));
-          store(levels[t] + j, looked_up.first);
-          store(levels[t] + j + kChunk / 2, looked_up.second);
+          for (std::size_t j = part; j < part + kPartDim<kHeadDim>; j += kChunk) {
+            const Levels looked_up = lookup.of(Reader::at(keys.at[first + t], j / kChunk));
+            store(levels[t] + j, looked_up.first);
+            store(levels[t] + j + kChunk / 2, looked_up.second);
+          }
         }
       }
-    }
-    DotSums<kHeadDim> dots;
-    for (std::size_t r = 0; r < task.rows; r += kQueryRows) {
-      const std::int16_t* q = task.q_int16.values + r * kHeadDim;
-      for (std::size_t t = 0; t < kKeyGroup; t += kKeysAtOnce<kQueryRows>) {
-        multiply_keys<kHeadDim, kQueryRows>(DecodedKeys<kHeadDim>{levels[0]}, not_hoisted(q), t, dots);
+      DotSums<kHeadDim> dots;
+      for (std::size_t r = 0; r < task.rows; r += kQueryRows) {
+        const std::int16_t* q = task.q_int16.values + r * kHeadDim;
+        for (std::size_t t = 0; t < kKeyGroup; t += kKeysAtOnce<kQueryRows>) {
+          multiply_keys<kHeadDim, kQueryRows>(DecodedKeys<kHeadDim>{levels[0]}, not_hoisted(q), t, dots);
+        }
+        finish_scores(task, norms, first, r, task.rows - r < kQueryRows ? task.rows - r : kQueryRows, dots);
       }
-      finish_scores(task, norms, first, r, task.rows - r < kQueryRows ? task.rows - r : kQueryRows, dots);
+    }
+  }
+
+  template <std::size_t kRows>
+  static void add_fused(const AttendTask& task, const TileRows& values, std::size_t pairs,
+                        UpcomingCodes upcoming) noexcept {
+    const CodesLookup lookup(*task.v.int16);
+    for (std::size_t chunk = 0; chunk < kHeadDim / kChunk; ++chunk) {
+      add_rows<kHeadDim, kRows>(task, chunk, 0, pairs,
+                                CodedPairs<kHeadDim, Reader, CodesLookup>{lookup, values, chunk, upcoming});
+    }
+  }
+
+  static void add_decoded(const AttendTask& task, const TileRows& values, std::size_t pairs,
+                          UpcomingCodes upcoming) noexcept {
+    const CodesLookup lookup(*task.v.int16);
+    for (std::size_t chunk = 0; chunk < kHeadDim / kChunk; ++chunk) {
+      const CodedPairs<kHeadDim, Reader, CodesLookup> coded{lookup, values, chunk, upcoming};
+      PairLevels levels[kAttendTile / 2];
+      for (std::size_t p = 0; p < pairs; ++p) levels[p] = coded.at(p);
+      for_each_group<kValueRows>(task.rows, [&](auto rows, std::size_t r) {
+        add_rows<kHeadDim, decltype(rows)::value>(task, chunk, r, pairs, DecodedPairs{levels});
+      });
     }
   }
 };
@@ -366,10 +396,9 @@ struct FormatCalls {
     return of<8, false>();
   }
 
-  void (*score)(const AttendTask& task, const KeyNorms<kHeadDim>& norms, const TileRows& keys, std::size_t first,
-                const UpcomingCodes& upcoming) noexcept;
-  void (*add)(const AttendTask& task, const TileRows& values, std::size_t pairs, std::size_t chunk,
-              const UpcomingCodes& upcoming) noexcept;
+  void (*score)(const AttendTask& task, const KeyNorms<kHeadDim>& norms, const TileRows& keys, std::size_t count,
+                UpcomingCodes upcoming) noexcept;
+  void (*add)(const AttendTask& task, const TileRows& values, std::size_t pairs, UpcomingCodes upcoming) noexcept;
 };
 
 template <std::size_t kHeadDim>
@@ -384,10 +413,7 @@ class Int16Path {
     const TileRows keys = rows_of<kTile>(task_.k, tile);
     const KeyNorms<kHeadDim> norms(task_.k, tile);
     notes_.expect(norms);
-    const UpcomingCodes values = codes_from(task_.v, kHeadDim, tile.slots[0]);
-    for (std::size_t first = 0; first < tile.count; first += kKeyGroup) {
-      k_.score(task_, norms, keys, first, values);
-    }
+    k_.score(task_, norms, keys, tile.count, codes_from(task_.v, kHeadDim, tile.slots[0]));
   }
 
   void accumulate(const Tile& tile) noexcept {
@@ -395,9 +421,7 @@ class Int16Path {
     const std::size_t pairs = (tile.count + 3) / 4 * 2;
     notes_.take(tile);
     fix_weights(tile);
-    const TileRows values = rows_of<kTile>(task_.v, tile);
-    const UpcomingCodes next = keys_after<kTile>(task_, tile);
-    for (std::size_t chunk = 0; chunk < kHeadDim / kChunk; ++chunk) v_.add(task_, values, pairs, chunk, next);
+    v_.add(task_, rows_of<kTile>(task_.v, tile), pairs, keys_after<kTile>(task_, tile));
   }
 
   void finish() noexcept { order_columns<kChunk>(task_.out, task_.rows * kHeadDim); }

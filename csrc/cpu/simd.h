@@ -73,6 +73,26 @@ inline Vec differences(const double* doubles, double subtrahend) noexcept {
 #endif
 }
 
+inline Doubles to_doubles(DoublesAsInts ints) noexcept {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_pd(reinterpret_cast<__m256i>(ints));
+#elif defined(__AVX__)
+  return _mm256_cvtepi32_pd(reinterpret_cast<__m128i>(ints));
+#else
+  return __builtin_convertvector(ints, Doubles);
+#endif
+}
+
+inline Doubles to_doubles(DoublesAsFloats floats) noexcept {
+#if defined(__AVX512F__)
+  return _mm512_cvtps_pd(floats);
+#elif defined(__AVX__)
+  return _mm256_cvtps_pd(floats);
+#else
+  return __builtin_convertvector(floats, Doubles);
+#endif
+}
+
 template <class T, std::size_t kCount>
 struct VectorOf {
   typedef T type __attribute__((vector_size(kCount * sizeof(T))));
