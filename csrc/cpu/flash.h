@@ -46,6 +46,11 @@ struct UpcomingCodes {
     next += request_bytes;
   }
 
+  /// What is left once so many have been asked for.
+  UpcomingCodes after(std::size_t codes) const noexcept {
+    return {next + codes / kCodesPerRequest * request_bytes, request_bytes};
+  }
+
   const std::uint8_t* next;
   std::size_t request_bytes;  ///< what kCodesPerRequest take up; 0 if nothing is to come
 };

@@ -7,6 +7,7 @@ namespace tq_hb {
 namespace {
 
 constexpr unsigned kMostTableBits = 6;
+constexpr std::size_t kMostFusedRows = 2;
 
 struct FloatLevels {
   Vec vectors[4];

@@ -7,6 +7,7 @@ namespace tq_hb {
 namespace {
 
 constexpr unsigned kMostTableBits = 8;
+constexpr std::size_t kMostFusedRows = 4;
 
 struct FloatLevels {
   Vec vectors[4];

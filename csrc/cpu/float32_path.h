@@ -1,8 +1,15 @@
 // Attention in float32: the strict path, and the only one where 16-bit products are no faster.
 //
-// A decoder says how codes become levels: decode(side, tile, block, rows) puts those of one norm block of a tile's rows
-// into `rows`, in an order of its own within the block, in which task.q is too, and order(out, count) puts outputs in
-// the order of coordinates.
+// A decoder says how codes become levels:
+//
+//   decode(side, rows, count, block, upcoming, levels)
+//                       puts one norm block of `count` rows into `levels`, in an order of its own within the block, in
+//                       which task.q is too, and asks for as many of the upcoming codes
+//   order(out, count)   puts outputs in the order of coordinates
+//   kFusedRows          up to so many rows of queries, levels are multiplied as they are decoded; 0 if they never are
+//   visit(side, use)    calls use(reader) if codes of the side's format can be read a chunk at a time, and returns
+//                       whether they can: reader.at(row, chunk).vectors are the levels of kReadAtOnce codes, in that
+//                       order
 #pragma once
 
 #include "cpu/flash.h"
@@ -48,87 +55,77 @@ inline void look_up(const std::uint8_t* codes, const float* levels, float* row) 
   }
 }
 
-template <std::size_t kHeadDim, unsigned kHighBits>
-void decode_planes(const HeadRows& side, const Tile& tile, std::size_t block, float* rows) noexcept {
-  constexpr std::size_t kDim = kBlockDim<kHeadDim>;
-  for (std::size_t t = 0; t < tile.count; ++t) {
-    std::uint32_t codes[kDim / 4];
-    join_planes<kHeadDim, kHighBits>(row_of(side, tile.slots[t]), block, codes);
-    look_up<kDim>(reinterpret_cast<const std::uint8_t*>(codes), side.levels->levels, rows + t * kDim);
-  }
-}
-
 /// One level at a time, in the order of coordinates.
 template <std::size_t kHeadDim>
 struct ScalarDecoder {
-  static void decode(const HeadRows& side, const Tile& tile, std::size_t block, float* rows) noexcept {
-    constexpr std::size_t kDim = kBlockDim<kHeadDim>;
-    switch (side.high_bits) {
-      case 1:
-        return decode_planes<kHeadDim, 1>(side, tile, block, rows);
-      case 2:
-        return decode_planes<kHeadDim, 2>(side, tile, block, rows);
-      default:
-        for (std::size_t t = 0; t < tile.count; ++t) {
-          look_up<kDim>(row_of(side, tile.slots[t]) + block * kDim, side.levels->levels, rows + t * kDim);
-        }
+  static constexpr std::size_t kFusedRows = 0;
+  static constexpr std::size_t kDim = kBlockDim<kHeadDim>;
+
+  static void decode(const HeadRows& side, const std::uint8_t* const* rows, std::size_t count, std::size_t block,
+                     UpcomingCodes upcoming, float* levels) noexcept {
+    for (std::size_t t = 0; t < count; ++t, levels += kDim) {
+      for (std::size_t i = 0; i < kDim; i += kCodesPerRequest) upcoming.prefetch();
+      switch (side.high_bits) {
+        case 1:
+          look_up_planes<1>(side, rows[t], block, levels);
+          break;
+        case 2:
+          look_up_planes<2>(side, rows[t], block, levels);
+          break;
+        default:
+          look_up<kDim>(rows[t] + block * kDim, side.levels->levels, levels);
+      }
     }
   }
   static void order(float*, std::size_t) noexcept {}
+
+ private:
+  template <unsigned kHighBits>
+  static void look_up_planes(const HeadRows& side, const std::uint8_t* row, std::size_t block, float* levels) noexcept {
+    std::uint32_t codes[kDim / 4];
+    join_planes<kHeadDim, kHighBits>(row, block, codes);
+    look_up<kDim>(reinterpret_cast<const std::uint8_t*>(codes), side.levels->levels, levels);
+  }
 };
 
 // Sums that are in registers at once, of some rows and some keys or columns.
 constexpr std::size_t kSums = kRegisters / 2;
 constexpr std::size_t kSharingRows = kSums / 4;
+/// Levels that a reader gives at a time, in four vectors.
+constexpr std::size_t kReadAtOnce = 4 * kLanes;
 
-/// Scores of kRows rows and of kKeys keys from `first` on over one norm block, not yet scaled: norm * dot(query, key).
-/// They are added to those of the block before.
-///
-/// Each pair has one accumulator, so its bits do not depend on what it shares a block with.
-template <std::size_t kHeadDim, std::size_t kRows, std::size_t kKeys>
-inline void score_block(const float* q, const float* keys, const float* norms, bool is_first_block, RowScratch* rows,
-                        std::size_t first) noexcept {
-  Vec sums[kRows * kKeys] = {};
-  for (std::size_t i = 0; i < kBlockDim<kHeadDim>; i += kLanes) {
-    Vec key[kKeys];
-#pragma GCC unroll 16
-    for (std::size_t k = 0; k < kKeys; ++k) key[k] = load(keys + (first + k) * kBlockDim<kHeadDim> + i);
+/// Puts dot products with `count` keys, over one norm block, into a row's scores, not yet scaled: norm * dot(query,
+/// key). They are added to those of the block before.
+inline void add_scores(const float* dots, const float* norms, std::size_t count, bool is_first_block,
+                       double* scores) noexcept {
 #pragma GCC unroll 4
-    for (std::size_t r = 0; r < kRows; ++r) {
-      const Vec query = load(q + r * kHeadDim + i);
-#pragma GCC unroll 16
-      for (std::size_t k = 0; k < kKeys; ++k) sums[r * kKeys + k] += query * key[k];
-    }
-  }
-  float totals[kRows * kKeys];
-#pragma GCC unroll 4
-  for (std::size_t i = 0; i < kRows * kKeys; i += kLanes) store(totals + i, sums_of_lanes(sums + i));
-#pragma GCC unroll 4
-  for (std::size_t r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (std::size_t k = 0; k < kKeys; k += 4) {
-      const Double4 total = __builtin_convertvector(load_as<Float4>(totals + r * kKeys + k), Double4);
-      const Double4 share = total * __builtin_convertvector(load_as<Float4>(norms + first + k), Double4);
-      double* scores = rows[r].scores + first + k;
-      store(scores, is_first_block ? share : load_as<Double4>(scores) + share);
-    }
+  for (std::size_t k = 0; k < count; k += 4) {
+    const Double4 dot = __builtin_convertvector(load_as<Float4>(dots + k), Double4);
+    const Double4 share = dot * __builtin_convertvector(load_as<Float4>(norms + k), Double4);
+    store(scores + k, is_first_block ? share : load_as<Double4>(scores + k) + share);
   }
 }
 
 template <std::size_t kHeadDim, class Decoder>
 class Float32Path {
  public:
-  static constexpr std::size_t kTile = 16;
+  static constexpr std::size_t kTile = kAttendTile;
 
   explicit Float32Path(const AttendTask& task) noexcept : task_(task) {}
 
   void score(const Tile& tile) noexcept {
-    prefetch(codes_from(task_.v, kHeadDim, tile.slots[0]));
+    const TileRows keys = rows_of<kTile>(task_.k, tile);
     const Norms norms(task_.k, tile);
+    const UpcomingCodes upcoming = codes_from(task_.v, kHeadDim, tile.slots[0]);
     for (std::size_t b = 0; b < kBlocks; ++b) {
-      Decoder::decode(task_.k, tile, b, rows_);
-      for_each_group<kSharingRows>(task_.rows, [&](auto rows, std::size_t r) {
-        score_rows<decltype(rows)::value>(tile, norms.of_block[b], b, r);
+      const bool fused = visit_fused(task_.k, [&](auto rows, const auto& reader) {
+        score_fused<decltype(rows)::value>(reader, keys, tile.count, norms.of_block[b], b, upcoming);
+      });
+      if (fused) continue;
+      decode_in_parts(task_.k, keys, tile.count, b, upcoming, [&](std::size_t first, std::size_t count) {
+        for_each_group<kSharingRows>(task_.rows, [&](auto rows, std::size_t r) {
+          score_decoded<decltype(rows)::value>(first, count, norms.of_block[b], b, r);
+        });
       });
     }
     for (std::size_t r = 0; r < task_.rows; ++r) {
@@ -139,12 +136,18 @@ class Float32Path {
   }
 
   void accumulate(const Tile& tile) noexcept {
-    prefetch(keys_after<kTile>(task_, tile));
+    const TileRows values = rows_of<kTile>(task_.v, tile);
     const Norms norms(task_.v, tile);
+    const UpcomingCodes upcoming = keys_after<kTile>(task_, tile);
     for (std::size_t b = 0; b < kBlocks; ++b) {
-      Decoder::decode(task_.v, tile, b, rows_);
-      for_each_group<kSharingRows>(task_.rows, [&](auto rows, std::size_t r) {
-        accumulate_rows<decltype(rows)::value>(tile, norms.of_block[b], b, r);
+      for (std::size_t r = 0; r < task_.rows; ++r) fill_factors(tile, norms.of_block[b], r);
+      const bool fused = visit_fused(task_.v, [&](auto rows, const auto& reader) {
+        add_fused<decltype(rows)::value>(reader, values, tile.count, b, upcoming);
+      });
+      if (fused) continue;
+      decode_in_parts(task_.v, values, tile.count, b, upcoming, [&](std::size_t first, std::size_t count) {
+        for_each_group<kSharingRows>(
+            task_.rows, [&](auto rows, std::size_t r) { add_decoded<decltype(rows)::value>(first, count, b, r); });
       });
     }
   }
@@ -153,58 +156,183 @@ class Float32Path {
 
  private:
   static constexpr std::size_t kBlocks = kNormBlocks<kHeadDim>, kDim = kBlockDim<kHeadDim>;
+  /// Rows that are decoded to memory at a time: they stay in the first cache level.
+  static constexpr std::size_t kDecoded = 16;
   using Norms = TileNorms<kTile, kBlocks>;
 
-  static void prefetch(UpcomingCodes tile) noexcept {
-    for (std::size_t code = 0; code < kTile * kHeadDim; code += kCodesPerRequest) tile.prefetch();
+  /// Calls visit(Count<rows>, reader) if levels are to be multiplied as they are decoded. Returns whether they are.
+  template <class Visit>
+  bool visit_fused(const HeadRows& side, const Visit& visit) const noexcept {
+    if constexpr (Decoder::kFusedRows > 0) {
+      // One group has to be all rows, since each decodes anew.
+      if (task_.rows > Decoder::kFusedRows || task_.rows == 3) return false;
+      return Decoder::visit(side, [&](const auto& reader) {
+        for_each_group<Decoder::kFusedRows>(task_.rows, [&](auto rows, std::size_t) { visit(rows, reader); });
+      });
+    } else {
+      return false;
+    }
   }
 
-  /// Scores of kRows rows from `r` on and one norm block, not yet scaled; those of keys that a row does not see mean
-  /// nothing, nor do keys beyond the tile's last, of which there is what an earlier tile left.
+  /// Calls visit(first, count) for some rows of a tile after the other, while levels_ has their levels.
+  template <class Visit>
+  void decode_in_parts(const HeadRows& side, const TileRows& rows, std::size_t count, std::size_t b,
+                       const UpcomingCodes& upcoming, const Visit& visit) noexcept {
+    for (std::size_t first = 0; first < count; first += kDecoded) {
+      const std::size_t part = count - first < kDecoded ? count - first : kDecoded;
+      Decoder::decode(side, rows.at + first, part, b, upcoming.after((b * kTile + first) * kDim), levels_);
+      visit(first, part);
+    }
+  }
+
+  /// Scores of all rows, of which there are kRows, over one norm block. Those of keys beyond the tile's last mean
+  /// nothing.
+  ///
+  /// A row has one accumulator for a key, as in score_decoded, so its bits do not depend on how many rows there are.
+  template <std::size_t kRows, class Reader>
+  [[gnu::noinline]] void score_fused(const Reader& reader, const TileRows& keys, std::size_t count, const float* norms,
+                                     std::size_t b, UpcomingCodes upcoming) const noexcept {
+    constexpr std::size_t kPart = kDim < kPlaneBlock ? kDim : kPlaneBlock;
+    const float* q = task_.q + b * kDim;
+    upcoming = upcoming.after(b * kTile * kDim);
+    for (std::size_t first = 0; first < count; first += kLanes) {
+      Vec sums[kRows][kLanes];
+      for (std::size_t t = 0; t < kLanes; t += 2) {
+        // Of two keys at a time, so that a sum need not wait for itself.
+        const std::uint8_t *even_row = keys.at[first + t], *odd_row = keys.at[first + t + 1];
+        Vec pair[kRows][2] = {};
+#pragma GCC unroll 1
+        for (std::size_t part = 0; part < kDim; part += kPart) {
+#pragma GCC unroll 8
+          for (std::size_t j = part; j < part + kPart; j += kReadAtOnce) {
+            if (2 * j % kCodesPerRequest == 0) {
+              for (std::size_t i = 0; i < 2 * kReadAtOnce; i += kCodesPerRequest) upcoming.prefetch();
+            }
+            const std::size_t chunk = (b * kDim + j) / kReadAtOnce;
+            const auto even = reader.at(even_row, chunk), odd = reader.at(odd_row, chunk);
+#pragma GCC unroll 4
+            for (std::size_t i = 0; i < 4; ++i) {
+#pragma GCC unroll 4
+              for (std::size_t r = 0; r < kRows; ++r) {
+                const Vec query = load(q + r * kHeadDim + j + i * kLanes);
+                pair[r][0] += query * even.vectors[i];
+                pair[r][1] += query * odd.vectors[i];
+              }
+            }
+          }
+        }
+        for (std::size_t r = 0; r < kRows; ++r) {
+          sums[r][t] = pair[r][0];
+          sums[r][t + 1] = pair[r][1];
+        }
+      }
+      for (std::size_t r = 0; r < kRows; ++r) {
+        float dots[kLanes];
+        store(dots, sums_of_lanes(sums[r]));
+        add_scores(dots, norms + first, kLanes, b == 0, task_.scratch[r].scores + first);
+      }
+    }
+  }
+
+  /// Scores of kRows rows from `r` on and `count` keys from `first` on over one norm block. Those of keys beyond the
+  /// tile's last mean nothing: of them there is what an earlier tile left.
   template <std::size_t kRows>
-  void score_rows(const Tile& tile, const float* norms, std::size_t b, std::size_t r) noexcept {
+  void score_decoded(std::size_t first, std::size_t count, const float* norms, std::size_t b,
+                     std::size_t r) const noexcept {
     constexpr std::size_t kKeys = kSums / kRows;
     const float* q = task_.q + r * kHeadDim + b * kDim;
-    for (std::size_t t = 0; t < tile.count; t += kKeys) {
-      score_block<kHeadDim, kRows, kKeys>(q, rows_, norms, b == 0, task_.scratch + r, t);
+    for (std::size_t t = 0; t < count; t += kKeys) {
+      Vec sums[kRows * kKeys] = {};
+      for (std::size_t i = 0; i < kDim; i += kLanes) {
+        Vec key[kKeys];
+#pragma GCC unroll 16
+        for (std::size_t k = 0; k < kKeys; ++k) key[k] = load(levels_ + (t + k) * kDim + i);
+#pragma GCC unroll 4
+        for (std::size_t j = 0; j < kRows; ++j) {
+          const Vec query = load(q + j * kHeadDim + i);
+#pragma GCC unroll 16
+          for (std::size_t k = 0; k < kKeys; ++k) sums[j * kKeys + k] += query * key[k];
+        }
+      }
+      float dots[kRows * kKeys];
+#pragma GCC unroll 4
+      for (std::size_t i = 0; i < kRows * kKeys; i += kLanes) store(dots + i, sums_of_lanes(sums + i));
+#pragma GCC unroll 4
+      for (std::size_t j = 0; j < kRows; ++j) {
+        const std::size_t at = first + t;
+        add_scores(dots + j * kKeys, norms + at, kKeys, b == 0, task_.scratch[r + j].scores + at);
+      }
     }
   }
 
-  /// Adds weights * values of one norm block to the outputs of kRows rows from `r` on, some columns in registers at a
-  /// time.
-  template <std::size_t kRows>
-  void accumulate_rows(const Tile& tile, const float* norms, std::size_t b, std::size_t r) noexcept {
-    constexpr std::size_t kColumns = 4;  // vectors
-    static_assert(kDim % (kColumns * kLanes) == 0);
-    alignas(64) float factors[kRows][kTile];
-    for (std::size_t i = 0; i < kRows; ++i) {
-      for (std::size_t t = 0; t < kTile; t += kLanes) {
-        const Vec norm = load(norms + t) * task_.v_scale;
-        store(factors[i] + t, load(task_.scratch[r + i].weights + t) * norm);
+  /// What the values of a tile are multiplied by, for one row.
+  void fill_factors(const Tile& tile, const float* norms, std::size_t r) const noexcept {
+    RowScratch& row = task_.scratch[r];
+    for (std::size_t t = 0; t < kTile; t += kLanes) {
+      store(row.factors + t, load(row.weights + t) * (load(norms + t) * task_.v_scale));
+    }
+    // 0 times a norm that is not finite is no 0.
+    const Span seen = seen_of(task_.seen[r], tile);
+    if (seen.begin > 0 || seen.end < kTile) {
+      fill_outside<kTile>(row.factors, seen.begin < seen.end ? seen : Span{kTile, kTile}, 0.0f);
+    }
+  }
+
+  /// Adds factors * values of one norm block to the outputs of all rows, of which there are kRows.
+  template <std::size_t kRows, class Reader>
+  [[gnu::noinline]] void add_fused(const Reader& reader, const TileRows& values, std::size_t count, std::size_t b,
+                                   UpcomingCodes upcoming) const noexcept {
+    upcoming = upcoming.after(b * kTile * kDim);
+    const RowScratch* rows = task_.scratch;
+    for (std::size_t j = b * kDim; j < (b + 1) * kDim; j += kReadAtOnce) {
+      Vec sums[kRows][4];
+#pragma GCC unroll 4
+      for (std::size_t i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+        for (std::size_t c = 0; c < 4; ++c) {
+          sums[i][c] = load(task_.out + i * kHeadDim + j + c * kLanes) * rows[i].correction;
+        }
       }
-      // 0 times a norm that is not finite is no 0.
-      const Span seen = seen_of(task_.seen[r + i], tile);
-      if (seen.begin > 0 || seen.end < kTile) {
-        fill_outside<kTile>(factors[i], seen.begin < seen.end ? seen : Span{kTile, kTile}, 0.0f);
+      for (std::size_t t = 0; t < count; ++t) {
+        if (t * kReadAtOnce % kCodesPerRequest == 0) upcoming.prefetch();
+        const auto value = reader.at(values.at[t], j / kReadAtOnce);
+#pragma GCC unroll 4
+        for (std::size_t c = 0; c < 4; ++c) {
+#pragma GCC unroll 4
+          for (std::size_t i = 0; i < kRows; ++i) sums[i][c] += rows[i].factors[t] * value.vectors[c];
+        }
+      }
+#pragma GCC unroll 4
+      for (std::size_t i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+        for (std::size_t c = 0; c < 4; ++c) store(task_.out + i * kHeadDim + j + c * kLanes, sums[i][c]);
       }
     }
+  }
+
+  /// The same of `count` values from `first` on and kRows rows from `r` on, some columns in registers at a time.
+  template <std::size_t kRows>
+  void add_decoded(std::size_t first, std::size_t count, std::size_t b, std::size_t r) const noexcept {
+    constexpr std::size_t kColumns = 4;  // vectors
+    static_assert(kDim % (kColumns * kLanes) == 0);
+    const RowScratch* rows = task_.scratch + r;
     float* out = task_.out + r * kHeadDim + b * kDim;
     for (std::size_t j = 0; j < kDim; j += kColumns * kLanes) {
       Vec sums[kRows][kColumns];
 #pragma GCC unroll 8
       for (std::size_t i = 0; i < kRows; ++i) {
-        const float correction = task_.scratch[r + i].correction;
+        const float correction = first == 0 ? rows[i].correction : 1.0f;
 #pragma GCC unroll 4
         for (std::size_t c = 0; c < kColumns; ++c) {
           sums[i][c] = load(out + i * kHeadDim + j + c * kLanes) * correction;
         }
       }
-      for (std::size_t t = 0; t < tile.count; ++t) {
+      for (std::size_t t = 0; t < count; ++t) {
 #pragma GCC unroll 4
         for (std::size_t c = 0; c < kColumns; ++c) {
-          const Vec value = load(rows_ + t * kDim + j + c * kLanes);
+          const Vec value = load(levels_ + t * kDim + j + c * kLanes);
 #pragma GCC unroll 8
-          for (std::size_t i = 0; i < kRows; ++i) sums[i][c] += factors[i][t] * value;
+          for (std::size_t i = 0; i < kRows; ++i) sums[i][c] += rows[i].factors[first + t] * value;
         }
       }
 #pragma GCC unroll 8
@@ -216,7 +344,7 @@ class Float32Path {
   }
 
   const AttendTask& task_;
-  alignas(64) float rows_[kTile * kDim];  // of a norm block of K or V, as levels
+  alignas(64) float levels_[kDecoded * kDim];  // of a norm block of K or V
 };
 
 template <template <std::size_t> class Decoder>

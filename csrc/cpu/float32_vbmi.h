@@ -7,6 +7,7 @@ namespace tq_hb {
 namespace {
 
 constexpr unsigned kMostTableBits = 8;
+constexpr std::size_t kMostFusedRows = 4;
 
 struct FloatLevels {
   Vec vectors[4];
@@ -37,16 +38,17 @@ class FloatLookup {
 #pragma GCC unroll 4
       for (std::size_t plane = 0; plane < 4; ++plane) bytes[plane] = _mm512_permutexvar_epi8(codes, table(plane, 0));
     } else {
-      const __m512i sign = _mm512_movm_epi8(_mm512_movepi8_mask(codes));
-      const __m512i index = _mm512_xor_si512(codes, sign);
-      // A second lookup under a mask takes fewer steps than one in two registers.
+      // Signs stay a mask: to make them bytes would keep a lookup or a step of unpacking waiting.
+      const __mmask64 sign = _mm512_movepi8_mask(codes);
+      const __m512i index = _mm512_mask_sub_epi8(codes, sign, _mm512_set1_epi8(-1), codes);
       const __mmask64 in_second = _mm512_test_epi8_mask(index, _mm512_set1_epi8(64));
 #pragma GCC unroll 4
       for (std::size_t plane = 0; plane < 4; ++plane) {
+        // A second lookup under a mask takes fewer steps than one in two registers.
         const __m512i found = _mm512_permutexvar_epi8(index, table(plane, 0));
         bytes[plane] = _mm512_mask_permutexvar_epi8(found, in_second, index, table(plane, 64));
       }
-      bytes[3] = _mm512_xor_si512(bytes[3], _mm512_and_si512(sign, _mm512_set1_epi8(static_cast<char>(0x80))));
+      bytes[3] = _mm512_mask_add_epi8(bytes[3], sign, bytes[3], _mm512_set1_epi8(static_cast<char>(0x80)));
     }
     return join_floats(bytes);
   }

@@ -146,10 +146,8 @@ class Rescoring {
   static constexpr double kMostChange = 1.0;
 
   const float* decode(const HeadRows& side, std::size_t slot, std::size_t block) noexcept {
-    Tile tile;
-    tile.slots[0] = slot;
-    tile.count = 1;
-    ByteTableDecoder<kHeadDim>::decode(side, tile, block, levels_);
+    const std::uint8_t* row = row_of(side, slot);
+    ByteTableDecoder<kHeadDim>::decode(side, &row, 1, block, UpcomingCodes{row, 0}, levels_);
     return levels_;
   }
 

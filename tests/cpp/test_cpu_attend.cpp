@@ -241,22 +241,31 @@ TEST(CpuAttend, GivesTheSameBitsForBothPackings) {
   }
 }
 
-/// Rows that share the loads of a key do not share its sums.
+/// Rows that share the loads of a key, or its decoding, do not share its sums.
 TEST(CpuAttend, GivesAHeadTheSameStrictBitsInAnyGroup) {
+  constexpr unsigned kHeads = 7;
   for (const std::string& isa : cpu_isas()) {
     const ForcedIsa forced(isa);
     for (const unsigned head_dim : {64u, 512u}) {
-      CacheCase group(7, 1, head_dim, 45), alone(1, 1, head_dim, 45);
-      group.precision = alone.precision = Precision::kStrict;
-      alone.k_packed = group.k_packed;
-      alone.v_packed = group.v_packed;
-      alone.k_norms = group.k_norms;
-      alone.v_norms = group.v_norms;
-      const std::vector<float> all = group.attend();
-      for (std::size_t head = 0; head < 7; ++head) {
-        std::copy_n(group.q.data<float>() + head * head_dim, head_dim, alone.q.data<float>());
-        const auto first = all.begin() + static_cast<std::ptrdiff_t>(head * head_dim);
-        EXPECT_EQ(alone.attend(), std::vector<float>(first, first + head_dim)) << isa << ' ' << head_dim << ' ' << head;
+      for (const unsigned bits : {5u, 6u, 8u}) {
+        const Packing packing = bits == 6 ? Packing::kPlane : Packing::kByte;
+        CacheCase whole(kHeads, 1, head_dim, 45, bits, bits, "cpu", packing);
+        whole.precision = Precision::kStrict;
+        const std::vector<float> all = whole.attend();
+        for (const unsigned heads : {1u, 2u, 3u, 4u}) {
+          CacheCase group(heads, 1, head_dim, 45, bits, bits, "cpu", packing);
+          group.precision = Precision::kStrict;
+          group.k_packed = whole.k_packed;
+          group.v_packed = whole.v_packed;
+          group.k_norms = whole.k_norms;
+          group.v_norms = whole.v_norms;
+          for (std::size_t first = 0; first + heads <= kHeads; first += heads) {
+            std::copy_n(whole.q.data<float>() + first * head_dim, heads * head_dim, group.q.data<float>());
+            const auto begin = all.begin() + static_cast<std::ptrdiff_t>(first * head_dim);
+            EXPECT_EQ(group.attend(), std::vector<float>(begin, begin + heads * head_dim))
+                << isa << ", D = " << head_dim << ", " << bits << " bits, " << heads << " heads from " << first;
+          }
+        }
       }
     }
   }
