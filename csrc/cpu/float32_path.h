@@ -165,6 +165,7 @@ class Float32Path {
   bool visit_fused(const HeadRows& side, const Visit& visit) const noexcept {
     if constexpr (Decoder::kFusedRows > 0) {
       // One group has to be all rows, since each decodes anew.
+      static_assert(Decoder::kFusedRows <= 4, "which other numbers of rows are no group");
       if (task_.rows > Decoder::kFusedRows || task_.rows == 3) return false;
       return Decoder::visit(side, [&](const auto& reader) {
         for_each_group<Decoder::kFusedRows>(task_.rows, [&](auto rows, std::size_t) { visit(rows, reader); });
@@ -180,7 +181,7 @@ class Float32Path {
                        const UpcomingCodes& upcoming, const Visit& visit) noexcept {
     for (std::size_t first = 0; first < count; first += kDecoded) {
       const std::size_t part = count - first < kDecoded ? count - first : kDecoded;
-      Decoder::decode(side, rows.at + first, part, b, upcoming.after((b * kTile + first) * kDim), levels_);
+      Decoder::decode(side, rows.at + first, part, b, upcoming.after((b * count + first) * kDim), levels_);
       visit(first, part);
     }
   }
@@ -194,7 +195,7 @@ class Float32Path {
                                      std::size_t b, UpcomingCodes upcoming) const noexcept {
     constexpr std::size_t kPart = kDim < kPlaneBlock ? kDim : kPlaneBlock;
     const float* q = task_.q + b * kDim;
-    upcoming = upcoming.after(b * kTile * kDim);
+    upcoming = upcoming.after(b * count * kDim);
     for (std::size_t first = 0; first < count; first += kLanes) {
       Vec sums[kRows][kLanes];
       for (std::size_t t = 0; t < kLanes; t += 2) {
@@ -235,7 +236,7 @@ class Float32Path {
   }
 
   /// Scores of kRows rows from `r` on and `count` keys from `first` on over one norm block. Those of keys beyond the
-  /// tile's last mean nothing: of them there is what an earlier tile left.
+  /// tile's last mean nothing: levels_ has none of theirs.
   template <std::size_t kRows>
   void score_decoded(std::size_t first, std::size_t count, const float* norms, std::size_t b,
                      std::size_t r) const noexcept {
@@ -282,7 +283,7 @@ class Float32Path {
   template <std::size_t kRows, class Reader>
   [[gnu::noinline]] void add_fused(const Reader& reader, const TileRows& values, std::size_t count, std::size_t b,
                                    UpcomingCodes upcoming) const noexcept {
-    upcoming = upcoming.after(b * kTile * kDim);
+    upcoming = upcoming.after(b * count * kDim);
     const RowScratch* rows = task_.scratch;
     for (std::size_t j = b * kDim; j < (b + 1) * kDim; j += kReadAtOnce) {
       Vec sums[kRows][4];

@@ -48,6 +48,7 @@ class FloatLookup {
         const __m512i found = _mm512_permutexvar_epi8(index, table(plane, 0));
         bytes[plane] = _mm512_mask_permutexvar_epi8(found, in_second, index, table(plane, 64));
       }
+      // The same as to flip the sign of a float.
       bytes[3] = _mm512_mask_add_epi8(bytes[3], sign, bytes[3], _mm512_set1_epi8(static_cast<char>(0x80)));
     }
     return join_floats(bytes);

@@ -191,11 +191,14 @@ class ForcedIsa {
 };
 
 TEST(CpuAttend, OfEveryInstructionSetAndPrecisionMatchesFloat64) {
+  struct Rows {
+    unsigned heads, queries;
+  };
   for (const unsigned head_dim : {64u, 128u, 256u, 512u}) {
     for (const Packing packing : {Packing::kByte, Packing::kPlane}) {
       for (const unsigned bits : {5u, 6u, 8u}) {
-        CacheCase test(3, 1, head_dim, 150, bits, bits, "cpu", packing);
-        for (const unsigned queries : {1u, 3u}) {
+        for (const auto [heads, queries] : {Rows{1, 1}, Rows{2, 1}, Rows{3, 1}, Rows{3, 3}, Rows{4, 1}}) {
+          CacheCase test(heads, 1, head_dim, 150, bits, bits, "cpu", packing);
           test.ask(queries);
           test.add_lse();
           test.args.ring_start = 20;  // wraps inside a tile
@@ -209,7 +212,9 @@ TEST(CpuAttend, OfEveryInstructionSetAndPrecisionMatchesFloat64) {
                 test.precision = precision;
                 const bool is_strict = precision == Precision::kStrict;
                 const std::string what = isa + ", " + name_of(precision) + ", head_dim " + std::to_string(head_dim) +
-                                         ", " + std::to_string(bits) + " bits, window " + std::to_string(window);
+                                         ", " + std::to_string(bits) + " bits, window " + std::to_string(window) +
+                                         ", " + std::to_string(heads) + " heads, " + std::to_string(queries) +
+                                         " queries";
                 EXPECT_LT(nmse(test.attend(), want.output), is_strict ? kFloat32Nmse : kInt16Nmse) << what;
                 EXPECT_TRUE(close(*test.lse, want.lse, is_strict ? kFloat32Lse : kInt16Lse)) << what;
               }
