@@ -11,21 +11,24 @@ STAMP := .venv/.stamp
 PIP_INSTALL := $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation
 CMAKE := $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python -type f -not -path '*/__pycache__/*')
-SIM_SOURCES := $(shell find tests/metal_sim -type f -not -path '*/__pycache__/*')
+TEST_SOURCES := $(shell find tests/cpp tests/metal_sim -type f -not -path '*/__pycache__/*')
 
 EXTRAS_demo := demo
 EXTRAS_test := test,lint,transformers,plots,mlx
 EXTRAS_lint := lint
 EXTRAS_peers := peers
 
-# Without a Metal GPU the tests use a simulated one, in a build of its own; the sanitizers then need clang throughout.
+# Without a Metal GPU the tests use a simulated one; the sanitizers then need clang throughout.
 ifeq ($(shell uname),Darwin)
   METAL := auto
 else
   METAL := simulator
-  BUILD_test := -Ccmake.define.TQ_HB_METAL=simulator -Cbuild-dir=build/simulator-{wheel_tag}
   SANITIZE_CXX = -DCMAKE_CXX_COMPILER=$$(scripts/setup.sh clang)
 endif
+
+# One build has both the package that Python tests and the C++ tests: kernels take long to compile. Warnings are errors.
+BUILD_test := -Cbuild-dir=build/test -Ccmake.define.TQ_HB_METAL=$(METAL) -Ccmake.define.TQ_HB_BUILD_TESTS=ON \
+  -Ccmake.define.TQ_HB_WERROR=ON
 BUILD_lint := $(BUILD_test)
 
 .NOTPARALLEL:
@@ -39,17 +42,14 @@ demo: $(STAMP)-demo $(STAMP)-package
 
 test: ctest ctest-arm64 pytest
 
-# Three builds: warnings as errors, then address and undefined-behaviour sanitizers, then the thread sanitizer for what
+# Three builds: that of the package, then address and undefined-behaviour sanitizers, then the thread sanitizer for what
 # starts threads. The sanitizers' leave out AVX-VNNI, which takes minutes to compile and is AVX2 but for one instruction,
 # and have the debug information that their reports need. A test asks for more memory than there is, which the sanitizer
 # would otherwise report instead of refusing.
 SANITIZED := -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO='-O2 -g1 -DNDEBUG' -DTQ_HB_PYTHON=OFF \
   -DTQ_HB_BUILD_TESTS=ON -DTQ_HB_WERROR=ON -DTQ_HB_AVXVNNI=OFF
 
-ctest: $(STAMP)-venv $(STAMP)-googletest $(STAMP)-metal-sim
-	$(CMAKE) -B build/test -DCMAKE_BUILD_TYPE=Release -DTQ_HB_PYTHON=OFF -DTQ_HB_BUILD_TESTS=ON -DTQ_HB_WERROR=ON \
-	  -DTQ_HB_METAL=$(METAL)
-	$(BIN)/cmake --build build/test
+ctest: $(STAMP)-package-test
 	$(BIN)/ctest --test-dir build/test --output-on-failure --parallel 2
 	$(CMAKE) -B build/sanitize $(SANITIZED) -DTQ_HB_SANITIZE=address,undefined -DTQ_HB_METAL=$(METAL) $(SANITIZE_CXX)
 	$(BIN)/cmake --build build/sanitize
@@ -97,7 +97,7 @@ bench: $(STAMP)-demo $(STAMP)-test $(STAMP)-peers $(STAMP)-package
 	$(BIN)/python -m bench.peers_cpu
 	$(BIN)/python -m bench.tables
 
-mutants: $(STAMP)-test $(STAMP)-googletest
+mutants: $(STAMP)-test
 	$(BIN)/python tests/mutants/run.py $(MUTANTS_ARGS)
 
 clean:
@@ -123,7 +123,7 @@ $(STAMP)-metal-sim: $(STAMP)-venv
 	scripts/setup.sh metal-sim
 	@touch $@
 
-$(STAMP)-test $(STAMP)-lint: $(STAMP)-metal-sim
+$(STAMP)-test $(STAMP)-lint: $(STAMP)-metal-sim $(STAMP)-googletest
 
 # What an extra needs, the package included: for tests and lint with the Metal that tests use, which serves others too.
 $(STAMP)-demo $(STAMP)-test $(STAMP)-lint $(STAMP)-peers: $(STAMP)-%: $(STAMP)-venv pyproject.toml constraints.txt
@@ -139,6 +139,6 @@ $(STAMP)-package: $(STAMP)-venv $(SOURCES)
 	$(PIP_INSTALL) --no-deps .
 	@touch $@
 
-$(STAMP)-package-test: $(STAMP)-metal-sim $(SOURCES) $(SIM_SOURCES)
+$(STAMP)-package-test: $(STAMP)-metal-sim $(STAMP)-googletest $(SOURCES) $(TEST_SOURCES)
 	$(PIP_INSTALL) --no-deps $(BUILD_test) .
 	@touch $@ $(STAMP)-package
