@@ -89,7 +89,7 @@ struct NotedKeys {
 struct RowScratch {
   alignas(64) double scores[kAttendTile];
   alignas(64) float weights[kAttendTile];  ///< exp(score - max), 0 for a key that is not seen
-  alignas(64) float factors[kAttendTile];  ///< what levels are multiplied by in float32: weights and norms
+  alignas(64) float factors[kAttendTile];  ///< what values are multiplied by: weights and norms
   alignas(64) std::int16_t fixed_weights[kMaxNormBlocks][kAttendTile];
   float fixed_units[kMaxNormBlocks];  ///< what turns sums of fixed weights and fixed levels into output
   std::int32_t halves[kMaxNormBlocks];

@@ -195,6 +195,20 @@ void order_columns(float* out, std::size_t count) noexcept {
   }
 }
 
+/// What the values of a tile are multiplied by, for one row: weights and norms.
+template <std::size_t kTile>
+inline void fill_factors(const AttendTask& task, std::size_t r, const Tile& tile, const float* norms) noexcept {
+  RowScratch& row = task.scratch[r];
+  for (std::size_t t = 0; t < kTile; t += kLanes) {
+    store(row.factors + t, load(row.weights + t) * (load(norms + t) * task.v_scale));
+  }
+  // 0 times a norm that is not finite is no 0.
+  const Span seen = seen_of(task.seen[r], tile);
+  if (seen.begin > 0 || seen.end < kTile) {
+    fill_outside<kTile>(row.factors, seen.begin < seen.end ? seen : Span{kTile, kTile}, 0.0f);
+  }
+}
+
 template <class Path>
 void attend_range(const AttendTask& task) noexcept {
   for (std::size_t r = 0; r < task.rows; ++r) {

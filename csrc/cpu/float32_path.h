@@ -7,6 +7,7 @@
 //                       which task.q is too, and asks for as many of the upcoming codes
 //   order(out, count)   puts outputs in the order of coordinates
 //   kFusedRows          up to so many rows of queries, levels are multiplied as they are decoded; 0 if they never are
+//   kPart               where they are, of how many columns in a row of instructions
 //   visit(side, use)    calls use(reader) if codes of the side's format can be read a chunk at a time, and returns
 //                       whether they can: reader.at(row, chunk).vectors are the levels of kReadAtOnce codes, in that
 //                       order
@@ -140,7 +141,7 @@ class Float32Path {
     const Norms norms(task_.v, tile);
     const UpcomingCodes upcoming = keys_after<kTile>(task_, tile);
     for (std::size_t b = 0; b < kBlocks; ++b) {
-      for (std::size_t r = 0; r < task_.rows; ++r) fill_factors(tile, norms.of_block[b], r);
+      for (std::size_t r = 0; r < task_.rows; ++r) fill_factors<kTile>(task_, r, tile, norms.of_block[b]);
       const bool fused = visit_fused(task_.v, [&](auto rows, const auto& reader) {
         add_fused<decltype(rows)::value>(reader, values, tile.count, b, upcoming);
       });
@@ -193,7 +194,7 @@ class Float32Path {
   template <std::size_t kRows, class Reader>
   [[gnu::noinline]] void score_fused(const Reader& reader, const TileRows& keys, std::size_t count, const float* norms,
                                      std::size_t b, UpcomingCodes upcoming) const noexcept {
-    constexpr std::size_t kPart = kDim < kPlaneBlock ? kDim : kPlaneBlock;
+    constexpr std::size_t kPart = Decoder::kPart;
     const float* q = task_.q + b * kDim;
     upcoming = upcoming.after(b * count * kDim);
     for (std::size_t first = 0; first < count; first += kLanes) {
@@ -222,6 +223,7 @@ class Float32Path {
             }
           }
         }
+#pragma GCC unroll 4
         for (std::size_t r = 0; r < kRows; ++r) {
           sums[r][t] = pair[r][0];
           sums[r][t + 1] = pair[r][1];
@@ -263,19 +265,6 @@ class Float32Path {
         const std::size_t at = first + t;
         add_scores(dots + j * kKeys, norms + at, kKeys, b == 0, task_.scratch[r + j].scores + at);
       }
-    }
-  }
-
-  /// What the values of a tile are multiplied by, for one row.
-  void fill_factors(const Tile& tile, const float* norms, std::size_t r) const noexcept {
-    RowScratch& row = task_.scratch[r];
-    for (std::size_t t = 0; t < kTile; t += kLanes) {
-      store(row.factors + t, load(row.weights + t) * (load(norms + t) * task_.v_scale));
-    }
-    // 0 times a norm that is not finite is no 0.
-    const Span seen = seen_of(task_.seen[r], tile);
-    if (seen.begin > 0 || seen.end < kTile) {
-      fill_outside<kTile>(row.factors, seen.begin < seen.end ? seen : Span{kTile, kTile}, 0.0f);
     }
   }
 

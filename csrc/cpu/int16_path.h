@@ -427,36 +427,27 @@ class Int16Path {
   void finish() noexcept { order_columns<kChunk>(task_.out, task_.rows * kHeadDim); }
 
  private:
-  /// Puts weight * norm of every row into fixed point, block by block.
+  /// Puts the factors of every row into fixed point, block by block.
   void fix_weights(const Tile& tile) noexcept {
     const TileNorms<kTile, kNormBlocks<kHeadDim>> norms(task_.v, tile);
     for (std::size_t b = 0; b < kNormBlocks<kHeadDim>; ++b) {
       for (std::size_t first = 0; first < task_.rows; first += kLanes) {
         const std::size_t rows = task_.rows - first < kLanes ? task_.rows - first : kLanes;
-        fix_rows(task_.scratch + first, task_.seen + first, rows, b, norms.of_block[b], tile);
+        for (std::size_t r = first; r < first + rows; ++r) fill_factors<kTile>(task_, r, tile, norms.of_block[b]);
+        fix_rows(task_.scratch + first, rows, b);
       }
     }
   }
 
   /// Step by step, as in update_softmax.
-  void fix_rows(RowScratch* rows, const QueryRange* ranges, std::size_t count, std::size_t b, const float* norms,
-                const Tile& tile) noexcept {
-    alignas(64) float weights[kLanes][kTile];
+  void fix_rows(RowScratch* rows, std::size_t count, std::size_t b) noexcept {
     Vec sums[kLanes], largest[kLanes];
     for (std::size_t r = 0; r < count; ++r) {
-      for (std::size_t t = 0; t < kTile; t += kLanes) {
-        store(weights[r] + t, load(rows[r].weights + t) * (load(norms + t) * task_.v_scale));
-      }
-      // 0 times a norm that is not finite is no 0.
-      const Span seen = seen_of(ranges[r], tile);
-      if (seen.begin > 0 || seen.end < kTile) {
-        fill_outside<kTile>(weights[r], seen.begin < seen.end ? seen : Span{kTile, kTile}, 0.0f);
-      }
       sums[r] = largest[r] = Vec{};
       for (std::size_t t = 0; t < kTile; t += kLanes) {
-        const Vec weight = magnitude(load(weights[r] + t));
-        sums[r] += weight;
-        largest[r] = max(largest[r], weight);
+        const Vec factor = magnitude(load(rows[r].factors + t));
+        sums[r] += factor;
+        largest[r] = max(largest[r], factor);
       }
     }
     float units[kLanes];
@@ -474,7 +465,7 @@ class Int16Path {
       const float inverse = finite ? 1.0f / units[r] : 0.0f;
       IntVec sum{};
       for (std::size_t t = 0; t < kTile; t += kLanes) {
-        const IntVec fixed = finite ? nearest(load(weights[r] + t) * inverse) : IntVec{};
+        const IntVec fixed = finite ? nearest(load(rows[r].factors + t) * inverse) : IntVec{};
         store(rows[r].fixed_weights[b] + t, __builtin_convertvector(fixed, ShortVec));
         sum += fixed;
       }
