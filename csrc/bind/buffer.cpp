@@ -138,8 +138,9 @@ py::dtype numpy_dtype(DType dtype) {
 }
 
 DType dtype_of(const std::string& op, const std::string& field, const py::dtype& dtype) {
+  const bool is_native = dtype.byteorder() == '=' || dtype.byteorder() == '|';
   for (const auto& [known, name] : kDtypes) {
-    if (dtype.equal(py::dtype(name))) return known;
+    if (is_native && dtype.kind() == name[0] && dtype.itemsize() == name[1] - '0') return known;
   }
   throw invalid(op, field, "must have dtype float32, float16, uint8, uint16, uint32 or int32",
                 std::string(py::str(dtype)));

@@ -1,5 +1,6 @@
 // A cache's calls as one step of Python each: what happens for every token and layer has to be short.
 
+#include <functional>
 #include <tuple>
 #include <utility>
 #include <variant>
@@ -26,10 +27,13 @@ CacheFormat make_format(const std::string& op, unsigned k_bits, unsigned v_bits,
           parse_precision(op, precision)};
 }
 
+/// One that Python keeps alive during the call.
+using BufferRef = std::reference_wrapper<const Buffer>;
+
 /// One sequence that is appended to: what errors call it, its place in the arrays, how many of its tokens are taken,
 /// where the first of them goes, codes and norms of K and V.
-using AppendRun =
-    std::tuple<std::string, std::size_t, std::size_t, TqHadamardQuantizeArgs, Buffer, Buffer, Buffer, Buffer>;
+using AppendRun = std::tuple<std::string, std::size_t, std::size_t, TqHadamardQuantizeArgs, BufferRef, BufferRef,
+                             BufferRef, BufferRef>;
 
 /// K and V have a leading axis if they are for several sequences.
 void record_append(CommandEncoder& encoder, const CacheFormat& format, bool batched, const Buffer& k, const Buffer& v,
@@ -53,8 +57,8 @@ struct Arrays {
 
 /// One sequence that is attended to: its place in the arrays, codes and norms of K and V, the kernel's params, whether
 /// that is the group kernel, its head tile and number of splits, and the last query's position.
-using AttendRun = std::tuple<std::size_t, Buffer, Buffer, Buffer, Buffer, TqFlashAttnVecArgs, bool, unsigned, unsigned,
-                             std::uint32_t>;
+using AttendRun = std::tuple<std::size_t, BufferRef, BufferRef, BufferRef, BufferRef, TqFlashAttnVecArgs, bool,
+                             unsigned, unsigned, std::uint32_t>;
 
 /// What one of them has launched.
 struct Launched {

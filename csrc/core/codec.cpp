@@ -171,17 +171,15 @@ bool is_encodable_row(const float* src, std::size_t head_dim) noexcept {
 }
 
 bool is_finite_row(const float* row, std::size_t head_dim) noexcept {
-  // Without its sign bit a float32 orders like its bits do, what is not finite last.
-  std::int32_t largest = 0;
+  // What is not finite has all bits of its exponent set: one more, and they carry into the sign's place.
+  constexpr std::uint32_t kExponent = 0x7f800000, kOne = 0x00800000;
+  std::uint32_t carries = 0;
   for (std::size_t j = 0; j < head_dim; ++j) {
-    std::int32_t bits;
+    std::uint32_t bits;
     std::memcpy(&bits, row + j, sizeof(bits));
-    bits &= 0x7fffffff;
-    largest = bits > largest ? bits : largest;
+    carries |= (bits & kExponent) + kOne;
   }
-  float magnitude;
-  std::memcpy(&magnitude, &largest, sizeof(magnitude));
-  return std::isfinite(magnitude);
+  return carries >> 31 == 0;
 }
 
 float decode_factor(float norm, std::size_t head_dim, float scale_factor_d512) noexcept {

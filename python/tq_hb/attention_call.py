@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,14 @@ from tq_hb.interop import (
 )
 from tq_hb.options import check_return_lse, invalid
 from tq_hb.staging import Outstanding, Staging
-from tq_hb.visibility import Placement
+
+
+class AttentionRun(NamedTuple):
+    """How the queries of one sequence are attended to."""
+
+    params: _core.FlashAttnVecTqHbParams  # shared by runs: not to be changed
+    dispatch: policy.Dispatch
+    query_position: int  # of the last query, as the op counts
 
 
 class AttentionCall:
@@ -47,15 +54,12 @@ class AttentionCall:
         check_return_lse(op, return_lse)
         core = form.device._core
         rows, self._dtype = as_rows_with_dtype(op, "q", q, core)
-        form.check_query(op, rows, batched=batched)
+        self.num_queries, self.num_heads = form.check_query(op, rows.shape, batched=batched)
         self._staging = Staging(op, core, beside=q)
         self.stream = self._staging.stream  # None for the device's own
         self.op, self._form, self._batched = op, form, batched
         self._q, self._out = q, out
         self._rows: Array = rows
-        per_sequence = rows.shape[1:] if batched else rows.shape
-        self.num_heads = per_sequence[-2]
-        self.num_queries = per_sequence[0] if len(per_sequence) == 3 else 1
         self.scale = form.head_dim**-0.5 if scale is None else _core.to_float32(op, "scale", scale)
         self.softcap = _core.to_float32(op, "softcap", softcap)
         self._sinks: Array | None = None if sinks is None else self._check_sinks(sinks)
@@ -116,13 +120,12 @@ class AttentionCall:
         self,
         index: int,
         sides: tuple[_core.Buffer, _core.Buffer, _core.Buffer, _core.Buffer],
-        params: _core.FlashAttnVecTqHbParams,
-        dispatch: policy.Dispatch,
-        placement: Placement,
+        run: AttentionRun,
     ) -> None:
         """Note attention of a sequence's queries on its codes and norms."""
+        dispatch = run.dispatch
         grouped = dispatch.kernel is policy.AttendKernel.GROUP
-        self._runs.append((index, *sides, params, grouped, dispatch.head_tile, dispatch.nwg, placement.query_position))
+        self._runs.append((index, *sides, run.params, grouped, dispatch.head_tile, dispatch.nwg, run.query_position))
 
     def leave_empty(self, index: int) -> None:
         """Note that a sequence holds no keys: its queries see none."""

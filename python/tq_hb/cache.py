@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tq_hb import _core, policy
-from tq_hb.attention_call import AttentionCall
-from tq_hb.cache_format import CacheFormat, Codes, positive
+from tq_hb.attention_call import AttentionCall, AttentionRun
+from tq_hb.cache_format import AttendedFormat, CacheFormat, Codes, positive
 from tq_hb.device import Device, resolve_device
 from tq_hb.encoder import Buffer
 from tq_hb.files import SavedCache, read_caches, write_caches
@@ -21,35 +21,54 @@ from tq_hb.gpu_arrays import stream
 from tq_hb.interop import Array, Float32Array, Rows, as_rows, require_rows
 from tq_hb.options import invalid
 from tq_hb.staging import Outstanding
-from tq_hb.visibility import Held, Placement, check_position, last_position, place
+from tq_hb.visibility import Held, check_position, last_position, place
 
 _MIN_GROWTH = 64
 
-_Run = tuple[_core.FlashAttnVecTqHbParams, policy.Dispatch]
 # What an attention call launched, and how it ran; None if there were no keys to attend to.
-_Launched = tuple[_core.Launched | None, _Run | None]
+_Launched = tuple[_core.Launched | None, AttentionRun | None]
 
 _caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
 
 
-@lru_cache(maxsize=256)
-def _lasting_params(
-    num_heads: int, num_kv_heads: int, head_dim: int, k_bits: int, window: int | None, scale: float, softcap: float
-) -> _core.FlashAttnVecTqHbParams:
-    """Return what stays the same from token to token. Not to be changed: others have it, too."""
-    return _core.FlashAttnVecTqHbParams(
+@lru_cache(maxsize=1024)
+def _plan_run(
+    op: str,
+    form: AttendedFormat,
+    held: Held,
+    num_queries: int,
+    num_heads: int,
+    q_offset: int | None,
+    scale: float,
+    softcap: float,
+    _environment: policy.Environment,
+) -> AttentionRun:
+    """Plan attention of a sequence's queries. Layers alike share it: they hold the same tokens."""
+    placement = place(held, num_queries, last_position(op, held, num_queries, q_offset))
+    params = _core.FlashAttnVecTqHbParams(
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        kv_seq_len=1,
-        kv_capacity=1,
+        num_kv_heads=form.num_kv_heads,
+        head_dim=form.head_dim,
+        # An empty cache has its params checked, too.
+        kv_seq_len=placement.kv_seq_len or 1,
+        kv_capacity=held.capacity or 1,
         scale=scale,
-        mask_type=2 if window else 0,
-        sliding_window=window or 0,
+        mask_type=2 if held.window else 0,
+        sliding_window=held.window or 0,
         softcap=softcap,
-        codebook_bits=k_bits,
+        ring_start=placement.ring_start,
+        codebook_bits=form.k_bits,
+        nsg=policy.nsg_of(placement.kv_seq_len),
         fuse_fwht_pre=1,
     )
+    dispatch = policy.plan_attention(
+        op,
+        params,
+        num_queries=num_queries,
+        offers_group=form.offers_group,
+        multiprocessors=form.num_multiprocessors,
+    )
+    return AttentionRun(params, dispatch, placement.query_position)
 
 
 def _renew_locks() -> None:
@@ -591,49 +610,36 @@ class KVCache:
             self._launched = next(iter(call.run(self._outstanding)), None), run
         return call.results()
 
-    def _record_attend(self, op: str, call: AttentionCall, index: int, q_offset: int | None) -> _Run | None:
+    def _record_attend(self, op: str, call: AttentionCall, index: int, q_offset: int | None) -> AttentionRun | None:
         """Record attention of a call's sequence on this cache; None if there are no keys to attend to."""
         if q_offset is not None:
             q_offset = check_position(op, "q_offset", q_offset)
         elif self._len == 0:
             raise invalid(op, "cache", "must hold at least one token; append k and v before attending", "none")
-        held = Held(self._len, self._offset, self._capacity, self._window)
-        last = last_position(op, held, call.num_queries, q_offset)
-        placement = place(held, call.num_queries, last)
-        params = self._attention_params(call, placement)
+        run = _plan_run(
+            op,
+            self._form.attended,
+            Held(self._len, self._offset, self._capacity, self._window),
+            call.num_queries,
+            call.num_heads,
+            q_offset,
+            call.scale,
+            call.softcap,
+            policy.environment(),
+        )
         if self._len == 0:
-            params.validate(op)
+            run.params.validate(op)
             call.leave_empty(index)
             return None
-        dispatch = policy.plan_attention(
-            op,
-            params,
-            num_queries=call.num_queries,
-            offers_group=self._form.offers_group,
-            multiprocessors=self._form.num_multiprocessors,
-        )
-        call.record(index, self._sides, params, dispatch, placement)
-        return params, dispatch
+        call.record(index, self._sides, run)
+        return run
 
-    def _attention_params(self, call: AttentionCall, placement: Placement) -> _core.FlashAttnVecTqHbParams:
-        form = self._form
-        lasting = _lasting_params(
-            call.num_heads, form.num_kv_heads, form.head_dim, form.k_bits, self._window, call.scale, call.softcap
-        )
-        return lasting.replace(
-            # An empty cache has its params checked, too.
-            kv_seq_len=placement.kv_seq_len or 1,
-            kv_capacity=self._capacity or 1,
-            ring_start=placement.ring_start,
-            nsg=policy.nsg_of(placement.kv_seq_len),
-        )
-
-    def _plan(self, launched: _core.Launched | None, run: _Run | None) -> Plan:
+    def _plan(self, launched: _core.Launched | None, run: AttentionRun | None) -> Plan:
         """Say what an attention call has launched."""
         backend = self._form.device.backend
         if launched is None or run is None:
             return Plan(backend, (), 0, 0, "strict", 0)
-        params, dispatch = run
+        params, dispatch, _ = run
         nodes = [node for node in launched.nodes if node[0] != "barrier"]
         simdgroups = nodes[0][3][1]
         # Only the per-head kernel is told how many; and the cpu launches nothing.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,16 @@ def positive(op: str, field: str, value: object) -> int:
     if count == 0:
         raise invalid(op, field, "must be >= 1", count)
     return count
+
+
+class AttendedFormat(NamedTuple):
+    """What of a format and its device attention is planned by; the same for many caches."""
+
+    num_kv_heads: int
+    head_dim: int
+    k_bits: int
+    offers_group: bool  # whether the device has a kernel that serves query heads of a group together
+    num_multiprocessors: int  # of the device; 0 where that is not known
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,29 +97,29 @@ class CacheFormat:
         return _core.CacheFormat("KVCache", self.k_bits, self.v_bits, self.codebook, self.packing, self.precision)
 
     @cached_property
-    def offers_group(self) -> bool:
-        """Whether the device has a kernel that serves query heads of a group together."""
-        return self.device._core.offers(AttendKernel.GROUP, self.head_dim, self.packing, self.k_bits, self.v_bits)
-
-    @cached_property
-    def num_multiprocessors(self) -> int:
-        """How many the device has; 0 where that is not known."""
-        return self.device._core.num_multiprocessors
+    def attended(self) -> AttendedFormat:
+        """What of it attention is planned by."""
+        core = self.device._core
+        offers_group = core.offers(AttendKernel.GROUP, self.head_dim, self.packing, self.k_bits, self.v_bits)
+        return AttendedFormat(self.num_kv_heads, self.head_dim, self.k_bits, offers_group, core.num_multiprocessors)
 
     def norms_shape(self, capacity: int) -> tuple[int, ...]:
         """Shape of the norms of K, or of V."""
         return norms_shape((self.num_kv_heads, capacity), self.head_dim)
 
-    def check_query(self, op: str, rows: Rows, *, batched: bool) -> None:
-        """Accept queries: (H, D) or (N, H, D), behind one more axis if they are for several sequences."""
-        axes, lead = (3, "sequences, ") if batched else (2, "")
-        if rows.ndim not in (axes, axes + 1) or rows.shape[-1] != self.head_dim:
+    def check_query(self, op: str, shape: tuple[int, ...], *, batched: bool) -> tuple[int, int]:
+        """Accept queries: (H, D) or (N, H, D), behind one more axis if they are for several sequences; return N, H."""
+        axes = 3 if batched else 2
+        if len(shape) not in (axes, axes + 1) or shape[-1] != self.head_dim:
+            lead = "sequences, " if batched else ""
             one, several = (f"({lead}{queries}heads, {self.head_dim})" for queries in ("", "queries, "))
-            raise invalid(op, "q", f"must have shape {one} or {several}", rows.shape)
-        if rows.ndim == axes + 1 and rows.shape[-3] == 0:
-            raise invalid(op, "q", "must hold at least one query", rows.shape)
-        if rows.shape[-2] == 0 or rows.shape[-2] % self.num_kv_heads != 0:
-            raise invalid(op, "q", f"must have a multiple of {self.num_kv_heads} heads", rows.shape[-2])
+            raise invalid(op, "q", f"must have shape {one} or {several}", shape)
+        queries, heads = shape[-3] if len(shape) > axes else 1, shape[-2]
+        if queries == 0:
+            raise invalid(op, "q", "must hold at least one query", shape)
+        if heads == 0 or heads % self.num_kv_heads != 0:
+            raise invalid(op, "q", f"must have a multiple of {self.num_kv_heads} heads", heads)
+        return queries, heads
 
     def residual(self, op: str, k: Rows, given: Array) -> Rows:
         """Return what of the keys is encoded; ``given`` is the array that they are of."""

@@ -26,6 +26,8 @@ Rows = Float32Array | _core.Buffer
 
 _library = gpu_arrays.library
 
+_FLOAT32 = np.dtype(np.float32)
+
 # numpy puts a dtype's name together anew whenever it is asked for.
 _FLOAT_NAMES = {np.float16: "float16", np.float32: "float32", np.float64: "float64"}
 
@@ -95,7 +97,7 @@ def _as_float32(op: str, field: str, array: npt.NDArray[Any], is_bfloat16: bool)
         bits = copied(op, field, array, np.uint32)
         bits <<= 16
         return bits.view(np.float32)
-    if array.dtype == np.float32:
+    if array.dtype == _FLOAT32:
         return _contiguous(op, field, array)
     if _dtype_name(array) not in (*_FLOAT_NAMES.values(), "bfloat16"):
         raise invalid(op, field, "must have dtype float16, bfloat16, float32 or float64", array.dtype)
@@ -112,7 +114,8 @@ def as_codes(op: str, field: str, x: Array) -> npt.NDArray[np.uint8]:
 
 def _contiguous(op: str, field: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     # ascontiguousarray would turn a scalar into a vector, and leave an array at an odd address as it is.
-    return array if array.flags.c_contiguous and array.flags.aligned else copied(op, field, array, array.dtype)
+    flags = array.flags
+    return array if flags.c_contiguous and flags.aligned else copied(op, field, array, array.dtype)
 
 
 def copied(op: str, field: str, array: npt.NDArray[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:

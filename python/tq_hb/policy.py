@@ -7,7 +7,6 @@ The environment is read once and kept; :func:`reload` reads it again. ``compute_
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -31,8 +30,7 @@ GQA_COORDINATES_PER_WARP = 256
 GQA_MODES = ("auto", "off", "on")
 
 
-@dataclass(frozen=True)
-class Environment:
+class Environment(NamedTuple):
     """The overrides found in the environment; None where there is none.
 
     >>> from tq_hb.policy import Environment

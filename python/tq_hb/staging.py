@@ -105,8 +105,9 @@ class Outstanding:
         if stream is not None and device.is_capturing(stream):
             return
         with self._lock:
-            is_full = len(self._running) >= self.MOST
-            self._settle(everything=is_full or any(other != stream for other, _ in self._running))
+            if self._running:
+                is_full = len(self._running) >= self.MOST
+                self._settle(everything=is_full or any(other != stream for other, _ in self._running))
 
     def run(self, device: _core.Device, stream: int | None, encoder: _core.CommandEncoder) -> None:
         """Hand over a recorded call without waiting for it."""
