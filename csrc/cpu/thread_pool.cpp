@@ -10,7 +10,7 @@
 namespace tq_hb {
 namespace {
 
-// About 50 microseconds: longer than the gap between the ops of one decode step.
+// 50 to 200 microseconds, as a processor pauses: longer than the gap between the ops of one decode step.
 constexpr int kSpins = 4000;
 
 inline void relax() noexcept {
