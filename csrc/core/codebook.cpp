@@ -79,11 +79,11 @@ std::array<float, kMaxHeadDim> expand_signs() {
 
 }  // namespace
 
-const Codebook& find_codebook(const std::string& op, CodebookName name, unsigned cbits) {
+const Codebook& find_codebook(std::string_view op, CodebookName name, unsigned cbits) {
   for (const Codebook& codebook : kCodebooks) {
     if (codebook.name == name && codebook.cbits == cbits) return codebook;
   }
-  throw invalid(op, "codebook_bits", "must be 5, 6 or 8", cbits);
+  throw invalid(std::string(op), "codebook_bits", "must be 5, 6 or 8", cbits);
 }
 
 std::vector<std::string> codebook_names() {

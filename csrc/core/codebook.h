@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "core/abi.h"
@@ -37,7 +38,7 @@ struct Codebook {
 };
 
 /// The table for `cbits`, which must be one of bits.h; throws otherwise.
-const Codebook& find_codebook(const std::string& op, CodebookName name, unsigned cbits);
+const Codebook& find_codebook(std::string_view op, CodebookName name, unsigned cbits);
 
 /// Names that parse_codebook_name knows, the default first.
 std::vector<std::string> codebook_names();

@@ -7,7 +7,7 @@
 //                       which task.q is too, and asks for as many of the upcoming codes
 //   order(out, count)   puts outputs in the order of coordinates
 //   kFusedRows          up to so many rows of queries, levels are multiplied as they are decoded; 0 if they never are
-//   kPart               where they are, of how many columns in a row of instructions
+//   kPart               where they are: columns that are worked on in a row of instructions, without a loop
 //   visit(side, use)    calls use(reader) if codes of the side's format can be read a chunk at a time, and returns
 //                       whether they can: reader.at(row, chunk).vectors are the levels of kReadAtOnce codes, in that
 //                       order
