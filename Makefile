@@ -140,5 +140,6 @@ $(STAMP)-package: $(STAMP)-venv $(SOURCES)
 	@touch $@
 
 $(STAMP)-package-test: $(STAMP)-metal-sim $(STAMP)-googletest $(SOURCES) $(TEST_SOURCES)
+	@echo "==> building tq_hb and its C++ tests, for some minutes; build/test/.ninja_log says how far that is"
 	$(PIP_INSTALL) --no-deps $(BUILD_test) .
 	@touch $@ $(STAMP)-package
