@@ -6,7 +6,8 @@ contenders; one that can't run here is skipped, and the file says why.
 
 * A call is one token's attention over the whole cache, from Python. It reads the next of several copies of its cache,
   which are together larger than twice the last-level cache, or one that is much larger by itself.
-* All contenders have the same number of threads, and every one starts its sample when no other's threads are running.
+* All contenders but MLX, which takes what it likes, have the same number of threads, and every one starts its sample
+  when no other's threads are running.
 * Before a kind of shape is timed, every contender's output over 1,024 tokens is compared with float64 attention over
   the unquantised cache. What exceeds the error of the contender's number type is not timed.
 """
