@@ -22,8 +22,13 @@ void check_codebook_bits(const std::string& op, TqU32 cbits) {
   find_codebook(op, CodebookName::kLloydMax, cbits);
 }
 
+void check_codebook(const std::string& op, const Codebook* codebook) {
+  if (codebook == nullptr) throw invalid(op, "codebook", "must be given", "none");
+}
+
 void check_buffer(const std::string& op, const std::string& field, const Buffer& buffer, DType dtype,
                   const Device* device) {
+  if (buffer.storage() == nullptr) throw invalid(op, field, "must be given", "no buffer");
   if (buffer.device() != device) throw invalid(op, field, "must be a buffer of this device", "one of another device");
   if (buffer.dtype() != dtype) {
     throw invalid(op, field, std::string("must have dtype ") + name_of(dtype), name_of(buffer.dtype()));
@@ -153,6 +158,8 @@ void validate(const std::string& op, const TqHadamardQuantizeArgs& args) {
 void validate(const AttendOp& op, const Device* device) {
   const TqFlashAttnVecArgs& args = op.args;
   validate(op.name, args);
+  check_codebook(op.name, op.k_codebook);
+  check_codebook(op.name, op.v_codebook);
   check_split(op, device);
   if (op.k_codebook->name != op.v_codebook->name) {
     throw invalid(op.name, "codebook", "must be the same for K and V", "two");
@@ -210,8 +217,10 @@ void validate(const AttendOp& op, const Device* device) {
 void validate(const QuantizeOp& op, const Device* device) {
   const TqHadamardQuantizeArgs& args = op.args;
   validate(op.name, args);
+  if (op.targets.empty()) throw invalid(op.name, "targets", "must be at least one", 0);
   const Shape norms = norms_shape(args.num_kv_heads, args.cache_capacity, args.head_dim);
   for (const QuantizeTarget& target : op.targets) {
+    check_codebook(op.name, target.codebook);
     const Shape packed =
         packed_shape(args.num_kv_heads, args.cache_capacity, args.head_dim, op.packing, *target.codebook);
     const Shape& src = target.src.shape();
@@ -246,6 +255,7 @@ void validate(const QuantizeOp& op, const Device* device) {
 void validate(const DequantizeOp& op, const Device* device) {
   const TqHadamardQuantizeArgs& args = op.args;
   validate(op.name, args);
+  check_codebook(op.name, op.codebook);
   check_buffer(op.name, "packed", op.packed, DType::kUint8,
                packed_shape(args.num_kv_heads, args.cache_capacity, args.head_dim, op.packing, *op.codebook), device);
   check_buffer(op.name, "norms", op.norms, DType::kFloat32,

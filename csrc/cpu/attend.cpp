@@ -3,15 +3,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <iterator>
 #include <limits>
 #include <memory>
 #include <new>
 #include <type_traits>
 
 #include "core/codec.h"
+#include "core/kept_values.h"
 #include "core/query_range.h"
-#include "core/spec_cache.h"
+#include "cpu/decisive_keys.h"
 #include "cpu/int16_levels.h"
 #include "cpu/isa.h"
 
@@ -38,6 +38,10 @@ std::size_t range_length(std::size_t visible, std::size_t num_kv_heads) {
   return (clamped + kAttendTile - 1) / kAttendTile * kAttendTile;
 }
 
+bool is_in_int16(const AttendOp& op, const IsaKernel& kernel) {
+  return attend_precision(op, kernel) == Precision::kDefault;
+}
+
 LevelTable make_level_table(const Codebook& codebook) {
   LevelTable table;
   for (unsigned code = 0; code < 256; ++code) {
@@ -52,34 +56,36 @@ LevelTable make_level_table(const Codebook& codebook) {
 }
 
 const LevelTable& level_table(const Codebook& codebook) {
-  static SpecCache<const Codebook*, LevelTable> cache;
-  return cache.get(&codebook, [&] { return make_level_table(codebook); });
+  static KeptValues<const Codebook*, LevelTable> kept;
+  return kept.get(&codebook, [&] { return make_level_table(codebook); });
 }
 
 /// K or V of all heads.
-struct Side {
-  Side(const Buffer& packed, const Buffer& norms_in, const Codebook& codebook, const AttendOp& op)
-      : levels(level_table(codebook)),
-        codes(packed.data<const std::uint8_t>()),
-        norms(norms_in.data<const float>()),
-        capacity(op.args.kv_capacity),
-        head_dim(op.args.head_dim),
-        bytes(row_bytes(op.packing, codebook.cbits, head_dim)),
-        high_bits(has_planes(op.packing, codebook.cbits) ? codebook.cbits - kNibbleBits : 0),
-        cbits(codebook.cbits),
-        int16(int16_levels(codebook)) {}
+class Side {
+ public:
+  /// In fixed point, too, where the kernel takes that.
+  Side(const Buffer& packed, const Buffer& norms, const Codebook& codebook, const AttendOp& op, const IsaKernel& kernel)
+      : first_{packed.data<const std::uint8_t>(),
+               norms.data<const float>(),
+               &level_table(codebook),
+               row_bytes(op.packing, codebook.cbits, op.args.head_dim),
+               has_planes(op.packing, codebook.cbits) ? codebook.cbits - kNibbleBits : 0,
+               codebook.cbits,
+               is_in_int16(op, kernel) ? &int16_levels(codebook, kernel.int16_form) : nullptr},
+        capacity_(op.args.kv_capacity),
+        norms_per_row_(norms_per_row(op.args.head_dim)) {}
 
   HeadRows head(std::size_t kv_head) const {
-    const std::size_t first = kv_head * capacity;
-    return {codes + first * bytes, norms + first * norms_per_row(head_dim), &levels, bytes, high_bits, cbits, &int16};
+    HeadRows rows = first_;
+    rows.codes += kv_head * capacity_ * rows.row_bytes;
+    rows.norms += kv_head * capacity_ * norms_per_row_;
+    return rows;
   }
+  const Int16Levels& int16() const { return *first_.int16; }
 
-  const LevelTable& levels;
-  const std::uint8_t* codes;
-  const float* norms;
-  std::size_t capacity, head_dim, bytes;
-  unsigned high_bits, cbits;
-  const Int16Levels& int16;
+ private:
+  HeadRows first_;
+  std::size_t capacity_, norms_per_row_;
 };
 
 /// Memory that only ever grows, and is written before it is read, so that nobody has to clear it. It starts on a cache
@@ -140,8 +146,8 @@ class QueryBlock {
   void set_ranges();
   /// Scales the rows, rotates them if the op asks for it, and puts them into the kernel's order.
   void place_rows();
-  /// Puts the rows into fixed point, for keys of the given unit.
-  void quantize_rows(double key_unit);
+  /// Puts the rows into fixed point.
+  void quantize_rows();
   void reserve_partials();
 
   /// The first partial state of a row; those of its further ranges follow at distances of rows_.
@@ -168,7 +174,7 @@ QueryBlock::QueryBlock(const AttendOp& op, const Side& k, const Side& v, const I
       k_(k),
       v_(v),
       kernel_(kernel),
-      in_int16_(attend_precision(op, kernel) == Precision::kDefault),
+      in_int16_(is_in_int16(op, kernel)),
       head_dim_(op.args.head_dim),
       kv_heads_(op.args.num_kv_heads),
       group_(op.args.num_heads / op.args.num_kv_heads),
@@ -178,7 +184,7 @@ QueryBlock::QueryBlock(const AttendOp& op, const Side& k, const Side& v, const I
       memory_(memory) {
   set_ranges();
   place_rows();
-  if (in_int16_) quantize_rows(int16_levels(*op.k_codebook).unit);
+  if (in_int16_) quantize_rows();
   reserve_partials();
 }
 
@@ -219,7 +225,7 @@ void QueryBlock::place_rows() {
   }
 }
 
-void QueryBlock::quantize_rows(double key_unit) {
+void QueryBlock::quantize_rows() {
   memory_.values.reserve((num_rows() + kQueryRows - 1) * head_dim_);
   memory_.units.reserve(num_rows() * kMaxNormBlocks);
   memory_.halves.reserve(num_rows() * kMaxNormBlocks);
@@ -230,7 +236,7 @@ void QueryBlock::quantize_rows(double key_unit) {
         kernel_.quantize_query(memory_.q + row * head_dim_, head_dim_, memory_.values + row * head_dim_, units,
                                memory_.halves + row * kMaxNormBlocks);
     memory_.reach_per_norm[row] = length * std::abs(memory_.scale[row]);
-    for (std::size_t b = 0; b < norms_per_row(head_dim_); ++b) units[b] *= key_unit * memory_.scale[row];
+    for (std::size_t b = 0; b < norms_per_row(head_dim_); ++b) units[b] *= k_.int16().unit * memory_.scale[row];
   }
 }
 
@@ -322,50 +328,13 @@ void QueryBlock::merge(std::size_t row, std::size_t head, float* out, float* lse
 }
 
 double QueryBlock::rescore(std::size_t row, double max, double* sum, float* out) const {
-  const NotedKeys* notes = memory_.notes + first_partial(row);
-  double squares = 0.0, reach = 0.0;
-  for (std::size_t r = 0; r < ranges_; ++r) {
-    const NotedKeys& noted = notes[r * rows_];
-    reach = std::max(reach, noted.reach);
-    for (std::size_t i = 0; i < noted.num_decisive; ++i) squares += std::exp(2.0 * (noted.decisive[i].score - max));
-  }
-  if (reach == 0.0) return 0.0;
-  // A key's error adds to the output's in proportion to its weight and the reach, the weights of all as squares.
-  const double least = max + 0.5 * std::log(squares) - std::log(reach);
-  const auto is_higher = [](const ScoredKey& a, const ScoredKey& b) { return a.score > b.score; };
-  ScoredKey keys[RescoreTask::kMostKeys];
-  std::size_t num_keys = 0;
-  for (std::size_t r = 0; r < ranges_; ++r) {
-    const NotedKeys& noted = notes[r * rows_];
-    for (std::size_t i = 0; i < noted.num_decisive; ++i) {
-      if (!(noted.decisive[i].score > least)) continue;
-      // A heap with the lowest score on top.
-      if (num_keys == std::size(keys)) {
-        if (!is_higher(noted.decisive[i], keys[0])) continue;
-        std::pop_heap(keys, keys + num_keys--, is_higher);
-      }
-      keys[num_keys++] = noted.decisive[i];
-      std::push_heap(keys, keys + num_keys, is_higher);
-    }
-  }
-  // One range after the other, so that references are of all parts of the cache.
-  constexpr double kNoWeight = 16.0;  // below the highest score; such a key says nothing of those that matter
-  ScoredKey references[2 * NotedKeys::kMostReferences];
-  std::size_t num_references = 0;
-  for (std::size_t i = 0; i < NotedKeys::kMostReferences; ++i) {
-    for (std::size_t r = 0; r < ranges_ && num_references < std::size(references); ++r) {
-      const NotedKeys& noted = notes[r * rows_];
-      if (i < noted.num_references && noted.references[i].score > max - kNoWeight) {
-        references[num_references++] = noted.references[i];
-      }
-    }
-  }
+  const ChosenKeys chosen = choose_keys(memory_.notes + first_partial(row), rows_, ranges_, max, *sum);
   // What all scores are raised by matters to a sink and lse alone.
-  if (num_keys == 0 && (num_references == 0 || !(op_.sinks || op_.lse))) return 0.0;
+  if (chosen.num_keys == 0 && (chosen.num_references == 0 || !(op_.sinks || op_.lse))) return 0.0;
   const std::size_t kv_head = row / rows_;
   return kernel_.rescore({memory_.q + row * head_dim_, memory_.scale[row], memory_.bias[row],
                           static_cast<double>(op_.args.softcap), k_.head(kv_head), v_.head(kv_head), head_dim_,
-                          row_scale_ * kHeadroom, keys, num_keys, references, num_references, max, sum, out});
+                          row_scale_ * kHeadroom, chosen, max, sum, out});
 }
 
 }  // namespace
@@ -375,15 +344,16 @@ Precision attend_precision(const AttendOp& op, const IsaKernel& kernel) noexcept
 }
 
 void attend(const AttendOp& op, ThreadPool& pool, BadRows& bad_rows) {
-  const Side k(op.k_packed, op.k_norms, *op.k_codebook, op);
-  const Side v(op.v_packed, op.v_norms, *op.v_codebook, op);
+  const IsaKernel& kernel = attend_kernel();
+  const Side k(op.k_packed, op.k_norms, *op.k_codebook, op, kernel);
+  const Side v(op.v_packed, op.v_norms, *op.v_codebook, op, kernel);
   // A K row is levels * decode_factor(norm), so this is the norm's constant part.
   const float row_scale = decode_factor(1.0f, op.args.head_dim, op.args.scale_factor_d512);
   const std::size_t heads = op.args.num_heads;
   static thread_local Workspace memory;
   for (std::size_t first = 0; first < op.num_queries(); first += kQueryBlock) {
     const std::size_t queries = std::min<std::size_t>(kQueryBlock, op.num_queries() - first);
-    QueryBlock block(op, k, v, attend_kernel(), row_scale, first, queries, memory);
+    QueryBlock block(op, k, v, kernel, row_scale, first, queries, memory);
     pool.parallel_for(block.num_units(), [&](std::size_t unit) { block.attend_unit(unit); });
     pool.parallel_for(queries * heads, [&](std::size_t i) { block.finish(i / heads, i % heads, bad_rows); });
   }

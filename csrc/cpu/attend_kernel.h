@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/query_range.h"
+#include "cpu/decisive_keys.h"
 
 namespace tq_hb {
 
@@ -15,10 +16,13 @@ constexpr std::size_t kQueryRows = 8;
 /// Sums of two blocks of coordinates, each with its own norm, at most.
 constexpr std::size_t kMaxNormBlocks = 2;
 
-/// The negative half of 256 levels by segments, each made of two shapes: value 8 * s + r is near
+/// How an instruction set comes by the levels of a codebook of 8 bits.
+enum class Int16Form { kTable, kSegments };
+
+/// The negative half of 256 levels by segments, each made of two shapes: with i = r + 8 * family_of(s), value 8 * s + r
+/// is
 ///
-///   starts[s] + round((shares[0][s] * shapes[0][i] + shares[1][s] * shapes[1][i]) / kFraction),  i = r + 8 *
-///   family_of(s).
+///   starts[s] + round((shares[0][s] * shapes[0][i] + shares[1][s] * shapes[1][i]) / kFraction).
 ///
 /// The first segment, where levels are far apart, has shapes of its own.
 struct Int16Segments {
@@ -31,17 +35,18 @@ struct Int16Segments {
   alignas(16) std::int8_t shapes[2][kFamilies * kSteps];
 };
 
-/// A codebook in fixed point: level i is (values[i] + 1/2) * unit, so that ~values[i] stands for its negative, which
-/// every codebook has as well.
+/// A codebook in fixed point: level i is near (value + 1/2) * unit, so that ~value stands for its negative, which every
+/// codebook has as well. The unit is such that levels are neither too long nor too short: the errors of a vector's
+/// levels then average away in its product with any vector, one that it is aligned with included.
 struct Int16Levels {
   /// Largest magnitude of a value.
   static constexpr std::int32_t kLimit = 24000;
   /// The sum of magnitudes of integers whose products with values can be summed without overflow, rounding included.
   static constexpr float kBudget = 89400.0f;
 
-  alignas(64) std::int16_t values[256];
+  alignas(64) std::int16_t values[256];  ///< of every code; repeated beyond the last
   double unit;
-  Int16Segments segments;  ///< where a code has 8 bits
+  Int16Segments segments;  ///< that the values are from, in that form
 };
 
 /// A codebook in float32, repeated over all values of a byte: indices above its width wrap.
@@ -67,22 +72,6 @@ struct Int16Query {
   const double* units;           ///< [rows][kMaxNormBlocks]: what turns a block's sum into its share of dot(q, values)
   const std::int32_t* halves;    ///< [rows][kMaxNormBlocks]: added to a block's sum for the half in every level
   const double* reach_per_norm;  ///< [rows]: times a key's norm, the standard deviation of a score over random codes
-};
-
-struct ScoredKey {
-  double score;  ///< as the softmax took it
-  std::size_t slot;
-};
-
-/// Keys of a range that a row may score again: see rescore.h.
-struct NotedKeys {
-  static constexpr std::size_t kMostDecisive = 16, kMostReferences = 4;
-
-  double reach;  ///< the largest of the tiles that they are of
-  std::size_t num_decisive, num_references;
-  std::size_t lowest;                     ///< of the decisive keys, once there are as many as may be
-  ScoredKey decisive[kMostDecisive];      ///< that have much of the weight
-  ScoredKey references[kMostReferences];  ///< whatever weight they have
 };
 
 /// What a row needs while a tile is attended to.
@@ -122,17 +111,12 @@ struct AttendTask {
 
 /// The sums of a row over all ranges, which errors of scores are taken out of.
 struct RescoreTask {
-  static constexpr std::size_t kMostKeys = 16;
-
   const float* q;  ///< [head_dim]; this and what follows as in AttendTask
   double q_scale, bias, softcap;
   HeadRows k, v;
   std::size_t head_dim;
   float v_scale;
-  const ScoredKey* keys;  ///< whose scores are to become exact: kMostKeys at most
-  std::size_t num_keys;
-  const ScoredKey* references;  ///< whose scores say what the errors of all have in common
-  std::size_t num_references;
+  const ChosenKeys& chosen;
   double max;  ///< of the scores
   double* sum;
   float* out;  ///< [head_dim], not divided by sum
@@ -162,6 +146,7 @@ struct IsaKernel {
   /// Scores keys in float32 and corrects sums that attend_int16 made. Returns by how much the scores of all keys are to
   /// be raised. Null where attend_int16 is.
   double (*rescore)(const RescoreTask& task) noexcept;
+  Int16Form int16_form;
 };
 
 const IsaKernel& attend_kernel_portable() noexcept;

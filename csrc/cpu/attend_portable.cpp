@@ -7,8 +7,8 @@ namespace tq_hb {
 
 const IsaKernel& attend_kernel_portable() noexcept {
   static const IsaKernel kernel{
-      "portable", scale_query, rotate_row, unrotate_row, add_partials, attend_in_float32<ScalarDecoder>,
-      nullptr,    nullptr,     nullptr,    nullptr};
+      "portable", scale_query, rotate_row, unrotate_row, add_partials,     attend_in_float32<ScalarDecoder>,
+      nullptr,    nullptr,     nullptr,    nullptr,      Int16Form::kTable};
   return kernel;
 }
 

@@ -178,7 +178,8 @@ class CpuDevice final : public Device {
 }  // namespace
 
 const std::shared_ptr<Device>& cpu_device() {
-  static const std::shared_ptr<Device> device = std::make_shared<CpuDevice>();
+  // Never freed: threads that outlast static destruction go on using it.
+  static const std::shared_ptr<Device>& device = *new std::shared_ptr<Device>(std::make_shared<CpuDevice>());
   return device;
 }
 

@@ -2,9 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
-#include "core/spec_cache.h"
+#include "core/kept_values.h"
 #include "cpu/int16_segments.h"
 
 namespace tq_hb {
@@ -44,26 +45,43 @@ std::vector<Candidate> candidates_of(const Codebook& codebook) {
   return candidates;
 }
 
-Int16Levels make_levels(const Codebook& codebook) {
+/// Of many units, that which suits segments best.
+SegmentsFit best_segments(const Codebook& codebook, const std::vector<Candidate>& candidates) {
+  constexpr std::size_t kTried = 256;
+  SegmentsFit best{};
+  best.error = HUGE_VAL;
+  for (std::size_t i = 0; i < kTried; ++i) {
+    const SegmentsFit fit = fit_segments(codebook.levels, candidates[i].unit);
+    if (fit.error < best.error) best = fit;
+  }
+  return best;
+}
+
+/// What makes values as long as levels: the sum of level * (level - (value + 1/2) * unit) is 0.
+double fitting_unit(const Codebook& codebook, const std::int16_t* values) {
+  double wanted = 0.0, given = 0.0;
+  for (unsigned code = 0; code < codebook.num_levels() / 2; ++code) {
+    const double level = static_cast<double>(codebook.levels[code]);
+    wanted += frequency_of(level) * level * level;
+    given += frequency_of(level) * level * (values[code] + 0.5);
+  }
+  return wanted / given;
+}
+
+Int16Levels make_levels(const Codebook& codebook, Int16Form form) {
   const std::vector<Candidate> candidates = candidates_of(codebook);
+  const unsigned count = codebook.num_levels();
   Int16Levels made{};
-  made.unit = candidates.front().unit;
-  if (codebook.num_levels() == 256) {
-    // Many units round nearly as well: of those, the one that suits segments best.
-    constexpr std::size_t kTried = 256;
-    double least = HUGE_VAL;
-    for (std::size_t i = 0; i < kTried; ++i) {
-      const SegmentsFit fit = fit_segments(codebook.levels, candidates[i].unit);
-      if (fit.error >= least) continue;
-      least = fit.error;
-      made.unit = candidates[i].unit;
-      made.segments = fit.segments;
-    }
+  if (form == Int16Form::kSegments) made.segments = best_segments(codebook, candidates).segments;
+  for (unsigned code = 0; code < count / 2; ++code) {
+    const double rounded = fixed_point(static_cast<double>(codebook.levels[code]), candidates.front().unit);
+    const std::int32_t value =
+        form == Int16Form::kSegments ? segment_value(made.segments, code) : static_cast<std::int32_t>(rounded);
+    made.values[code] = static_cast<std::int16_t>(value);
+    made.values[count - 1 - code] = static_cast<std::int16_t>(~value);
   }
-  for (unsigned code = 0; code < 256; ++code) {
-    const double level = static_cast<double>(codebook.levels[code % codebook.num_levels()]);
-    made.values[code] = static_cast<std::int16_t>(fixed_point(level, made.unit));
-  }
+  for (unsigned code = count; code < 256; ++code) made.values[code] = made.values[code - count];
+  made.unit = fitting_unit(codebook, made.values);
   return made;
 }
 
@@ -73,9 +91,10 @@ double frequency_of(double level) {
   return std::exp(-level * level / 3.0);
 }
 
-const Int16Levels& int16_levels(const Codebook& codebook) {
-  static SpecCache<const Codebook*, Int16Levels> cache;
-  return cache.get(&codebook, [&] { return make_levels(codebook); });
+const Int16Levels& int16_levels(const Codebook& codebook, Int16Form form) {
+  static KeptValues<std::pair<const Codebook*, Int16Form>, Int16Levels> kept;
+  if (codebook.cbits < 8) form = Int16Form::kTable;
+  return kept.get({&codebook, form}, [&] { return make_levels(codebook, form); });
 }
 
 }  // namespace tq_hb

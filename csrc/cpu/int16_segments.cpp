@@ -58,13 +58,16 @@ struct Target {
   double total_weight = 0.0;
 };
 
+/// Of fractions of a unit, as the kernel rounds.
+std::int32_t nearest_whole(std::int32_t fractions) {
+  return static_cast<std::int32_t>(std::floor(static_cast<double>(fractions) / kFraction + 0.5));
+}
+
 struct Segment {
   std::int32_t start, shares[2];
 
-  /// As the kernel rounds.
-  double at(const Shapes& shapes, std::size_t r) const {
-    const double rise = shares[0] * shapes.values[0][r] + shares[1] * shapes.values[1][r];
-    return start + std::floor(rise / kFraction + 0.5);
+  std::int32_t at(const Shapes& shapes, std::size_t r) const {
+    return start + nearest_whole(shares[0] * shapes.values[0][r] + shares[1] * shapes.values[1][r]);
   }
 };
 
@@ -145,6 +148,12 @@ SegmentsFit fit_segments(const float* levels, double unit) {
   }
   made.error /= total_weight;
   return made;
+}
+
+std::int32_t segment_value(const Int16Segments& segments, std::size_t code) {
+  const std::size_t s = code / kSteps, i = code % kSteps + kSteps * Int16Segments::family_of(s);
+  const auto rise_of = [&](std::size_t shape) { return segments.shares[shape][s] * segments.shapes[shape][i]; };
+  return segments.starts[s] + nearest_whole(rise_of(0) + rise_of(1));
 }
 
 }  // namespace tq_hb

@@ -14,4 +14,7 @@ struct SegmentsFit {
 /// occurs often in a normal distribution counts most.
 SegmentsFit fit_segments(const float* levels, double unit);
 
+/// Value `code` of the negative half, as a kernel computes it.
+std::int32_t segment_value(const Int16Segments& segments, std::size_t code);
+
 }  // namespace tq_hb

@@ -45,7 +45,8 @@ std::vector<Isa> find_available() {
 }
 
 const std::vector<Isa>& available_isas() {
-  static const std::vector<Isa> available = find_available();
+  // Never freed: threads that outlast static destruction go on choosing kernels.
+  static const std::vector<Isa>& available = *new std::vector<Isa>(find_available());
   return available;
 }
 

@@ -1,8 +1,5 @@
-// Exact scores of the keys that a row's output hangs on.
-//
-// The rounding of 16-bit products averages away where many keys share the weight. Where scores are far apart, a few
-// keys have most of it, and the errors of their scores, which grow with the scores, are those of the output. So such
-// keys are noted, and when a row's ranges have been merged, scored again in float32.
+// Exact scores of the keys that a row's output hangs on: see decisive_keys.h. They are noted, and when a row's ranges
+// have been merged, scored again in float32.
 //
 // Keys that have much in common share an error, too, which divides out. Were it taken out of some scores alone, it
 // would become a difference between them and the rest. References, which are keys of any weight, tell how large it is,
@@ -40,12 +37,12 @@ class NoteTaker {
   void take(const Tile& tile) noexcept {
     for (std::size_t r = 0; r < task_.rows; ++r) {
       const double per_norm = task_.q_int16.reach_per_norm[r];
-      if (!(per_norm * static_cast<double>(largest_norm_) > kReach)) continue;
+      if (!is_noted(per_norm * static_cast<double>(largest_norm_), r)) continue;
       // What a row does not see is not to touch it, not even by its norm.
       const Span seen = seen_of(task_.seen[r], tile);
       const bool sees_all = seen.begin == 0 && seen.end == tile.count;
       const double reach = per_norm * static_cast<double>(sees_all ? largest_norm_ : largest_norm_of(tile, seen));
-      if (!(reach > kReach)) continue;
+      if (!is_noted(reach, r)) continue;
       NotedKeys& noted = task_.notes[r];
       if (reach > noted.reach) noted.reach = reach;
       const float least = static_cast<float>(1.0 / reach);
@@ -55,10 +52,13 @@ class NoteTaker {
   }
 
  private:
-  /// Below it, the rounding of scores adds no more to the output's error than that of weights and values.
-  static constexpr double kReach = 2.0;
-  /// What scores with a standard deviation of 4 hardly reach, unless keys have much in common.
-  static constexpr double kFarReach = 5.0;
+  /// Whether a tile of this reach may have keys to note: beyond kReach any, up to there one that has much of the weight
+  /// of all that has been seen.
+  bool is_noted(double reach, std::size_t r) const noexcept {
+    if (!(reach > kSmallReach)) return false;
+    return reach > kReach || (task_.scratch[r].correction < 1.0f && task_.sum[r] < 1.0 / kOutstandingShare);
+  }
+
   /// Of the largest so far: keys with less are many, where they matter.
   static constexpr float kLeastWeight = 0.125f;
   /// Of one tile: so many keys of such weight share it.
@@ -127,14 +127,12 @@ class Rescoring {
   explicit Rescoring(const RescoreTask& task) noexcept : task_(task) { place_query(task.q, kHeadDim, q_); }
 
   double run() noexcept {
-    double changes[RescoreTask::kMostKeys], shared = 0.0;
-    for (std::size_t i = 0; i < task_.num_keys; ++i) {
-      changes[i] = change_of(task_.keys[i]);
-      shared += changes[i];
-    }
-    for (std::size_t i = 0; i < task_.num_references; ++i) shared += change_of(task_.references[i]);
-    shared = task_.num_references == 0 ? 0.0 : shared / static_cast<double>(task_.num_keys + task_.num_references);
-    for (std::size_t i = 0; i < task_.num_keys; ++i) change_weight(task_.keys[i], changes[i] - shared);
+    const ChosenKeys& chosen = task_.chosen;
+    double changes[ChosenKeys::kMostKeys], shared = 0.0;
+    for (std::size_t i = 0; i < chosen.num_keys; ++i) changes[i] = change_of(chosen.keys[i]);
+    for (std::size_t i = 0; i < chosen.num_references; ++i) shared += change_of(chosen.references[i]);
+    if (chosen.num_references > 0) shared /= static_cast<double>(chosen.num_references);
+    for (std::size_t i = 0; i < chosen.num_keys; ++i) change_weight(chosen.keys[i], changes[i] - shared);
     ByteTableDecoder<kHeadDim>::order(added_, kHeadDim);
     for (std::size_t j = 0; j < kHeadDim; j += kLanes) store(task_.out + j, load(task_.out + j) + load(added_ + j));
     return shared;

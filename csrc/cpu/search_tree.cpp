@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "core/spec_cache.h"
+#include "core/kept_values.h"
 
 namespace tq_hb {
 namespace {
@@ -25,8 +25,8 @@ SearchTree make_tree(const Codebook& codebook) {
 }  // namespace
 
 const SearchTree& search_tree(const Codebook& codebook) {
-  static SpecCache<const Codebook*, SearchTree> cache;
-  return cache.get(&codebook, [&] { return make_tree(codebook); });
+  static KeptValues<const Codebook*, SearchTree> kept;
+  return kept.get(&codebook, [&] { return make_tree(codebook); });
 }
 
 }  // namespace tq_hb

@@ -6,6 +6,9 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 namespace tq_hb {
 namespace {
@@ -29,6 +32,35 @@ inline int current_processor() noexcept {
   return -1;
 #endif
 }
+
+/// Where a worker runs. Linux may wake it on the very processor that wakes it, though another one is idle: until the
+/// next tick, milliseconds later, the two would take turns.
+class WorkerPlace {
+ public:
+  /// Moves to another processor if this is the one it runs on, and it may use enough others for so many threads.
+  void leave(int processor, std::size_t threads) noexcept {
+#if defined(__linux__)
+    if (processor < 0 || current_processor() != processor) return;
+    // Of a system with more processors than a cpu_set_t has, none are known.
+    cpu_set_t now;
+    if (sched_getaffinity(0, sizeof(now), &now) != 0) return;
+    if (!CPU_EQUAL(&now, &others_)) allowed_ = now;
+    cpu_set_t others = allowed_;
+    CPU_CLR(processor, &others);
+    if (static_cast<std::size_t>(CPU_COUNT(&others)) + 1 < threads) return;
+    if (sched_setaffinity(0, sizeof(others), &others) == 0) others_ = others;
+#else
+    static_cast<void>(processor);
+    static_cast<void>(threads);
+#endif
+  }
+
+ private:
+#if defined(__linux__)
+  cpu_set_t allowed_{};  // by whoever chose last, but for this class
+  cpu_set_t others_{};   // as this class has set
+#endif
+};
 
 std::atomic<ThreadPool*> g_pool{nullptr};
 // Survives the pool of a parent process, so that a forked child keeps its setting.
@@ -119,10 +151,6 @@ void ThreadPool::start() {
 }
 
 void ThreadPool::start_workers() {
-#if defined(__linux__)
-  // As a new thread inherits them. Of a system with more processors than a cpu_set_t has, none are known.
-  if (workers_.empty() && sched_getaffinity(0, sizeof(processors_), &processors_) != 0) CPU_ZERO(&processors_);
-#endif
   while (workers_.size() + 1 < num_threads()) {
     const std::uint64_t seen = generation_.load(std::memory_order_relaxed);
     try {
@@ -185,22 +213,8 @@ void ThreadPool::parallel_for(std::size_t count, TaskRef task) {
   }
 }
 
-void ThreadPool::leave(int processor) const noexcept {
-#if defined(__linux__)
-  // Linux may wake a worker on the very processor that wakes it, though another one is idle: until the next tick,
-  // milliseconds later, the two would take turns. Where the call fails the system goes on choosing.
-  if (processor < 0 || current_processor() != processor) return;
-  cpu_set_t others = processors_;
-  CPU_CLR(processor, &others);
-  if (CPU_COUNT(&others) + 1 >= static_cast<int>(num_threads())) {
-    static_cast<void>(sched_setaffinity(0, sizeof(others), &others));
-  }
-#else
-  static_cast<void>(processor);
-#endif
-}
-
 void ThreadPool::work(std::uint64_t seen) {
+  WorkerPlace place;
   for (;;) {
     for (int spins = 0; spins < kSpins && generation_.load(std::memory_order_acquire) == seen; ++spins) relax();
     Job* job;
@@ -212,7 +226,7 @@ void ThreadPool::work(std::uint64_t seen) {
       job = job_;
       job->workers.fetch_add(1, std::memory_order_relaxed);
     }
-    leave(job->processor);
+    place.leave(job->processor, job->threads);
     job->run();
     job->workers.fetch_sub(1, std::memory_order_release);
   }

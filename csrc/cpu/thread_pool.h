@@ -12,10 +12,6 @@
 #include <thread>
 #include <vector>
 
-#if defined(__linux__)
-#include <sched.h>
-#endif
-
 namespace tq_hb {
 
 /// A call's task, by reference: what std::function would copy to the heap.
@@ -61,18 +57,12 @@ class ThreadPool {
   void start_workers();
   void stop_workers();
   void work(std::uint64_t seen);
-  /// Moves the calling worker to another processor if it runs on this one and there are enough others.
-  void leave(int processor) const noexcept;
 
   std::atomic<unsigned> num_threads_{std::max(1u, std::thread::hardware_concurrency())};
   // Set for the whole of a parallel call, and while workers start or stop. A flag rather than a mutex, since
   // a task may call parallel_for itself.
   std::atomic<bool> claimed_{false};
   std::vector<std::thread> workers_;
-#if defined(__linux__)
-  cpu_set_t processors_{};  // that workers may run on
-#endif
-
   std::mutex job_mutex_;  // guards jobs_, job_, stopping_ and the sleep
   std::condition_variable job_ready_;
   std::vector<std::unique_ptr<Job>> jobs_;  // used again: a worker that wakes late may still look at an old one

@@ -10,6 +10,7 @@
 #include <gtest/gtest.h>
 
 #include "cache_case.h"
+#include "core/codec.h"
 #include "cpu/device.h"
 #include "cpu/int16_levels.h"
 #include "cpu/isa.h"
@@ -436,6 +437,41 @@ TEST(CpuAttend, KeepsThePromiseOfDefaultPrecisionForEveryHead) {
   }
 }
 
+/// One key has nearly all the weight, maybe for nothing, as the first token often has: the error of its score is that
+/// of all other weights.
+TEST(CpuAttend, KeepsThePromiseWhereOneKeyStandsOut) {
+  constexpr unsigned kKeys = 257;
+  for (const unsigned head_dim : {64u, 128u, 256u, 512u}) {
+    for (const unsigned bits : {5u, 6u, 8u}) {
+      for (const float peak : {8.0f, 16.0f, 40.0f}) {
+        for (const unsigned place : {0u, 100u}) {
+          for (const bool has_value : {false, true}) {
+            const unsigned heads = 2048 / head_dim;
+            const std::size_t blocks = norms_per_row(head_dim);
+            CacheCase test(heads, heads, head_dim, kKeys, bits, bits);
+            test.precision = Precision::kDefault;
+            test.add_lse();
+            Buffer keys = test.random({kKeys, heads, head_dim}, 8);
+            for (unsigned head = 0; head < heads; ++head) {
+              const float* q = test.q.data<float>() + head * head_dim;
+              std::vector<float> aligned(q, q + head_dim);
+              float squares = 0.0f;
+              for (const float x : aligned) squares += x * x;
+              unrotate_row(aligned.data(), head_dim);
+              float* key = keys.data<float>() + (place * heads + head) * head_dim;
+              for (unsigned j = 0; j < head_dim; ++j) key[j] = peak / (squares * test.args.scale) * aligned[j];
+              if (!has_value) std::fill_n(test.v_norms.data<float>() + (head * kKeys + place) * blocks, blocks, 0.0f);
+            }
+            test.fill(keys, test.k_packed, test.k_norms, *test.k_codebook);
+            expect_promise_for_rows(test, "bits=" + std::to_string(bits) + " peak=" + std::to_string(peak) + " at " +
+                                              std::to_string(place) + (has_value ? "" : " without value"));
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(CpuAttend, ScoresDecisiveKeysAgainWhereverTheyAre) {
   for (const unsigned head_dim : {64u, 512u}) {
     for (const Packing packing : {Packing::kByte, Packing::kPlane}) {
@@ -523,7 +559,7 @@ TEST(CpuAttend, GivesTheValueOfASingleKeyAtAnyScore) {
 TEST(Int16Levels, SegmentsStayNearTheLevels) {
   for (const CodebookName name : {CodebookName::kLloydMax, CodebookName::kMlxNative}) {
     const Codebook& codebook = find_codebook("test", name, 8);
-    const Int16Levels& levels = int16_levels(codebook);
+    const Int16Levels& levels = int16_levels(codebook, Int16Form::kSegments);
     const Int16Segments& fit = levels.segments;
     double error = 0.0, total = 0.0;
     int before = -Int16Levels::kLimit - 1;
@@ -533,8 +569,8 @@ TEST(Int16Levels, SegmentsStayNearTheLevels) {
       const int rise = fit.shares[0][s] * fit.shapes[0][i] + fit.shares[1][s] * fit.shapes[1][i];
       ASSERT_LT(std::abs(rise), 0x8000) << code;
       EXPECT_LT(std::abs(fit.shapes[0][i]), std::numeric_limits<std::int8_t>::max()) << code << " was cut off";
-      const int value =
-          fit.starts[s] + static_cast<int>(std::floor(static_cast<double>(rise) / Int16Segments::kFraction + 0.5));
+      const int value = levels.values[code];
+      EXPECT_EQ(value, fit.starts[s] + static_cast<int>(std::floor(rise / double{Int16Segments::kFraction} + 0.5)));
       EXPECT_GT(value, before) << code;
       before = value;
       const double level = static_cast<double>(codebook.levels[code]), near = (value + 0.5) * levels.unit;
@@ -544,6 +580,26 @@ TEST(Int16Levels, SegmentsStayNearTheLevels) {
       total += std::exp(-level * level / 3.0);
     }
     EXPECT_LT(std::sqrt(error / total), 0.82e-4);
+  }
+}
+
+/// Else the product of a vector with one that it is aligned with would be off by as much.
+TEST(Int16Levels, VectorsKeepTheirLength) {
+  for (const CodebookName name : {CodebookName::kLloydMax, CodebookName::kMlxNative}) {
+    for (const unsigned bits : {5u, 6u, 8u}) {
+      for (const Int16Form form : {Int16Form::kTable, Int16Form::kSegments}) {
+        const Codebook& codebook = find_codebook("test", name, bits);
+        const Int16Levels& levels = int16_levels(codebook, form);
+        double wanted = 0.0, given = 0.0;
+        for (unsigned code = 0; code < 256; ++code) {
+          ASSERT_LE(std::abs(levels.values[code] + 0.5), Int16Levels::kLimit + 0.5) << code;
+          const double level = static_cast<double>(codebook.levels[code % codebook.num_levels()]);
+          wanted += std::exp(-level * level / 3.0) * level * level;
+          given += std::exp(-level * level / 3.0) * level * (levels.values[code] + 0.5) * levels.unit;
+        }
+        EXPECT_NEAR(given / wanted, 1.0, 1e-9) << bits;
+      }
+    }
   }
 }
 

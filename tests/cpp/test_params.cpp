@@ -202,6 +202,24 @@ TEST(QuantizeParams, RefusesEachBrokenRule) {
   }
 }
 
+TEST(EveryCall, RefusesWhatIsNotGiven) {
+  CacheCase test(4, 2, 128, 8);
+  expect_call_refused(test, [](AttendOp& op) { op.q = Buffer(); }, {"q must be given"});
+  expect_call_refused(test, [](AttendOp& op) { op.k_norms = Buffer(); }, {"k_norms must be given"});
+  expect_call_refused(test, [](AttendOp& op) { op.v_codebook = nullptr; }, {"codebook must be given"});
+  const Buffer keys = test.random({8, 2, 128}, 1);
+  const auto expect_encoding_refused = [&](const auto& spoil, const char* message) {
+    QuantizeOp op = test.quantize_op(keys, test.k_packed, test.k_norms, *test.k_codebook);
+    spoil(op);
+    EXPECT_TQ_ERROR(test.device->make_encoder()->hadamard_quantize(op), ErrorCode::kInvalidArgument, message);
+  };
+  expect_encoding_refused([](QuantizeOp& op) { op.targets.clear(); }, "targets must be at least one");
+  expect_encoding_refused([](QuantizeOp& op) { op.targets[0].codebook = nullptr; }, "codebook must be given");
+  expect_encoding_refused([](QuantizeOp& op) { op.targets[0].packed = Buffer(); }, "packed must be given");
+  EXPECT_TQ_ERROR(test.device->make_encoder()->fwht({"op", Fwht::kPlain, Buffer()}),
+                  ErrorCode::kInvalidArgument, "x must be given");
+}
+
 TEST(TmpBufferBytes, IsTheReferenceSystems) {
   EXPECT_EQ(tmp_buffer_bytes(16, 256), 528384u);
   EXPECT_EQ(tmp_buffer_bytes(16, 512), 1052672u);

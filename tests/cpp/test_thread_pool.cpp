@@ -71,7 +71,9 @@ TEST(ThreadPool, WorkersDoNotStayOnTheCallersProcessor) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));  // for the worker to go to sleep
       pool.parallel_for(200, [&](std::size_t) {
         if (std::this_thread::get_id() != caller && call == 0) {
+          // It stays there when it may go elsewhere.
           EXPECT_EQ(sched_setaffinity(0, sizeof(one), &one), 0);
+          EXPECT_EQ(sched_setaffinity(0, sizeof(before), &before), 0);
         } else if (std::this_thread::get_id() != caller) {
           ++(sched_getcpu() == processor ? here : elsewhere);
         }
@@ -84,6 +86,32 @@ TEST(ThreadPool, WorkersDoNotStayOnTheCallersProcessor) {
     EXPECT_GT(elsewhere.load(), 0) << processor;
   }
   ASSERT_EQ(sched_setaffinity(0, sizeof(before), &before), 0);
+}
+
+TEST(ThreadPool, WorkersStayWhereTheyAreTiedTo) {
+  cpu_set_t before, one;
+  ASSERT_EQ(sched_getaffinity(0, sizeof(before), &before), 0);
+  if (CPU_COUNT(&before) < 2) GTEST_SKIP() << "there is one processor";
+  ThreadPool pool;
+  pool.set_num_threads(2);
+  pool.start();
+  CPU_ZERO(&one);
+  CPU_SET(sched_getcpu(), &one);
+  const std::thread::id caller = std::this_thread::get_id();
+  ASSERT_EQ(sched_setaffinity(0, sizeof(one), &one), 0);
+  std::atomic<int> tied{0}, elsewhere{0};
+  for (int call = 0; call < 40; ++call) {
+    pool.parallel_for(200, [&](std::size_t) {
+      if (std::this_thread::get_id() == caller) return std::this_thread::yield();
+      if (tied == 0 && sched_setaffinity(0, sizeof(one), &one) == 0) tied = call + 1;
+      cpu_set_t now;
+      EXPECT_EQ(sched_getaffinity(0, sizeof(now), &now), 0);
+      if (!CPU_EQUAL(&now, &one)) ++elsewhere;
+    });
+  }
+  ASSERT_EQ(sched_setaffinity(0, sizeof(before), &before), 0);
+  EXPECT_GT(tied.load(), 0);
+  EXPECT_EQ(elsewhere.load(), 0);
 }
 #endif
 
