@@ -14,7 +14,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc python -type f -not -
 TEST_SOURCES := $(shell find tests/cpp tests/metal_sim -type f -not -path '*/__pycache__/*')
 
 EXTRAS_demo := demo
-EXTRAS_test := test,lint,transformers,plots,mlx
+EXTRAS_test := test,lint,transformers,plots,formats
 EXTRAS_lint := lint
 EXTRAS_peers := peers
 

@@ -134,12 +134,8 @@ def _as(dtype: str, x: Array) -> npt.NDArray[Any]:
     if dtype == "float16":
         return x.astype(np.float16)
     if dtype == "bfloat16":
-        rows = [_bfloat16(head) for head in x]
-        return np.stack(rows)
+        import ml_dtypes
+
+        rounded: npt.NDArray[np.uint16] = x.astype(ml_dtypes.bfloat16).view(np.uint16)
+        return rounded
     raise ValueError(f"Storage.arrays: dtype must be float32, float16 or bfloat16, got {dtype!r}")
-
-
-def _bfloat16(x: Array) -> npt.NDArray[np.uint16]:
-    """Round to the upper half of a float32, ties to even."""
-    bits = x.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

@@ -22,7 +22,7 @@ import tq_hb  # noqa: E402
 quality = pytest.importorskip("bench.quality", reason="the benchmarks are not beside the tests")
 
 from bench import hard_keys, quality_tables  # noqa: E402
-from bench.formats import Q8  # noqa: E402
+from bench.formats import Blocks  # noqa: E402
 from bench.rope import RotatingMean  # noqa: E402
 
 from tq_hb.cli._gate_caches import Layer  # noqa: E402
@@ -93,8 +93,9 @@ def test_a_mean_before_rope_turns_as_the_keys_do(kind, first):
 
 
 def test_a_rotated_format_is_the_format_of_rotated_vectors():
+    pytest.importorskip("gguf")
     x = vectors()[0]
-    form = Q8()
+    form = Blocks("q8_0")
     got = quality.rotated(quality.round_trip(form))(x)
     np.testing.assert_allclose(tq_hb.rotate(got), form.decode(*form.encode(tq_hb.rotate(x))), atol=1e-5)
     assert quality.bits_per_value(form, 128) == 8.5

@@ -287,16 +287,6 @@ def test_copies_take_turns_whoever_calls():
     assert len(Rotation([0], list, nbytes=1 << 30).copies) == 1
 
 
-def test_bfloat16_is_rounded_to_even():
-    ml_dtypes = pytest.importorskip("ml_dtypes")
-    x = np.random.default_rng(0).standard_normal((1, 1000, 64), dtype=np.float32)
-    x[0, 0, :2] = [1 + 2**-8, 1 + 3 * 2**-8]  # halfway, below an even and an odd number
-
-    k, _ = Storage(Problem(x[0], x, x)).arrays("bfloat16").next()
-
-    assert np.array_equal(k, x.astype(ml_dtypes.bfloat16).view(np.uint16))
-
-
 def test_tables_say_how_long_the_fastest_peer_takes(report):
     every_shape, every_peer, short = (
         make(report) for make in (tables.every_shape, tables.every_peer, tables.at_one_length)

@@ -1,4 +1,4 @@
-"""The formats that the rate-distortion table compares are what their definitions say, and so is the comparison."""
+"""The formats that the rate-distortion table compares have their sizes and errors, and so has the table."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench import formats, harness, rate_distortion
 
+BLOCK = 32  # values of a ggml block
 HALF_STEP = 0.5 + 2**-4  # and what rounding the scale to float16 can add to the largest code
+
+
+@pytest.fixture
+def libraries():
+    """What the other formats are made by."""
+    for name in ("gguf", "ml_dtypes", "mlx.core"):
+        pytest.importorskip(name)
 
 
 def heavy_tailed(rows: int = 64, head_dim: int = 256) -> np.ndarray:
@@ -25,119 +33,29 @@ def heavy_tailed(rows: int = 64, head_dim: int = 256) -> np.ndarray:
     return x.astype(np.float32)
 
 
-def test_fp8_values_are_those_of_ml_dtypes():
-    ml_dtypes = pytest.importorskip("ml_dtypes")
-
-    want = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-
-    assert np.array_equal(formats.fp8_values(), want, equal_nan=True)
-    assert np.signbit(formats.fp8_values()[0x80])
-
-
-def test_fp8_codes_are_those_of_ml_dtypes():
-    ml_dtypes = pytest.importorskip("ml_dtypes")
-    positive = formats.fp8_values()[:0x7F]
-    midpoints = (positive[1:] + positive[:-1]) / 2
-    near = np.concatenate([np.nextafter(midpoints, 0), midpoints, np.nextafter(midpoints, np.float32(448))])
-    x = np.concatenate([np.random.default_rng(0).uniform(0, 448, 10_000).astype(np.float32), near, positive])
-    x = np.concatenate([x, -x])
-
-    assert np.array_equal(formats.fp8_encode(x), x.astype(ml_dtypes.float8_e4m3fn).view(np.uint8))
-
-
-def test_fp8_codes_of_their_own_values_and_beyond():
-    finite = np.delete(np.arange(256), [0x7F, 0xFF])
-
-    assert np.array_equal(formats.fp8_encode(formats.fp8_values()[finite]), finite)
-    assert formats.fp8_encode(np.array([449, 1e30, -449], np.float32)).tolist() == [0x7E, 0x7E, 0xFE]
-    # Half-way: 2^-10 between 0 and the least value, 17 between 16 and 18, 19 between 18 and 20.
-    values = formats.fp8_values()[formats.fp8_encode(np.array([2**-10, 17, 19], np.float32))]
-    assert values.tolist() == [0, 16, 20]
-
-
+@pytest.mark.usefixtures("libraries")
 def test_fp8_scale_takes_the_largest_value_to_448():
     x = heavy_tailed()
     codes, scale = formats.Fp8().encode(x)
 
     assert scale.dtype == np.float32
     assert scale * 448 == pytest.approx(np.abs(x).max())
-    assert (codes & 0x7F).max() == 0x7E
+    assert np.abs(codes.astype(np.float32)).max() == 448
     assert not np.any(formats.Fp8().decode(*formats.Fp8().encode(np.zeros((2, 64), np.float32))))
 
 
-# Blocks with a step of exactly 1, whose bytes are plain to see; 00 3c is 1 in float16.
-def test_bytes_of_a_q8_0_block():
-    x = np.arange(-16, 16, dtype=np.float32)
-    x[0] = -127
-    (block,) = formats.Q8().encode(x)
+@pytest.mark.usefixtures("libraries")
+def test_fp8_values_beyond_448_become_448():
+    least = np.finfo(np.float32).smallest_subnormal
+    codes, scale = formats.Fp8().encode(np.array([[640 * least, -640 * least, 0]]))
 
-    assert block.tobytes() == bytes.fromhex("003c") + x.astype(np.int8).tobytes()
-
-
-def test_bytes_of_a_q5_0_block():
-    (block,) = formats.Q0(5).encode(np.arange(-16, 16, dtype=np.float32))
-
-    assert block.tobytes() == bytes.fromhex("003c 0000ffff") + bytes(0x11 * j for j in range(16))
-
-
-def test_bytes_of_a_q4_0_block():
-    (block,) = formats.Q0(4).encode(np.tile(np.arange(-8, 8, dtype=np.float32), 2))
-
-    assert block.tobytes() == bytes.fromhex("003c") + bytes(0x11 * j for j in range(16))
-
-
-def test_bytes_of_a_q5_1_block():
-    (block,) = formats.Q5WithMinimum().encode(np.arange(1, 33, dtype=np.float32))
-
-    assert block.tobytes() == bytes.fromhex("003c 003c 0000ffff") + bytes(0x11 * j for j in range(16))
-
-
-@pytest.mark.parametrize("bits", [4, 5, 6, 8])
-def test_bytes_of_an_affine_group(bits):
-    middle = 2 ** (bits - 1)
-    codes = np.random.default_rng(bits).integers(0, 2 * middle, (4, formats.GROUP))
-    codes[:, :2] = 0, 2 * middle - 1  # every group meets both edges, so that its step is 1
-    packed, scales, biases = formats.Affine(bits).encode((codes - middle).astype(np.float32).reshape(2, 128))
-
-    stream = sum(int(code) << bits * j for j, code in enumerate(codes.ravel()))
-    assert packed.tobytes() == stream.to_bytes(codes.size * bits // 8, "little")
-    assert scales.tolist() == [[1, 1]] * 2
-    assert biases.tolist() == [[-middle, -middle]] * 2
-
-
-@pytest.mark.parametrize(
-    "form", [f for f in formats.RIVALS if f.family.startswith("llama.cpp")], ids=lambda form: form.name
-)
-def test_blocks_are_those_of_the_gguf_package(form):
-    quants = pytest.importorskip("gguf.quants")
-    x = heavy_tailed()
-    (blocks,) = form.encode(x)
-
-    want = quants.quantize(x, quants.GGMLQuantizationType[form.name.upper()])
-
-    assert np.array_equal(blocks.view(np.uint8).reshape(want.shape), want)
-    decoded = quants.dequantize(want, quants.GGMLQuantizationType[form.name.upper()])
-    assert np.array_equal(form.decode(blocks), decoded)
-
-
-@pytest.mark.parametrize("bits", [4, 5, 6, 8])
-def test_affine_groups_are_those_of_mlx(bits):
-    mx = pytest.importorskip("mlx.core")
-    x = heavy_tailed().astype(np.float16)
-    with mx.stream(mx.cpu):
-        want = mx.quantize(mx.array(x), group_size=formats.GROUP, bits=bits)
-        want = [np.array(part) for part in want]
-
-    packed, scales, biases = formats.Affine(bits).encode(x.astype(np.float32))
-
-    assert packed.tobytes() == want[0].tobytes()
-    assert np.array_equal(scales, want[1])
-    assert np.array_equal(biases, want[2])
+    assert scale == least  # rounded from 640 / 448
+    assert codes.astype(np.float32).tolist() == [[448, -448, 0]]
 
 
 def steps(form: formats.Format, x: np.ndarray) -> np.ndarray:
     """The distance between neighbouring levels around each value, from the definition of the format."""
-    size = formats.GROUP if isinstance(form, formats.Affine) else formats.BLOCK
+    size = formats.GROUP if isinstance(form, formats.Affine) else BLOCK
     groups = x.reshape(len(x), -1, size)
     largest, spread = np.abs(groups).max(-1), np.ptp(groups, axis=-1)
     if isinstance(form, formats.Affine):
@@ -149,6 +67,7 @@ def steps(form: formats.Format, x: np.ndarray) -> np.ndarray:
     return np.repeat(step, size, axis=-1).reshape(x.shape)
 
 
+@pytest.mark.usefixtures("libraries")
 @pytest.mark.parametrize("form", formats.RIVALS[1:], ids=lambda form: form.name)
 @pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 def test_round_trip_is_within_half_a_step(form, head_dim):
@@ -170,6 +89,7 @@ def test_round_trip_is_within_half_a_step(form, head_dim):
     assert np.any(error > 0.4 * step), "too good to be this format"
 
 
+@pytest.mark.usefixtures("libraries")
 @pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 def test_bits_per_value_of_the_others(head_dim):
     x = heavy_tailed(rows=32, head_dim=head_dim)
@@ -182,6 +102,7 @@ def test_bits_per_value_of_the_others(head_dim):
     assert counted == {"q8_0": 8.5, "q5_1": 6.0, "q5_0": 5.5, "q4_0": 4.5, **affine}
 
 
+@pytest.mark.usefixtures("libraries")
 @pytest.mark.parametrize("head_dim", tq_hb.supported_head_dims())
 def test_comparison(monkeypatch, head_dim):
     monkeypatch.setattr(rate_distortion, "VALUES", 2**14)
