@@ -29,7 +29,7 @@ import numpy.typing as npt
 import tq_hb
 from bench import harness
 from bench.peers import llama_cpp, mlx_cpu, onnxruntime_gqa, openvino_sdpa, tables, timing, torch_sdpa
-from bench.peers.contender import Contender, Problem, Storage, UnavailableError
+from bench.peers.contender import Contender, Problem, Storage, UnavailableError, installed_version
 from bench.peers.ours import Ours
 from tq_hb.cli import _machine
 from tq_hb.cli._cases import attention64, relative_l2
@@ -65,10 +65,10 @@ Build: TypeAlias = Callable[[Problem, Storage], Library]
 
 PEERS: dict[str, tuple[Callable[[], str], Build]] = {
     "llama.cpp": (llama_cpp.version, llama_cpp.LlamaCpp),
-    "torch": (torch_sdpa.version, torch_sdpa.TorchSdpa),
-    "onnxruntime": (onnxruntime_gqa.version, onnxruntime_gqa.OnnxRuntimeGqa),
-    "mlx": (mlx_cpu.version, mlx_cpu.MlxCpu),
-    "openvino": (openvino_sdpa.version, openvino_sdpa.OpenVinoSdpa),
+    "torch": (partial(installed_version, "torch"), torch_sdpa.TorchSdpa),
+    "onnxruntime": (partial(installed_version, "onnxruntime", "onnx"), onnxruntime_gqa.OnnxRuntimeGqa),
+    "mlx": (partial(installed_version, "mlx"), mlx_cpu.MlxCpu),
+    "openvino": (partial(installed_version, "openvino"), openvino_sdpa.OpenVinoSdpa),
 }
 NOT_MEASURED = {"openvino TURBO": openvino_sdpa.TURBO_REASON}
 

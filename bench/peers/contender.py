@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
@@ -24,6 +25,20 @@ _OWN_EVICTION_BYTES = 512 << 20
 
 class UnavailableError(Exception):
     """A library, or one of its forms, that can't be measured here; the message says why."""
+
+
+def installed_version(*packages: str) -> str:
+    """Return the names and versions of packages.
+
+    Raises
+    ------
+    UnavailableError
+        If one is not installed.
+    """
+    try:
+        return ", ".join(f"{package} {metadata.version(package)}" for package in packages)
+    except metadata.PackageNotFoundError as error:
+        raise UnavailableError(f"not installed: {error.name}") from error
 
 
 @dataclass(frozen=True)

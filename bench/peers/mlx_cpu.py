@@ -7,32 +7,16 @@ setting for its number of threads.
 from __future__ import annotations
 
 from functools import partial
-from importlib import metadata
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from bench.peers.contender import Contender, Problem, Rotation, Storage, UnavailableError
+from bench.peers.contender import Contender, Problem, Rotation, Storage
 
 _GROUP = 64
 # Bits, and the error that they explain.
 _AFFINE = {8: 1.3e-2, 6: 5e-2}
-
-
-def version() -> str:
-    """Return MLX's version.
-
-    Raises
-    ------
-    UnavailableError
-        If it is not installed.
-    """
-    try:
-        import mlx.core  # noqa: F401
-    except ImportError as error:
-        raise UnavailableError(f"not installed: {error}") from error
-    return f"mlx {metadata.version('mlx')}"
 
 
 class MlxCpu:

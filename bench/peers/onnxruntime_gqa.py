@@ -11,27 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.peers.contender import Contender, Pair, Problem, Rotation, Storage, UnavailableError
+from bench.peers.contender import Contender, Pair, Problem, Rotation, Storage
 
 # The number type of the cache: that of queries and output, and the error that it explains.
 _CACHES = {"float32": ("float32", 1e-5), "float16": ("float16", 1e-2), "int8": ("float32", 5e-2)}
 _INT8_MAX = 127
-
-
-def version() -> str:
-    """Return the versions of ONNX Runtime and of onnx, which makes its graphs.
-
-    Raises
-    ------
-    UnavailableError
-        If one is not installed.
-    """
-    try:
-        import onnx
-        import onnxruntime
-    except ImportError as error:
-        raise UnavailableError(f"not installed: {error}") from error
-    return f"onnxruntime {onnxruntime.__version__}, onnx {onnx.__version__}"
 
 
 class OnnxRuntimeGqa:

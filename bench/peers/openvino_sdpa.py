@@ -11,27 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.peers.contender import Contender, Problem, Rotation, Storage, UnavailableError
+from bench.peers.contender import Contender, Problem, Rotation, Storage
 
 TURBO_REASON = "such a cache can't be set, only be built by attending, which takes time as the square of its length"
 
 # The cache's number type, bytes per value without scales, and the error that it explains.
 _CACHES = {"f16": (2, 1e-2), "u8": (1, 3e-2)}
-
-
-def version() -> str:
-    """Return OpenVINO's version.
-
-    Raises
-    ------
-    UnavailableError
-        If it is not installed.
-    """
-    try:
-        import openvino
-    except ImportError as error:
-        raise UnavailableError(f"not installed: {error}") from error
-    return f"openvino {openvino.__version__.partition('-')[0]}"
 
 
 class OpenVinoSdpa:

@@ -9,25 +9,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from bench.peers.contender import Contender, Pair, Problem, Rotation, Storage, UnavailableError
+from bench.peers.contender import Contender, Pair, Problem, Rotation, Storage
 
 # The number type, and the error that it explains.
 _DTYPES = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 2e-2}
-
-
-def version() -> str:
-    """Return torch's version.
-
-    Raises
-    ------
-    UnavailableError
-        If it is not installed.
-    """
-    try:
-        import torch
-    except ImportError as error:
-        raise UnavailableError(f"not installed: {error}") from error
-    return f"torch {torch.__version__}"
 
 
 class TorchSdpa:

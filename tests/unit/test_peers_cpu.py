@@ -65,6 +65,12 @@ def test_a_peer_that_is_not_there_is_named_with_the_reason():
     assert account == {"libraries": {"here": "here 1"}, "skipped": {**peers_cpu.NOT_MEASURED, "gone": "not installed"}}
 
 
+def test_a_version_is_that_of_the_package():
+    assert contender.installed_version("numpy") == f"numpy {np.__version__}"
+    with pytest.raises(UnavailableError, match="^not installed: no-such-package$"):
+        contender.installed_version("numpy", "no-such-package")
+
+
 def test_llama_cpp_says_how_to_build_it(monkeypatch, tmp_path):
     monkeypatch.setattr(llama_cpp, "_LIBRARY", tmp_path / "absent.so")
     llama_cpp._library.cache_clear()
