@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import tq_hb
-from bench import harness, tables
+from bench import codec_tables, harness
 from tq_hb.cli._cases import attention64, relative_l2
 
 _CODEBOOKS = ("lloyd_max", "mlx_native")
@@ -25,7 +25,7 @@ def main() -> None:
     args = harness.parse(harness.measuring_parser("bench.codec", __doc__))
     cases = list(itertools.product(_CODEBOOKS, tq_hb.supported_head_dims(), tq_hb.supported_bits()))
     results = [measure(*case) for case in harness.track(cases, "{0[0]}, D = {0[1]}, {0[2]} bits".format)]
-    harness.finish("codec", results, args.out, tables.codec)
+    harness.finish("codec", results, args.out, codec_tables.codec)
 
 
 def measure(codebook: str, head_dim: int, bits: int) -> dict[str, Any]:

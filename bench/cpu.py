@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from bench import harness, tables
+from bench import cpu_tables, harness
 from tq_hb.cli._cases import Shape, measure_append, measure_attend
 
 _LENGTHS = (1024, 4096, 16384)
@@ -28,7 +28,7 @@ def main() -> None:
         cases.append(("append", Shape(*heads, 4096, bits, bits)))
     measures: dict[str, Callable[..., dict[str, Any]]] = {"attend": measure_attend, "append": measure_append}
     results = [measures[op](shape, samples=args.samples, device="cpu") for op, shape in harness.track(cases, _describe)]
-    harness.finish("cpu", results, args.out, tables.attend_cpu, tables.attend_cpu_narrow, tables.append_cpu)
+    harness.finish("cpu", results, args.out, cpu_tables.attend, cpu_tables.attend_narrow, cpu_tables.append)
 
 
 def _describe(case: tuple[str, Shape]) -> str:

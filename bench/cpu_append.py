@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 import tq_hb
-from bench import harness, tables
+from bench import cpu_tables, harness
 from tq_hb import _core
 from tq_hb.cli._sampling import sample
 
@@ -40,7 +40,7 @@ def main() -> None:
             for name, timing in timings.items()
         }
         results.append({**shape, "tokens": _TOKENS, "rows": rows})
-    harness.finish("cpu_append", results, args.out, tables.cpu_append)
+    harness.finish("cpu_append", results, args.out, cpu_tables.append_rate)
 
 
 def contenders(kv_heads: int, head_dim: int, bits: int, packing: str) -> dict[str, Callable[[int], object]]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import tq_hb
-from bench import harness, tables
+from bench import cpu_tables, harness
 from tq_hb import _core
 from tq_hb.cli._cases import attention64, check_attention
 from tq_hb.cli._sampling import PlainRead, buffers_to_stay_cold, sample
@@ -123,7 +123,7 @@ def main() -> None:
             for name, timing in timings.items()
         }
         results.append({**shape, "tokens": _TOKENS, "rows": rows})
-    harness.finish("cpu_kernels", results, args.out, tables.cpu_kernels, tables.cpu_short)
+    harness.finish("cpu_kernels", results, args.out, cpu_tables.kernels, cpu_tables.short)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from xml.etree import ElementTree as ET
 import numpy as np
 
 import tq_hb
-from bench import harness, plots, tables
+from bench import cuda_tables, harness, plots
 from bench.flashinfer_peer import HEAD_DIMS, FlashInfer
 
 ROTATION_BYTES = 256 << 20
@@ -372,7 +372,7 @@ def main() -> None:
         result = encode(device, tokens, copying)
         results.append(result)
         print(f"encode {tokens}: {1e6 * result['seconds']:.1f} us, {100 * result['share_of_copy']:.0f} % of a copy")
-    harness.finish("peers_cuda", results, options.out, tables.cuda_attend, plot=plots.peers_cuda)
+    harness.finish("peers_cuda", results, options.out, cuda_tables.attend, plot=plots.peers_cuda)
 
 
 if __name__ == "__main__":

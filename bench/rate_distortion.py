@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import tq_hb
-from bench import harness, plots, tables
+from bench import codec_tables, harness, plots
 from bench.formats import RIVALS, Array, Floats, Format
 
 CODEBOOKS = ("lloyd_max", "mlx_native")
@@ -116,7 +116,7 @@ def main() -> None:
     results = []
     for head_dim in harness.track(tq_hb.supported_head_dims(), "D = {}".format):
         results += compare(head_dim)
-    harness.finish("rate_distortion", results, args.out, tables.rate_distortion, plot=plots.rate_distortion)
+    harness.finish("rate_distortion", results, args.out, codec_tables.rate_distortion, plot=plots.rate_distortion)
 
 
 if __name__ == "__main__":
