@@ -17,6 +17,7 @@ import tq_hb
 from bench import cpu_tables, harness
 from tq_hb import _core
 from tq_hb.cli._sampling import sample
+from tq_hb.options import norms_shape
 
 _TOKENS = 512
 # KV heads, head size.
@@ -79,11 +80,10 @@ def recorded_op(k: Floats, v: Floats, bits: int, packing: str) -> Callable[[], o
     hp = tq_hb.HadamardQuantizeKvHbParams(
         head_dim=head_dim, num_kv_heads=kv_heads, write_pos=0, cache_capacity=tokens, codebook_bits=bits
     )
-    norms_shape = (kv_heads, tokens) if head_dim <= 256 else (kv_heads, tokens, head_dim // 256)
     row_bytes = _core.row_bytes(packing, bits, head_dim)
     src_k, src_v = device.array(k), device.array(v)
     k_packed, v_packed = (device.empty((kv_heads, tokens, row_bytes), np.uint8) for _ in range(2))
-    k_norms, v_norms = device.empty(norms_shape), device.empty(norms_shape)
+    k_norms, v_norms = (device.empty(norms_shape((kv_heads, tokens), head_dim)) for _ in range(2))
 
     def call() -> None:
         encoder = device.encoder()

@@ -11,6 +11,7 @@ import numpy as np
 
 import tq_hb
 from tq_hb import _core
+from tq_hb.options import norms_shape
 
 # Slots of csrc/core/abi.h, as the simulator names buffers without a label.
 _QUERY, _WRITTEN = "<slot 1>", "<slot 6>"
@@ -58,7 +59,7 @@ def run(
         rng.integers(0, 256, (*rows, _core.row_bytes(packing, bits, p.head_dim)), dtype=np.uint8)
         for bits in (p.codebook_bits, v_bits)
     )
-    norms = np.ones(rows if p.head_dim <= 256 else (*rows, 2), np.float32)
+    norms = np.ones(norms_shape(rows, p.head_dim), np.float32)
     _statistics(reset=True)
     options: dict[str, Any] = {"nwg": nwg, "v_bits": v_bits, "packing": packing, "device": device}
     tq_hb.flash_attn_vec_tq_hb(q, k, norms, v, norms, p, **options)

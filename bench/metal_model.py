@@ -69,7 +69,7 @@ class Shape:
     @property
     def norms(self) -> int:
         """Norms of one row."""
-        return max(1, self.head_dim // 256)
+        return _core.norms_per_row(self.head_dim)
 
     @property
     def planes(self) -> int:

@@ -34,6 +34,7 @@ import numpy as np
 import tq_hb
 from bench import cuda_tables, harness, plots
 from bench.flashinfer_peer import HEAD_DIMS, FlashInfer
+from tq_hb.options import norms_shape
 
 ROTATION_BYTES = 256 << 20
 MIN_CALLS = 12
@@ -122,9 +123,8 @@ class Cache:
         self.bits = bits
         self.heads, self.kv_heads, self.head_dim, self.keys = shape
         generator = torch.Generator("cuda").manual_seed(seed)
-        norms = (self.kv_heads, self.keys, 2) if self.head_dim == 512 else (self.kv_heads, self.keys)
         self.packed = [device.empty((self.kv_heads, self.keys, self.head_dim * bits // 8), np.uint8) for _ in range(2)]
-        self.norms = [device.empty(norms) for _ in range(2)]
+        self.norms = [device.empty(norms_shape((self.kv_heads, self.keys), self.head_dim)) for _ in range(2)]
         run = 16384
         for first in range(0, self.keys, run):
             tokens = min(run, self.keys - first)
