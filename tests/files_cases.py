@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,18 @@ def make_saved(
         v_codes=v_codes,
         v_norms=v_norms,
     )
+
+
+def same(a: SavedCache, b: SavedCache) -> bool:
+    """Whether two saved caches agree in every field and every bit."""
+    for name in (member.name for member in fields(SavedCache)):
+        x, y = getattr(a, name), getattr(b, name)
+        if name not in ARRAYS or x is None or y is None:
+            if type(x) is not type(y) or x != y:
+                return False
+        elif (x.dtype, x.shape, x.tobytes()) != (y.dtype, y.shape, y.tobytes()):
+            return False
+    return True
 
 
 @dataclass
