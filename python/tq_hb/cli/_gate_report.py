@@ -142,7 +142,7 @@ def markdown(report: Report, plots: dict[str, str]) -> str:
         "",
         "(✓) and (✗): lets it through or not, though an interval reaches over a limit, on either side.\n",
         f"## Every setting: {_scope(report)}\n",
-        _table(report, "worst", [*(["needles"] if report["reference_needles"] else []), *gates]),
+        _table(report, None, [*(["needles"] if report["reference_needles"] else []), *gates]),
     ]
     for kind, file in plots.items():
         parts.append(f"![{kind}]({file})\n")
@@ -176,8 +176,9 @@ def _about(report: Report) -> str:
     )
 
 
-def _table(report: Report, text: str, more: Sequence[str]) -> str:
-    figures = {row["name"]: row["worst"] if text == "worst" else row["texts"][text] for row in report["settings"]}
+def _table(report: Report, text: str | None, more: Sequence[str]) -> str:
+    """Return the settings' figures on a text, or each on the text where it is worst."""
+    figures = {row["name"]: row["worst"] if text is None else row["texts"][text] for row in report["settings"]}
     names = [name for name in _COLUMNS if name in next(iter(figures.values()))]
     header = ["K/V bits", "bytes per token", *(_heading(name) for name in names), *more]
     lines = [header, ["---"] + ["---:"] * (len(header) - 1)]

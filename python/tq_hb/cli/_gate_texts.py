@@ -44,14 +44,14 @@ def own_texts(tokenizer: Any, length: int) -> list[Text]:
 
 
 def user_text(tokenizer: Any, path: Path, length: int) -> Text:
-    """Return the first `length` tokens of a file.
+    """Return the first `length` tokens of a file, which its path names.
 
     Raises
     ------
     tq_hb.InvalidArgument
         If it can't be read or has fewer.
     """
-    return _cut(tokenizer, path.name, str(path), read_text(path), length)
+    return _cut(tokenizer, str(path), "a file", read_text(path), length)
 
 
 def read_text(path: Path) -> str:

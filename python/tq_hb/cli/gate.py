@@ -91,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     width = None if sys.stdout.isatty() else 120
     console = Console(stderr=args.json, highlight=False, width=width)
     begin, cpu_begin = time.perf_counter(), time.process_time()
+    _check_texts(args)
     pairs, choices = _choices(args)
     job, about = _prepare(args, console)
     if job is None:
@@ -153,6 +154,14 @@ def _prepare(args: argparse.Namespace, console: Console) -> tuple[Job | None, di
         ],
         "needle_depths": None if args.no_needles else texts[-1].depths,
     }
+
+
+def _check_texts(args: argparse.Namespace) -> None:
+    """Refuse texts of one name, under which only the last one's figures would be kept."""
+    names = [str(Path(text)) for text in args.text or ()]
+    for name in names:
+        if names.count(name) > 1:
+            raise tq_hb.InvalidArgument(f"--text must name every text once, got {name} {names.count(name)} times")
 
 
 def _texts(tokenizer: Any, args: argparse.Namespace) -> list[Text]:
