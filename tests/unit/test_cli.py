@@ -116,24 +116,57 @@ def test_bench_prints_tables(capsys):
         assert f"\n{op}: heads 4, kv_heads 2, head_dim 256, kv_len 70, k_bits 8, v_bits 8, packing byte\n" in printed
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "--head-dim 96",
-        "--heads 3",
-        "--k-bits 4",
-        "--kv-len 0",
-        "--samples 29",
-        "--threads 0",
-        "--device nonsense",
-    ],
-)
-def test_a_refusal_is_one_line_and_exit_code_2(arguments, capsys):
-    assert main(["bench", *SMALL, *arguments.split()]) == 2
+def refused(capsys, command: str, *options: str) -> str:
+    """Return what the one line to standard error says."""
+    assert main([command, *(SMALL if command == "bench" else ()), *options]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
-    assert captured.err.startswith("tq-hb bench: ")
+    assert captured.err.startswith(f"tq-hb {command}: ")
+    return captured.err
+
+
+@pytest.mark.parametrize("arguments", ["--heads 3", "--device nonsense", "--kv-len 2000000000 --kv-heads 2000000000"])
+def test_a_refusal_is_one_line_and_exit_code_2(arguments, capsys):
+    refused(capsys, "bench", *arguments.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "bench --heads -1",
+        "bench --kv-heads -1",
+        "bench --head-dim -1",
+        "bench --head-dim 96",
+        "bench --kv-len 0",
+        "bench --kv-len 99999999999999999999",
+        "bench --k-bits 4",
+        "bench --v-bits 7",
+        "bench --samples 29",
+        "bench --threads 0",
+        "calibrate tiny --out x --tokens -1",
+        "calibrate tiny --out x --context 0",
+        "calibrate tiny --out x --threads 2000",
+        "gate tiny --tokens 0",
+        "gate tiny --threads 0",
+        "generate --quick --max-new-tokens 0",
+        "generate --quick --max-new-tokens -3",
+        "generate --quick --k-bits 4",
+        "generate --quick --v-bits -8",
+        "generate --quick --seed 99999999999999999999",
+    ],
+)
+def test_a_number_that_an_option_does_not_take_is_refused_by_name(arguments, capsys):
+    command, *_, option, value = arguments.split()
+    message = refused(capsys, *arguments.split())
+    assert message.startswith(f"tq-hb {command}: {option} must be ")
+    assert message.endswith(f", got {value}\n")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError("Unable to allocate 3 TiB")])
+def test_what_the_machine_has_no_room_for_is_said_in_a_line(error, monkeypatch, capsys):
+    monkeypatch.setattr(info, "collect", lambda: (_ for _ in ()).throw(error))
+    assert refused(capsys, "info") == f"tq-hb info: {error}\n"
 
 
 def test_module_and_command_are_the_same():

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.command_line = shlex.join(["tq-hb", *argv])
     try:
         code: int = args.run(args)
-    except (tq_hb.InvalidArgument, tq_hb.UnsupportedError, tq_hb.DeviceError) as error:
+    except (tq_hb.InvalidArgument, tq_hb.UnsupportedError, tq_hb.DeviceError, OSError, MemoryError) as error:
         print(f"tq-hb {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

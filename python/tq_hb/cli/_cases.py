@@ -59,10 +59,10 @@ def measure_attend(
     RuntimeError
         If the output is not that of float64 attention on the same codes.
     """
+    cache = _new_cache(shape, device)  # first: it refuses shapes that there is no room for
     rng = np.random.default_rng(shape.kv_len)
     q = rng.standard_normal((shape.heads, shape.head_dim), dtype=np.float32)
     k, v = rng.standard_normal((2, shape.kv_len, shape.kv_heads, shape.head_dim), dtype=np.float32)
-    cache = _new_cache(shape, device)
     cache.append(k, v)
     out = cache.attend(q)
     plan = cache.last_plan
@@ -103,10 +103,10 @@ def measure_append(
     RuntimeError
         If what was stored is further from what was appended than the codebooks allow.
     """
+    cache = _new_cache(shape, device, sliding_window=shape.kv_len)
     rng = np.random.default_rng(shape.kv_len)
     run = min(_APPEND_RUN_TOKENS, shape.kv_len)
     k, v = rng.standard_normal((2, run, shape.kv_heads, shape.head_dim), dtype=np.float32)
-    cache = _new_cache(shape, device, sliding_window=shape.kv_len)
     cache.append(k, v)
     errors = {}
     for name, bits, stored, given in zip("kv", (shape.k_bits, shape.v_bits), cache.dequantize(), (k, v), strict=True):

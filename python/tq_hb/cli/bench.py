@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from tq_hb import Device
     from tq_hb.cli._cases import Shape
 
-_FEWEST_SAMPLES = 30
+_SAMPLES = range(30, 2**31)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -54,17 +54,17 @@ def run(args: argparse.Namespace) -> int:
     >>> from tq_hb.cli import bench
     >>> bench.run(argparse.Namespace(samples=1))
     Traceback (most recent call last):
-    tq_hb.InvalidArgument: bench: samples must be at least 30, got 1
+    tq_hb.InvalidArgument: --samples must be at least 30, got 1
     """
     import tq_hb
     from tq_hb.cli import _machine
+    from tq_hb.cli._arguments import COUNTS, THREADS, check_numbers
     from tq_hb.cli._cases import Shape
     from tq_hb.cli._output import print_json
 
-    if args.samples < _FEWEST_SAMPLES:
-        raise tq_hb.InvalidArgument(f"bench: samples must be at least {_FEWEST_SAMPLES}, got {args.samples}")
-    if args.kv_len < 1:
-        raise tq_hb.InvalidArgument(f"bench: kv_len must be at least 1, got {args.kv_len}")
+    bits = tq_hb.supported_bits()
+    check_numbers(args, samples=_SAMPLES, heads=COUNTS, kv_heads=COUNTS, head_dim=tq_hb.supported_head_dims())
+    check_numbers(args, kv_len=COUNTS, k_bits=bits, v_bits=bits, threads=THREADS)
     if args.threads is not None:
         tq_hb.set_num_threads(args.threads)
     shape = Shape(args.heads, args.kv_heads, args.head_dim, args.kv_len, args.k_bits, args.v_bits, args.packing)

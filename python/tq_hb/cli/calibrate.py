@@ -67,10 +67,12 @@ def run(args: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
+    from tq_hb.cli._arguments import COUNTS, THREADS, check_numbers
     from tq_hb.cli._models import extras_of, load, require_packages
     from tq_hb.cli._output import print_json
     from tq_hb.cli._torch import set_up
 
+    check_numbers(args, tokens=COUNTS, context=COUNTS, threads=THREADS)
     require_packages({name: name for name in ("torch", "transformers", "safetensors")}, extras_of(args.model))
     set_up(args.threads)
     console = Console(stderr=args.json, highlight=False)
@@ -106,7 +108,7 @@ def _tokens(tokenizer: Any, args: argparse.Namespace) -> torch.Tensor:
     contents = (
         [read_text(file) for file in args.text] if args.text else [own_content(n) for n in ("documentation", "code")]
     )
-    share = max(args.tokens, 0) // len(contents)
+    share = args.tokens // len(contents)
     return torch.cat([beginning(tokenizer, content, share) for content in contents], dim=1)
 
 

@@ -80,10 +80,12 @@ def run(args: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
+    from tq_hb.cli._arguments import COUNTS, THREADS, check_numbers
     from tq_hb.cli._models import extras_of, require_packages
     from tq_hb.cli._output import print_json
     from tq_hb.cli._torch import set_up
 
+    check_numbers(args, tokens=COUNTS, threads=THREADS)
     packages = {name: name for name in ("torch", "transformers", "matplotlib", "safetensors")}
     require_packages(packages, extras_of(args.model, plots=True))
     set_up(args.threads)
@@ -130,8 +132,6 @@ def _prepare(args: argparse.Namespace, console: Console) -> tuple[Job | None, di
     if path.suffix == ".safetensors" and path.is_file():
         captured = load_capture(path)
         return CaptureJob(captured, store), {**about, "model": captured.model}
-    if args.tokens < 1:
-        raise tq_hb.InvalidArgument(f"tokens must be at least 1, got {args.tokens}")
     with console.status("loading") as status:
         loaded = load(args.model, lambda step: status.update(f"loading {args.model}: {step}"))
         tokenizer = loaded.tokenizer

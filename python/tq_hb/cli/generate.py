@@ -80,11 +80,15 @@ def run(args: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
+    import tq_hb
+    from tq_hb.cli._arguments import COUNTS, SEEDS, check_numbers
     from tq_hb.cli._generate_plot import plot_replay
     from tq_hb.cli._machine import describe
     from tq_hb.cli._models import extras_of, require_packages
     from tq_hb.cli._output import commit, print_json, write_whole
 
+    bits = tq_hb.supported_bits()
+    check_numbers(args, max_new_tokens=COUNTS, k_bits=bits, v_bits=bits, seed=SEEDS)
     _check_out(args)
     packages = {name: name for name in ("torch", "transformers", "matplotlib")}
     require_packages(packages, extras_of("tiny" if args.quick else "gemma-3-270m", plots=True))
@@ -194,7 +198,7 @@ def _generate(
         input_ids=inputs.input_ids,
         attention_mask=inputs.attention_mask,
         cache=cache,
-        max_new_tokens=args.max_new_tokens or workload.new_tokens,
+        max_new_tokens=workload.new_tokens if args.max_new_tokens is None else args.max_new_tokens,
         do_sample=True,
         temperature=0.7,
         top_p=0.9,
