@@ -20,6 +20,13 @@ from tq_hb.cli._replay import SETTINGS, compare, replay, steps_in_all  # noqa: E
 PREFILL, LENGTH = 70, 110
 
 
+@pytest.fixture(autouse=True)
+def _same_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def tiny():
     return make_tiny()
@@ -128,19 +135,21 @@ def test_the_texts_are_long_enough():
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("option", "content", "message"),
     [
-        (None, "must be a readable text file"),
-        (b"\xff\xfe\xff", "must be a readable text file"),
-        (b"short", "at least 128"),
+        ("--text-file", None, "text must be a readable text file"),
+        ("--text-file", b"\xff\xfe\xff", "text must be a readable text file"),
+        ("--text-file", b"short", "--text-file must have at least 128 tokens, got 5"),
+        ("--prompt-file", None, "text must be a readable text file"),
+        ("--prompt-file", b"", "--prompt-file must not be empty"),
     ],
 )
-def test_unusable_texts_are_refused(content, message, tmp_path, capsys):
+def test_unusable_texts_are_refused(option, content, message, tmp_path, capsys):
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_bytes(content)
-    assert main(["generate", "--quick", "--text-file", str(path), "--out", str(tmp_path / "out")]) == 2
-    assert message in capsys.readouterr().err
+    assert main(["generate", "--quick", option, str(path), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith(f"tq-hb generate: {message}")
     assert not (tmp_path / "out").exists()
 
 

@@ -11,6 +11,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tq_hb
+
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
@@ -80,25 +82,26 @@ def run(args: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
-    import tq_hb
     from tq_hb.cli._arguments import COUNTS, SEEDS, check_numbers
     from tq_hb.cli._generate_plot import plot_replay
     from tq_hb.cli._machine import describe
     from tq_hb.cli._models import extras_of, require_packages
     from tq_hb.cli._output import commit, print_json, write_whole
+    from tq_hb.cli._torch import set_up
 
     bits = tq_hb.supported_bits()
     check_numbers(args, max_new_tokens=COUNTS, k_bits=bits, v_bits=bits, seed=SEEDS)
     _check_out(args)
     packages = {name: name for name in ("torch", "transformers", "matplotlib")}
     require_packages(packages, extras_of("tiny" if args.quick else "gemma-3-270m", plots=True))
-    # Before torch is loaded: its waiting threads would spin, and take the cores from everything else, tq_hb included.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    set_up(None)
     console = Console(stderr=args.json, highlight=False)
     workload = QUICK if args.quick else FULL
-    loaded = _load(args.quick, console)
     prompt = _read(args.prompt_file, "prompt.txt", workload.prompt_characters)
+    if not prompt:
+        raise tq_hb.InvalidArgument(f"--prompt-file must not be empty, got {args.prompt_file}")
     text = _read(args.text_file, "replay.txt", workload.text_characters)
+    loaded = _load(args.quick, console)
     text_tokens = _text_tokens(loaded, text, workload)
 
     generated = _generate(loaded, prompt, workload, args, console)
@@ -134,11 +137,8 @@ def _check_out(args: argparse.Namespace) -> None:
     changes = ("quick", "prompt_file", "text_file", "max_new_tokens")
     given = [f"--{name.replace('_', '-')}" for name in changes if getattr(args, name)]
     if given and has_results_of_documents(args.out):
-        import tq_hb
-
         raise tq_hb.InvalidArgument(
-            f"generate: --out must be another folder than the results that the documents show, with {given[0]}, "
-            f"got {args.out}"
+            f"--out must be another folder than the results that the documents show, with {given[0]}, got {args.out}"
         )
 
 
@@ -151,24 +151,18 @@ def _load(quick: bool, console: Console) -> LoadedModel:
 
 def _read(path: Path | None, name: str, characters: int | None) -> str:
     """Return the file's text, or without one the beginning of the text of that name in the package."""
-    if path is None:
-        return (resources.files("tq_hb.cli") / "data" / name).read_text(encoding="utf-8").rstrip()[:characters]
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        import tq_hb
+    from tq_hb.cli._gate_texts import read_text
 
-        raise tq_hb.InvalidArgument(f"generate: {path} must be a readable text file, got {error}") from error
+    if path is not None:
+        return read_text(path)
+    return (resources.files("tq_hb.cli") / "data" / name).read_text(encoding="utf-8").rstrip()[:characters]
 
 
 def _text_tokens(loaded: LoadedModel, text: str, workload: Workload) -> torch.Tensor:
     tokens: torch.Tensor = loaded.tokenizer(text, return_tensors="pt").input_ids
     if tokens.shape[1] < workload.fewest_text_tokens:
-        import tq_hb
-
         raise tq_hb.InvalidArgument(
-            f"generate: the text to replay must have at least {workload.fewest_text_tokens} tokens, "
-            f"got {tokens.shape[1]}"
+            f"--text-file must have at least {workload.fewest_text_tokens} tokens, got {tokens.shape[1]}"
         )
     return tokens
 
