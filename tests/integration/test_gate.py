@@ -521,7 +521,7 @@ def test_calibrate_writes_means_that_gate_takes(tmp_path, capsys):
 
 
 def test_gate_takes_what_it_captured(tmp_path, capsys):
-    file = tmp_path / "tiny.safetensors"
+    file = tmp_path / "new" / "tiny.safetensors"
     assert main(["gate", "tiny", "--tokens", "300", "--threads", "1", "--capture", str(file)]) == 0
     assert (
         main(["gate", str(file), "--threads", "1", "--widths", "8/8,5/5", "--out", str(tmp_path / "out"), "--json"])

@@ -163,6 +163,33 @@ def test_a_number_that_an_option_does_not_take_is_refused_by_name(arguments, cap
     assert message.endswith(f", got {value}\n")
 
 
+@pytest.mark.parametrize(
+    ("command", "kind", "option"),
+    [
+        ("calibrate nonsense", "file", "--out"),
+        ("gate nonsense", "folder", "--out"),
+        ("gate nonsense", "file", "--capture"),
+        ("generate --quick", "folder", "--out"),
+    ],
+)
+def test_results_that_cannot_be_written_are_refused_before_they_are_measured(command, kind, option, tmp_path, capsys):
+    taken = tmp_path / "taken"
+    taken.touch()
+    out = taken / "new" / "out"
+    message = refused(capsys, *command.split(), option, str(out))
+    assert f": {option} must be a {kind} that can be written, got {out} (Not a directory)\n" in message
+    if kind == "file":
+        assert f"got {tmp_path} (it is a folder)\n" in refused(capsys, *command.split(), option, str(tmp_path))
+    assert list(tmp_path.iterdir()) == [taken]
+
+
+def test_a_folder_for_results_need_not_be_there_and_is_not_made_for_a_refusal(tmp_path, capsys):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    assert "model must be " in refused(capsys, "calibrate", "nonsense", "--out", str(tmp_path / "new" / "means"))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError("Unable to allocate 3 TiB")])
 def test_what_the_machine_has_no_room_for_is_said_in_a_line(error, monkeypatch, capsys):
     monkeypatch.setattr(info, "collect", lambda: (_ for _ in ()).throw(error))

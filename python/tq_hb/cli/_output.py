@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +40,20 @@ def print_table(console: Console, title: str, rows: Any) -> None:
     console.print(rows)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a file to write that takes the place of `path` once it is whole, in a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         file = Path(scratch) / path.name
-        file.write_bytes(content)
+        yield file
         file.replace(path)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    with whole(path) as file:
+        file.write_bytes(content)
 
 
 def is_checkout(root: Path) -> bool:

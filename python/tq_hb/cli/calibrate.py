@@ -67,12 +67,13 @@ def run(args: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
-    from tq_hb.cli._arguments import COUNTS, THREADS, check_numbers
+    from tq_hb.cli._arguments import COUNTS, THREADS, check_file, check_numbers
     from tq_hb.cli._models import extras_of, load, require_packages
-    from tq_hb.cli._output import print_json
+    from tq_hb.cli._output import print_json, whole
     from tq_hb.cli._torch import set_up
 
     check_numbers(args, tokens=COUNTS, context=COUNTS, threads=THREADS)
+    check_file("--out", args.out)
     require_packages({name: name for name in ("torch", "transformers", "safetensors")}, extras_of(args.model))
     set_up(args.threads)
     console = Console(stderr=args.json, highlight=False)
@@ -80,8 +81,8 @@ def run(args: argparse.Namespace) -> int:
         loaded = load(args.model, lambda step: status.update(f"loading {args.model}: {step}"))
         tokens = _tokens(loaded.tokenizer, args)
     calibration, residuals = _calibrate(loaded.model, loaded.name, tokens, args.context, console)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    calibration.save(args.out)
+    with whole(args.out) as file:
+        calibration.save(file)
     report = {
         "model": loaded.name,
         "tokens": calibration.tokens,

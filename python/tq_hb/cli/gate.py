@@ -80,12 +80,16 @@ def run(args: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
-    from tq_hb.cli._arguments import COUNTS, THREADS, check_numbers
+    from tq_hb.cli._arguments import COUNTS, THREADS, check_file, check_folder, check_numbers
     from tq_hb.cli._models import extras_of, require_packages
     from tq_hb.cli._output import print_json
     from tq_hb.cli._torch import set_up
 
     check_numbers(args, tokens=COUNTS, threads=THREADS)
+    if args.capture is None:
+        check_folder("--out", _directory(args))
+    else:
+        check_file("--capture", args.capture)
     packages = {name: name for name in ("torch", "transformers", "matplotlib", "safetensors")}
     require_packages(packages, extras_of(args.model, plots=True))
     set_up(args.threads)
@@ -124,7 +128,7 @@ def _prepare(args: argparse.Namespace, console: Console) -> tuple[Job | None, di
     from tq_hb.cli._gate_texts import needle_text
     from tq_hb.cli._machine import describe
     from tq_hb.cli._models import load
-    from tq_hb.cli._output import commit
+    from tq_hb.cli._output import commit, whole
 
     about: dict[str, Any] = {"machine": {**describe(), "commit": commit()}}
     store = Store(_directory(args) / "measured")
@@ -138,7 +142,9 @@ def _prepare(args: argparse.Namespace, console: Console) -> tuple[Job | None, di
         texts = _texts(tokenizer, args)
         if args.capture is not None:
             status.update("capturing")
-            save_capture(args.capture, capture(loaded.model, loaded.name, texts[0].tokens, lambda _: None))
+            captured = capture(loaded.model, loaded.name, texts[0].tokens, lambda _: None)
+            with whole(args.capture) as file:
+                save_capture(file, captured)
             console.print(f"Written: {args.capture}", soft_wrap=True)
             return None, about
         if not args.no_needles:

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
-    from tq_hb.cli._arguments import COUNTS, SEEDS, check_numbers
+    from tq_hb.cli._arguments import COUNTS, SEEDS, check_folder, check_numbers
     from tq_hb.cli._generate_plot import plot_replay
     from tq_hb.cli._machine import describe
     from tq_hb.cli._models import extras_of, require_packages
@@ -91,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
     bits = tq_hb.supported_bits()
     check_numbers(args, max_new_tokens=COUNTS, k_bits=bits, v_bits=bits, seed=SEEDS)
+    check_folder("--out", args.out)
     _check_out(args)
     packages = {name: name for name in ("torch", "transformers", "matplotlib")}
     require_packages(packages, extras_of("tiny" if args.quick else "gemma-3-270m", plots=True))
