@@ -514,10 +514,30 @@ def test_calibrate_writes_means_that_gate_takes(tmp_path, capsys):
     assert (plain["name"], centred["name"]) == ("6/6", "6/6 centred")
     assert plain["worst"]["kl_mean"] != centred["worst"]["kl_mean"]
 
-    other = tmp_path / "other.safetensors"
-    Calibration((np.zeros((2, 64), np.float32),) * 6, "gemma3_text").save(other)
-    assert main(["gate", "tiny", *own, "--k-mean", str(other), "--out", str(tmp_path / "out")]) == 2
-    assert "k-mean must have shape (1, 256) in layer 0, got (2, 64)" in capsys.readouterr().err
+
+@pytest.mark.parametrize(
+    ("shape", "layers", "model_type", "message", "of_capture"),
+    [
+        ((1, 256), 6, "llama", "must be of a model of type 'gemma3_text', got one of 'llama'", None),
+        ((1, 256), 7, "gemma3_text", "must be for the model's 6 layers, got 7", "be for 6 captured layers, got 7"),
+        ((2, 64), 6, "gemma3_text", "of layer 0 must have shape (1, 256), got (2, 64)", "shape (1, 256), got (2, 64)"),
+    ],
+    ids=["another type", "more layers", "another shape"],
+)
+def test_means_of_another_model_are_refused_before_anything_is_measured(
+    shape, layers, model_type, message, of_capture, tiny, text, tmp_path, capsys
+):
+    means, captured = tmp_path / "means.safetensors", tmp_path / "tiny.safetensors"
+    Calibration((np.zeros(shape, np.float32),) * layers, model_type).save(means)
+    save_capture(captured, capture(tiny.model, "tiny", text.tokens, ignore))
+    for model, why in {"tiny": message, str(captured): of_capture}.items():
+        if why is None:  # a capture does not tell what kind of model it is of
+            continue
+        assert main(["gate", model, *SMALL, "--k-mean", str(means), "--out", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert f"--k-mean must be of the model that is measured, got {means} (" in error
+        assert why in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_gate_takes_what_it_captured(tmp_path, capsys):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+import tq_hb
 from tq_hb.cli._gate_caches import WIDEST, Layer, Widths
 from tq_hb.cli._gate_capture import Capture, measure_capture
 from tq_hb.cli._gate_replay import CHUNK, SAMPLED_EVERY, Attention, Pass, layers_of, replay, replay_reference
@@ -30,6 +31,8 @@ from tq_hb.cli._gate_stats import (
 from tq_hb.cli._gate_store import Arrays, Store
 from tq_hb.cli._gate_texts import Text
 from tq_hb.cli._models import LoadedModel
+from tq_hb.integrations.calibration import Calibration
+from tq_hb.integrations.transformers import TqCache
 
 _TRIED_WITH_EXCEPTIONS = 2
 """Settings just below the smallest one that passes that are tried with a few layers at the widest."""
@@ -99,6 +102,10 @@ class Job:
         """Measure settings; `on_step` is told what is being done, and how many more steps are."""
         raise NotImplementedError
 
+    def check_means(self, calibration: Calibration) -> None:
+        """Raise `tq_hb.InvalidArgument` if a calibration is not of what is measured."""
+        raise NotImplementedError
+
     @property
     def primary(self) -> Gate:
         """The gate that exceptions are sought for."""
@@ -122,6 +129,9 @@ class ModelJob(Job):
         return [
             _outcome(setting, [results[i] for results in per_text], self.gates) for i, setting in enumerate(settings)
         ]
+
+    def check_means(self, calibration: Calibration) -> None:
+        TqCache(self._model.config, k_mean=calibration)
 
     def _measure_text(
         self, text: Text, settings: Sequence[Widths], on_step: Callable[[str, int], object]
@@ -182,6 +192,15 @@ class CaptureJob(Job):
 
     def measure(self, settings: Sequence[Widths], on_step: Callable[[str, int], object]) -> list[Outcome]:
         return [_outcome(setting, [self._measure(setting, on_step)], self.gates) for setting in settings]
+
+    def check_means(self, calibration: Calibration) -> None:
+        means = calibration.k_means
+        if len(means) != len(self.layers):
+            raise tq_hb.InvalidArgument(f"k_means must be for {len(self.layers)} captured layers, got {len(means)}")
+        for layer, mean in zip(self.layers, means, strict=True):
+            shape = (layer.kv_heads, layer.head_dim)
+            if mean is not None and mean.shape != shape:
+                raise tq_hb.InvalidArgument(f"k_means[{layer.index}] must have shape {shape}, got {mean.shape}")
 
     def _measure(self, setting: Widths, on_step: Callable[[str, int], object]) -> Measured:
         key = {"capture": self.identity, "setting": setting.describe(), "chunk": CHUNK, "sampled_every": SAMPLED_EVERY}

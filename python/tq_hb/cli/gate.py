@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tq_hb.cli._gate_caches import Widths
     from tq_hb.cli._gate_run import Job, Outcome
     from tq_hb.cli._gate_texts import Text
+    from tq_hb.integrations.calibration import Calibration
 
 WIDTHS = "8/8,8/6,6/8,8/5,5/8,6/6,6/5,5/6,5/5"
 
@@ -98,11 +99,11 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=args.json, highlight=False, width=width)
     begin, cpu_begin = time.perf_counter(), time.process_time()
     _check_texts(args)
-    pairs, choices = _choices(args)
+    pairs, means = _pairs(args), _means(args)
     job, about = _prepare(args, console)
     if job is None:
         return 0
-    outcomes = _measure(job, _settings(pairs, choices, job), with_exceptions=not args.no_exceptions, console=console)
+    outcomes = _measure(job, _settings(pairs, means, job), with_exceptions=not args.no_exceptions, console=console)
     from tq_hb.cli._gate_report import make_report
 
     report = {
@@ -178,8 +179,8 @@ def _texts(tokenizer: Any, args: argparse.Namespace) -> list[Text]:
     return [own[name] if name in own else user_text(tokenizer, Path(name), args.tokens) for name in names]
 
 
-def _choices(args: argparse.Namespace) -> tuple[list[tuple[int, int]], list[str]]:
-    """Return the pairs of bits, and what to centre keys on, none of them twice."""
+def _pairs(args: argparse.Namespace) -> list[tuple[int, int]]:
+    """Return the pairs of bits, none of them twice."""
     pairs = []
     for text in args.widths.split(","):
         match = re.fullmatch(r"(\d+)/(\d+)", text.strip())
@@ -187,40 +188,39 @@ def _choices(args: argparse.Namespace) -> tuple[list[tuple[int, int]], list[str]
             known = ", ".join(map(str, tq_hb.supported_bits()))
             raise tq_hb.InvalidArgument(f"widths must be K/V pairs of {known}, got {text.strip()!r}")
         pairs.append((int(match[1]), int(match[2])))
+    return list(dict.fromkeys(pairs))
+
+
+def _means(args: argparse.Namespace) -> dict[str, Calibration | None]:
+    """Return what to centre keys on, and what is in the one file among it."""
+    from tq_hb.integrations.calibration import Calibration
+
     choices = list(dict.fromkeys(args.k_mean or ["none"]))
     if len(set(choices) - {"none", "prefill"}) > 1:
         raise tq_hb.InvalidArgument(f"k-mean must name one file at most, got {', '.join(choices)}")
-    return list(dict.fromkeys(pairs)), choices
+    return {choice: None if choice in ("none", "prefill") else Calibration.load(choice) for choice in choices}
 
 
-def _settings(pairs: list[tuple[int, int]], choices: list[str], job: Job) -> list[Widths]:
+def _settings(pairs: list[tuple[int, int]], means: Mapping[str, Calibration | None], job: Job) -> list[Widths]:
     """Return the settings in the order of their bytes."""
     from tq_hb.cli._gate_caches import Widths
-    from tq_hb.integrations.calibration import Calibration
 
     settings = []
-    for choice in choices:
+    for choice, calibration in means.items():
         k_mean: Any = None
         centring = ""
-        if choice == "prefill":
+        if calibration is not None:
+            try:
+                job.check_means(calibration)
+            except tq_hb.InvalidArgument as error:
+                raise tq_hb.InvalidArgument(
+                    f"--k-mean must be of the model that is measured, got {choice} ({error})"
+                ) from error
+            k_mean, centring = calibration.k_means, "centred"
+        elif choice == "prefill":
             k_mean, centring = "prefill", "prefill mean"
-        elif choice != "none":
-            k_mean, centring = Calibration.load(choice).k_means, "centred"
-            _check_means(k_mean, job, choice)
         settings += [Widths(k, v, k_mean=k_mean, centring=centring) for k, v in pairs]
     return sorted(settings, key=lambda setting: -(setting.k_bits + setting.v_bits))
-
-
-def _check_means(k_means: Sequence[Any], job: Job, source: str) -> None:
-    for layer in job.layers:
-        mean = k_means[layer.index] if layer.index < len(k_means) else "nothing"
-        if mean is None:
-            continue
-        if not hasattr(mean, "shape") or mean.shape != (layer.kv_heads, layer.head_dim):
-            raise tq_hb.InvalidArgument(
-                f"k-mean must have shape {(layer.kv_heads, layer.head_dim)} in layer {layer.index}, "
-                f"got {getattr(mean, 'shape', mean)} in {source}"
-            )
 
 
 def _measure(job: Job, settings: list[Widths], *, with_exceptions: bool, console: Console) -> list[Outcome]:
