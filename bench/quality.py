@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its waiting
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,7 +29,7 @@ from bench.formats import RIVALS, Floats, Format
 from bench.rope import RotatingMean
 from tq_hb.cli._gate_caches import Decoded, FloatCache, Layer, Setting, Widths
 from tq_hb.cli._gate_replay import replay, replay_reference
-from tq_hb.cli._gate_scores import Scores, score
+from tq_hb.cli._gate_scores import score
 from tq_hb.cli._gate_texts import own_texts
 from tq_hb.cli._models import LoadedModel, load
 from tq_hb.integrations.calibration import Calibration
@@ -222,23 +222,10 @@ def measure(
                 "on_codes": setting.on_codes,
                 "kernels": run.kernels,
                 "layer_loss": [float(1 - cosine) for cosine in run.attention.cosine.mean(axis=1)],
-                **_summary(scores),
+                **asdict(scores.summary()),
             }
             for (tags, setting), run, scores in zip(some, runs, all_scores, strict=True)
         ]
-
-
-def _summary(scores: Scores) -> dict[str, Any]:
-    perplexity, reference_perplexity = (float(np.exp(nll.mean())) for nll in (scores.nll, scores.reference_nll))
-    return {
-        "mean_kl": float(scores.kl.mean()),
-        "mean_kl_standard_error": float(scores.kl.std() / np.sqrt(len(scores.kl))),
-        "p99_kl": float(np.quantile(scores.kl, 0.99)),
-        "top1_agreement": float(scores.same_top1.mean()),
-        "perplexity": perplexity,
-        "reference_perplexity": reference_perplexity,
-        "predictions": len(scores.kl),
-    }
 
 
 def _quiet(_count: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -222,6 +223,12 @@ def test_scores_agree_with_their_definitions_in_float64(softcap, bias, error):
         assert (scored.right == (q.argmax(-1) == targets).numpy())[clear].all()
         assert scored.reference_right[:50][is_clear(p)[:50].numpy()].all()
     assert (scores[1].kl == 0).all()
+    got, kl = scores[0].summary(), scores[0].kl
+    assert (got.mean_kl, got.predictions) == (pytest.approx(statistics.fmean(kl)), 300)
+    assert got.mean_kl_standard_error == pytest.approx(statistics.stdev(kl) / 300**0.5)
+    assert got.top1_agreement == pytest.approx(statistics.fmean(scores[0].same_top1))
+    assert got.perplexity == pytest.approx(np.exp(statistics.fmean(scores[0].nll)))
+    assert got.reference_perplexity == pytest.approx(np.exp(statistics.fmean(scores[0].reference_nll)))
 
 
 def logits64(model, hidden):

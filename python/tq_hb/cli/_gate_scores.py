@@ -18,6 +18,19 @@ Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
+class Summary:
+    """What predictions come to, KL in nats."""
+
+    mean_kl: float
+    mean_kl_standard_error: float
+    p99_kl: float
+    top1_agreement: float
+    perplexity: float
+    reference_perplexity: float
+    predictions: int
+
+
+@dataclass(frozen=True)
 class Scores:
     """A setting's predictions of every next token against the reference's, each of shape (predictions,).
 
@@ -31,6 +44,18 @@ class Scores:
     reference_nll: npt.NDArray[np.float64]
     right: npt.NDArray[np.bool_]
     reference_right: npt.NDArray[np.bool_]
+
+    def summary(self) -> Summary:
+        """Return what they come to; the standard error takes positions for independent."""
+        return Summary(
+            mean_kl=float(self.kl.mean()),
+            mean_kl_standard_error=float(self.kl.std(ddof=1) / np.sqrt(len(self.kl))),
+            p99_kl=float(np.quantile(self.kl, 0.99)),
+            top1_agreement=float(self.same_top1.mean()),
+            perplexity=float(np.exp(self.nll.mean())),
+            reference_perplexity=float(np.exp(self.reference_nll.mean())),
+            predictions=len(self.kl),
+        )
 
 
 def score(

@@ -6,16 +6,16 @@ texts differ everywhere and say nothing about the cache.
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
+from tq_hb.cli._gate_scores import Floats, Summary, score
 from tq_hb.integrations.transformers import TqCache, enable
 
 _TURN = 16
@@ -23,8 +23,6 @@ _TURN = 16
 
 _TIMED_EVERY = 8
 """One step in so many runs the output layer too, as generating does, and is timed. It would double the time of all."""
-
-_SCORED_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,8 @@ SETTINGS = (Setting(None), Setting((8, 8)), Setting((8, 6)), Setting((6, 6)), Se
 
 
 @dataclass(frozen=True)
-class Result:
-    """What one setting costs, and what it changes."""
+class Result(Summary):
+    """What one setting costs, beside what it changes."""
 
     setting: Setting
     bytes_per_token: int
@@ -58,11 +56,6 @@ class Result:
     decode_ms: float
     decode_ms_quartiles: tuple[float, float]
     timed_steps: int
-    mean_kl: float
-    mean_kl_standard_error: float
-    p99_kl: float
-    top1_agreement: float
-    perplexity: float
     kernels: tuple[str, ...]
 
 
@@ -99,8 +92,9 @@ def replay(model: Any, tokens: torch.Tensor, prefill: int, on_steps: Callable[[i
                 for position in positions:
                     run.decode(tokens[:, position : position + 1], timed=position % _TIMED_EVERY == 0)
                 on_steps(len(positions))
-        scores = _score(model, [run.hidden() for run in runs], tokens[0, prefill + 1 :], on_steps)
-        return [run.result(score) for run, score in zip(runs, scores, strict=True)]
+        hidden = [run.hidden() for run in runs]
+        scores = score(model, hidden[0], hidden, tokens[0, prefill + 1 :], on_steps)
+        return [run.result(scored.summary()) for run, scored in zip(runs, scores, strict=True)]
 
 
 def steps_in_all(length: int, prefill: int) -> int:
@@ -137,25 +131,21 @@ class _Run:
             self._model.lm_head(self._hidden[-1])
             self._times_ms.append(1e3 * (time.perf_counter() - begin))
 
-    def hidden(self) -> torch.Tensor:
-        return torch.cat(self._hidden)
+    def hidden(self) -> Floats:
+        hidden: Floats = torch.cat(self._hidden).numpy()
+        return hidden
 
-    def result(self, score: _Score) -> Result:
+    def result(self, summary: Summary) -> Result:
         lower, median, upper = statistics.quantiles(self._times_ms, n=4, method="inclusive")
-        kl = torch.cat(score.kl).double()
         per_token, nbytes = self._size()
         return Result(
+            **asdict(summary),
             setting=self._setting,
             bytes_per_token=per_token,
             nbytes=nbytes,
             decode_ms=median,
             decode_ms_quartiles=(lower, upper),
             timed_steps=len(self._times_ms),
-            mean_kl=kl.mean().item(),
-            mean_kl_standard_error=kl.std().item() / math.sqrt(len(kl)),
-            p99_kl=kl.quantile(0.99).item(),
-            top1_agreement=torch.cat(score.same_top1).double().mean().item(),
-            perplexity=math.exp(torch.cat(score.nll).double().mean().item()),
             kernels=self._kernels(),
         )
 
@@ -176,50 +166,6 @@ class _Run:
         if None in plans:
             raise RuntimeError(f"layer {plans.index(None)} never attended on codes")
         return tuple(sorted({kernel for plan in plans for kernel in plan.kernels}))
-
-
-class _Score:
-    """A setting's predictions against the reference's, a tensor per block of positions."""
-
-    def __init__(self) -> None:
-        self.kl: list[torch.Tensor] = []
-        self.same_top1: list[torch.Tensor] = []
-        self.nll: list[torch.Tensor] = []
-
-    def add(self, reference: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
-        """Compare logits, shape (positions, vocabulary); `targets` are the tokens that follow."""
-        kl, log_ratio = compare(reference, logits)
-        target_column = targets[:, None]
-        reference_nll = reference.logsumexp(-1) - reference.gather(1, target_column)[:, 0]
-        self.kl.append(kl)
-        self.same_top1.append(logits.argmax(-1) == reference.argmax(-1))
-        self.nll.append(reference_nll - log_ratio.gather(1, target_column)[:, 0])
-
-
-def compare(reference: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return KL(reference || logits) per row, and the log of the ratio of probabilities, logits' over reference's.
-
-    Both come from the difference of the logits, since subtracting float32 log-probabilities of hundreds of thousands
-    of tokens would leave little of a KL of 1e-4.
-    """
-    p = reference.softmax(-1)
-    difference = logits - reference
-    log_normaliser = torch.log1p(torch.linalg.vecdot(p, difference.expm1()))
-    return log_normaliser - torch.linalg.vecdot(p, difference), difference - log_normaliser[:, None]
-
-
-def _score(
-    model: Any, hidden: list[torch.Tensor], targets: torch.Tensor, on_steps: Callable[[int], object]
-) -> list[_Score]:
-    scores = [_Score() for _ in hidden]
-    for positions in _split(range(len(targets)), _SCORED_AT_ONCE):
-        rows = slice(positions.start, positions.stop)
-        reference = model.lm_head(hidden[0][rows])
-        for score, states in zip(scores, hidden, strict=True):
-            logits = reference if states is hidden[0] else model.lm_head(states[rows])
-            score.add(reference, logits, targets[rows])
-            on_steps(len(positions))
-    return scores
 
 
 def _split(positions: range, size: int) -> Iterator[range]:
