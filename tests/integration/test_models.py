@@ -52,3 +52,28 @@ def test_a_missing_package_is_named(name, missing, message, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None if module == missing else object())
     with pytest.raises(tq_hb.UnsupportedError, match=message):
         _models.load(name, print)
+
+
+def test_what_a_weights_file_is_converted_to_is_kept_whole(tmp_path, monkeypatch):
+    import transformers
+
+    tiny = _models.make_tiny()
+    read = []
+
+    def reader(result):
+        return lambda pretrained_model_name_or_path, **_: read.append(str(pretrained_model_name_or_path)) or result
+
+    parts = {"AutoTokenizer": tiny.tokenizer, "AutoConfig": tiny.model.config, "AutoModelForCausalLM": tiny.model}
+    for name, part in parts.items():
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", reader(part))
+    cache, weights = tmp_path / "cache", tmp_path / "weights.gguf"
+    cache.mkdir()
+
+    assert _models._load_gguf(weights, "weights", cache, lambda _: None).name == "weights"
+
+    (kept,) = cache.iterdir()
+    assert {"config.json", "tokenizer.json"} <= {file.name for file in kept.iterdir()}
+    converting, read[:] = read[:2], []
+    assert converting == [str(tmp_path)] * 2
+    _models._load_gguf(weights, "weights", cache, lambda _: None)
+    assert read == [str(kept), str(tmp_path), str(kept)]

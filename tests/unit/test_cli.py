@@ -14,6 +14,7 @@ import tolerance
 import tq_hb
 from tq_hb.cli import bench, info, main
 from tq_hb.cli._cases import attention64
+from tq_hb.cli._output import commit
 from tq_hb.cli._sampling import Timing, buffers_to_stay_cold, sample
 
 SMALL = ["--heads", "4", "--kv-heads", "2", "--kv-len", "70", "--samples", "30", "--no-peers"]
@@ -24,6 +25,27 @@ def _same_threads():
     before = tq_hb.num_threads()
     yield
     tq_hb.set_num_threads(before)
+
+
+def test_a_report_says_of_which_commit_it_is_and_whether_what_is_built_differs(tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=someone", "-c", "user.email=someone@example.org"]
+        command = ["git", *identity, *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert commit(tmp_path) is None
+    module = tmp_path / "python" / "tq_hb" / "__init__.py"
+    module.parent.mkdir(parents=True)
+    module.touch()
+    assert commit(tmp_path) is None
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    head = git("rev-parse", "HEAD")
+    (tmp_path / "notes").touch()
+    assert commit(tmp_path) == head
+    module.write_text("changed = True\n")
+    assert commit(tmp_path) == f"{head} with changes"
 
 
 def test_info_tells_devices_and_versions(capsys):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
+from tq_hb.cli import _markdown
 from tq_hb.cli._gate_run import Job, Outcome, smallest
-from tq_hb.cli._gate_stats import BLOCK, CONFIDENCE, RESAMPLES
+from tq_hb.cli._gate_stats import BLOCK, CONFIDENCE, RESAMPLES, layer_errors
+from tq_hb.cli._plots import png
 
 Report = dict[str, Any]
 
@@ -137,9 +138,7 @@ def markdown(report: Report, plots: dict[str, str]) -> str:
         *(f"- {sentence}" for sentence in sentences(report)),
         "",
         f"{_about(report)}\n",
-        "| gate | wants |\n| --- | --- |",
-        *(f"| {gate['name']} | {limits(gate)} |" for gate in report["gates"]),
-        "",
+        _markdown.table(("gate", "wants"), ((gate["name"], limits(gate)) for gate in report["gates"]), numeric_from=2),
         "(✓) and (✗): lets it through or not, though an interval reaches over a limit, on either side.\n",
         f"## Every setting: {_scope(report)}\n",
         _table(report, None, [*(["needles"] if report["reference_needles"] else []), *gates]),
@@ -181,29 +180,24 @@ def _table(report: Report, text: str | None, more: Sequence[str]) -> str:
     figures = {row["name"]: row["worst"] if text is None else row["texts"][text] for row in report["settings"]}
     names = [name for name in _COLUMNS if name in next(iter(figures.values()))]
     header = ["K/V bits", "bytes per token", *(_heading(name) for name in names), *more]
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
+    rows = []
     for row in report["settings"]:
         cells = [_figure(name, figures[row["name"]][name], interval=True) for name in names]
         extra = [_needles(row["needles"]) if name == "needles" else _mark(row, name) for name in more]
-        lines.append([row["name"], f"{row['bytes_per_token']:,.0f}", *cells, *extra])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        rows.append([row["name"], f"{row['bytes_per_token']:,.0f}", *cells, *extra])
+    return _markdown.table(header, rows)
 
 
 def _layer_table(report: Report) -> str:
-    rows = [row for row in report["settings"] if not row["exceptions"]]
-    header = ["layer", "window", "D", *(row["name"] for row in rows)]
-    lines = [header, ["---:"] * len(header)]
+    settings = [row for row in report["settings"] if not row["exceptions"]]
+    errors = [layer_errors(row["per_layer"]) for row in settings]
+    header = ["layer", "window", "D", *(row["name"] for row in settings)]
+    rows = []
     for i, layer in enumerate(report["layers"]):
-        cells = [f"{_layer_error(row)[i]:.1e}" for row in rows]
-        lines.append([str(layer["index"]), str(layer["window"] or "all"), str(layer["head_dim"]), *cells])
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        cells = [f"{error[i]:.1e}" for error in errors]
+        rows.append([str(layer["index"]), str(layer["window"] or "all"), str(layer["head_dim"]), *cells])
+    table = _markdown.table(header, rows, numeric_from=0)
     return f"One minus the mean cosine on the same inputs, mean of the texts.\n\n{table}"
-
-
-def _layer_error(row: Report) -> list[float]:
-    """Return per layer one minus the mean cosine, mean of the texts."""
-    values = [[1 - layer["cosine_mean"] for layer in layers] for layers in row["per_layer"].values()]
-    return [float(value) for value in np.mean(values, axis=0)]
 
 
 def plot_error(report: Report) -> bytes:
@@ -243,7 +237,7 @@ def plot_error(report: Report) -> bytes:
     axes.grid(alpha=0.3)
     axes.legend()
     _make_room(figure, axes)
-    return _png(figure)
+    return png(figure)
 
 
 def _make_room(figure: Any, axes: Any) -> None:
@@ -264,7 +258,7 @@ def plot_layers(report: Report) -> bytes:
     from matplotlib.figure import Figure
 
     rows = [row for row in report["settings"] if not row["exceptions"]]
-    error = np.maximum([_layer_error(row) for row in rows], 1e-9)
+    error = np.maximum([layer_errors(row["per_layer"]) for row in rows], 1e-9)
     figure = Figure(figsize=(2 + 0.35 * len(report["layers"]), 1.5 + 0.35 * len(rows)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(error, norm=LogNorm(), aspect="auto", cmap="viridis")
@@ -273,14 +267,7 @@ def plot_layers(report: Report) -> bytes:
     axes.set_xticks(range(len(kinds)), kinds, fontsize=7)
     axes.set(title=f"{report['model']}: attention outputs on the same inputs", xlabel="layer (*: full attention)")
     figure.colorbar(image, label="1 - mean cosine")
-    return _png(figure)
-
-
-def _png(figure: Any) -> bytes:
-    content = io.BytesIO()
-    # Without the name of the program in it, the same figure is the same file with any version.
-    figure.savefig(content, format="png", dpi=130, metadata={"Software": None})
-    return content.getvalue()
+    return png(figure)
 
 
 def _heading(name: str) -> str:

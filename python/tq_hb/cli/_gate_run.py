@@ -23,7 +23,10 @@ from tq_hb.cli._gate_stats import (
     OURS,
     Figure,
     Gate,
+    Verdict,
     attention_figures,
+    in_all,
+    layer_errors,
     layer_figures,
     prediction_figures,
     worst,
@@ -77,10 +80,9 @@ class Outcome:
         figures = self.worst()
         return figures["kl_mean"].value if "kl_mean" in figures else 1 - figures["cosine_mean"].value
 
-    def verdict(self, gate: Gate) -> str:
-        """Return "pass" if that is the verdict on every text, "fail" if it is that on any, else "open"."""
-        verdicts = {gate.verdict(figures) for figures in self.texts.values()}
-        return "fail" if "fail" in verdicts else "open" if "open" in verdicts else "pass"
+    def verdict(self, gate: Gate) -> Verdict:
+        """Return the gate's verdict on all texts together."""
+        return in_all(gate.verdict(figures) for figures in self.texts.values())
 
     def is_let_through(self, gate: Gate) -> bool:
         """Return whether the gate lets it through on every text."""
@@ -225,8 +227,8 @@ def with_worst_layers_excepted(job: Job, outcomes: Sequence[Outcome]) -> Iterato
     below.sort(key=lambda o: (-o.bytes_per_token, o.error()))
     allowed = len(job.layers) // _MOST_EXCEPTIONS
     for outcome in below[:_TRIED_WITH_EXCEPTIONS]:
-        error = np.mean([[1 - layer["cosine_mean"] for layer in rows] for rows in outcome.layers.values()], axis=0)
-        exceptions = [job.layers[i] for i in np.argsort(-error, kind="stable")[:allowed]]
+        worst_first = np.argsort(-np.array(layer_errors(outcome.layers)), kind="stable")
+        exceptions = [job.layers[i] for i in worst_first[:allowed]]
         more_bits = 2 * WIDEST - outcome.setting.k_bits - outcome.setting.v_bits
         more_bytes = sum(layer.kv_heads * layer.head_dim * more_bits / 8 for layer in exceptions)
         if exceptions and outcome.bytes_per_token + more_bytes < best.bytes_per_token:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -53,6 +53,12 @@ class Limit:
         return value < self.bound if self.sign == "<" else value > self.bound
 
 
+def in_all(verdicts: Iterable[Verdict]) -> Verdict:
+    """Return "pass" if that is every verdict, "fail" if it is any, else "open"."""
+    seen = set(verdicts)
+    return "fail" if "fail" in seen else "open" if "open" in seen else "pass"
+
+
 @dataclass(frozen=True)
 class Gate:
     """A set of limits. `by_interval`: they have to hold for the whole confidence interval, not just the value."""
@@ -63,8 +69,7 @@ class Gate:
 
     def verdict(self, figures: Mapping[str, Figure]) -> Verdict:
         """Return "pass", "fail", or "open" where the intervals don't tell."""
-        verdicts = {limit.verdict(figures[limit.figure]) for limit in self.limits}
-        return "fail" if "fail" in verdicts else "open" if "open" in verdicts else "pass"
+        return in_all(limit.verdict(figures[limit.figure]) for limit in self.limits)
 
     def lets_through(self, figures: Mapping[str, Figure]) -> bool:
         """Return whether a setting may be shipped by this gate."""
@@ -102,7 +107,7 @@ CAPTURED_STRICT = Gate("strict cosine", (Limit("cosine_mean", ">", 0.9999),), by
 
 
 def prediction_figures(scores: Scores) -> dict[str, Figure]:
-    """Return gates B and C and the divergence of one text's predictions."""
+    """Return how one text's predictions diverge, how many argmaxes change, and what becomes of the perplexity."""
     change = scores.nll - scores.reference_nll
     return {
         "kl_mean": bootstrap(scores.kl, _mean, BLOCK),
@@ -115,7 +120,7 @@ def prediction_figures(scores: Scores) -> dict[str, Figure]:
 
 
 def attention_figures(attention: Attention) -> dict[str, Figure]:
-    """Return gate A of one text, all layers together, on the same inputs and as the replay has it."""
+    """Return how one text's attention came out, all layers together, on the same inputs and as the replay has it."""
     block = BLOCK // SAMPLED_EVERY
     figures = {"variation_mean": bootstrap(attention.variation.mean(axis=0), _mean, block)}
     kinds = {"cosine": attention.cosine, "run_cosine": attention.run_cosine}
@@ -141,6 +146,12 @@ def layer_figures(attention: Attention) -> list[dict[str, float]]:
         }
         for cosine, variation in zip(attention.cosine, attention.variation, strict=True)
     ]
+
+
+def layer_errors(texts: Mapping[str, Sequence[Mapping[str, float]]]) -> list[float]:
+    """Return per layer one minus the mean cosine, mean of the texts, of each one's `layer_figures`."""
+    errors = [[1 - layer["cosine_mean"] for layer in layers] for layers in texts.values()]
+    return [float(error) for error in np.mean(errors, axis=0)]
 
 
 def bootstrap(values: Array, statistic: Callable[[Array], Array], block: int) -> Figure:

