@@ -7,8 +7,9 @@ The environment is read once and kept; :func:`reload` reads it again. ``compute_
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tq_hb import _core
 from tq_hb.options import integer, invalid
@@ -68,10 +69,30 @@ def _integer(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else None
 
 
-def _override(variable: str, accepted: range | tuple[int, ...]) -> int | None:
-    """Read an integer; a value that is not accepted means that there is no override."""
-    value = _integer(os.environ.get(variable, ""))
-    return value if value in accepted else None
+def _one_of(accepted: range | tuple[int, ...]) -> Callable[[str], int | None]:
+    """Return what reads an integer; a value that is not accepted means that there is no override."""
+
+    def read(text: str) -> int | None:
+        value = _integer(text)
+        return value if value in accepted else None
+
+    return read
+
+
+def _text(text: str) -> str | None:
+    return text or None
+
+
+VARIABLES: dict[str, tuple[str, Callable[[str], object]]] = {
+    "TQ_HB_DEVICE": ("device", _text),
+    "TQ_HB_NUM_THREADS": ("num_threads", _text),
+    "TQ_HB_CPU_ISA": ("cpu_isa", _text),
+    "TQ_HB_GQA": ("gqa", _text),
+    "HF2Q_TQ_NSG": ("nsg", _one_of((1, 2, 4))),
+    "HF2Q_TQ_NWG": ("nwg", _one_of(range(1, 33))),
+    "HF2Q_AUTO_BARRIER": ("auto_barrier", lambda text: text == "1"),
+}
+"""The variables that are read, each with its field of `Environment` and what makes that of its text, empty if unset."""
 
 
 @cache
@@ -82,15 +103,8 @@ def environment() -> Environment:
     >>> tq_hb.policy.environment() is tq_hb.policy.environment()
     True
     """
-    return Environment(
-        nsg=_override("HF2Q_TQ_NSG", (1, 2, 4)),
-        nwg=_override("HF2Q_TQ_NWG", range(1, 33)),
-        gqa=os.environ.get("TQ_HB_GQA") or None,
-        auto_barrier=os.environ.get("HF2Q_AUTO_BARRIER") == "1",
-        device=os.environ.get("TQ_HB_DEVICE") or None,
-        num_threads=os.environ.get("TQ_HB_NUM_THREADS") or None,
-        cpu_isa=os.environ.get("TQ_HB_CPU_ISA") or None,
-    )
+    fields: dict[str, Any] = {field: read(os.environ.get(name, "")) for name, (field, read) in VARIABLES.items()}
+    return Environment(**fields)
 
 
 def reload() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import tq_hb
 from tq_hb import _core, policy
+from tq_hb.cli import info
 
 
 @pytest.mark.parametrize(
@@ -61,6 +64,13 @@ def test_a_bad_nwg_override_is_no_override(environment, value):
     environment(HF2Q_TQ_NWG=value)
     assert tq_hb.compute_nwg(64) == 16
     assert tq_hb.compute_nwg(4096) == 32
+
+
+def test_every_override_has_a_variable_that_the_document_and_info_show():
+    assert sorted(field for field, _ in policy.VARIABLES.values()) == sorted(policy.Environment._fields)
+    assert list(info.collect()["environment"]) == list(policy.VARIABLES)
+    document = Path(__file__).resolve().parents[2] / "docs" / "environment.md"
+    assert re.findall(r"^\| `(\w+)` \|", document.read_text(), re.MULTILINE) == list(policy.VARIABLES)
 
 
 def test_the_environment_is_read_once_until_reload(monkeypatch, environment):

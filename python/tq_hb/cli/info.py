@@ -8,16 +8,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-VARIABLES = (
-    "TQ_HB_DEVICE",
-    "TQ_HB_NUM_THREADS",
-    "TQ_HB_CPU_ISA",
-    "TQ_HB_GQA",
-    "HF2Q_TQ_NSG",
-    "HF2Q_TQ_NWG",
-    "HF2Q_AUTO_BARRIER",
-)
-
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``info`` to the command line.
@@ -83,7 +73,7 @@ def collect() -> dict[str, Any]:
         "devices": [dataclasses.asdict(device) for device in tq_hb.devices()],
         "head_dims": list(tq_hb.supported_head_dims()),
         "bits": list(tq_hb.supported_bits()),
-        "environment": {name: os.environ.get(name) for name in VARIABLES},
+        "environment": {name: os.environ.get(name) for name in tq_hb.policy.VARIABLES},
     }
 
 
