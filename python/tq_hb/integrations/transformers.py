@@ -707,6 +707,7 @@ def attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     dropout: float = 0.0,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend as transformers' attention functions do, on codes where `TqLayer.update` gave `CodesOnly`.
@@ -718,13 +719,17 @@ def attention(
     query : torch.Tensor, shape (batch, heads, queries, head_dim)
     key, value : torch.Tensor, shape (batch, kv_heads, keys, head_dim), or CodesOnly
     attention_mask : torch.Tensor, shape (batch, 1, queries, keys), optional
-        True or 0 for keys that are seen. None: causal.
+        True or 0 for keys that are seen. None: as `is_causal` says.
     scaling : float, optional
         Multiplies the scores. Default ``head_dim ** -0.5``.
     softcap : float, optional
         Scores become ``softcap * tanh(score / softcap)``.
     s_aux : torch.Tensor, shape (heads,), optional
         Attention sinks: one more logit per head in the softmax, as GPT-OSS has them.
+    dropout : float
+        Share of the weights that are dropped.
+    is_causal : bool, optional
+        Without a mask: whether a query sees keys up to its own place, or all. Default: what the layer says, or True.
 
     Returns
     -------
@@ -733,7 +738,8 @@ def attention(
     Raises
     ------
     tq_hb.UnsupportedError
-        For position biases; on codes also for dropout and for a mask that is not the causal one.
+        For position biases; on codes also for dropout, for a mask that is not the causal one, and for several queries
+        that are not causal.
 
     Examples
     --------
@@ -748,12 +754,20 @@ def attention(
     """
     if kwargs.get("position_bias") is not None:
         raise UnsupportedError(f"attention: position_bias is not supported, got {type(module).__name__} with it")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
     if isinstance(key, CodesOnly):
-        return _attend_on_codes(key.kv, query, attention_mask, scaling, softcap, s_aux, dropout), None
+        if dropout:
+            raise UnsupportedError(f"attention: dropout must be 0 on a TqCache, got {dropout}")
+        return _attend_on_codes(key.kv, query, attention_mask, is_causal, scaling, softcap, s_aux), None
     if softcap or s_aux is not None:
-        return _attend_in_full(query, key, value, attention_mask, scaling, softcap, s_aux), None
+        if attention_mask is None and is_causal:
+            attention_mask = _causal_mask(query, key)
+        # As in the models' own attention, only a layer in training drops weights.
+        dropout = dropout if module.training else 0.0
+        return _attend_in_full(query, key, value, attention_mask, scaling, softcap, s_aux, dropout), None
     output, _ = sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
     return output, None
 
@@ -762,13 +776,14 @@ def _attend_on_codes(
     kv: KVCache,
     query: torch.Tensor,
     mask: torch.Tensor | None,
+    is_causal: bool,
     scale: float | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
-    dropout: float,
 ) -> torch.Tensor:
-    if dropout:
-        raise UnsupportedError(f"attention: dropout must be 0 on a TqCache, got {dropout}")
+    queries = query.shape[2]
+    if mask is None and queries > 1 and not is_causal:
+        raise UnsupportedError(f"attention: is_causal must be True for several queries on a TqCache, got {queries}")
     if mask is not None and not _is_causal(mask, kv.sliding_window):
         raise UnsupportedError("attention: attention_mask must be causal on a TqCache, got one that hides other keys")
     output: torch.Tensor = kv.attend(
@@ -788,24 +803,31 @@ def _attend_in_full(
     scale: float | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    dropout: float,
 ) -> torch.Tensor:
     """Attend in full precision with a softcap or sinks, which torch's fused attention lacks."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    if mask is None:
-        # No mask means that the queries are the newest tokens, in order.
-        hidden_from = key.shape[2] - query.shape[2] + 1
-        mask = ~torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device).triu(hidden_from)
     scores = (query @ key.mT).float() * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
     if sinks is not None:
         column = sinks.float()[None, :, None, None].expand(len(scores), -1, scores.shape[2], 1)
         scores = torch.cat([scores, column], dim=-1)
-    weights = scores.softmax(dim=-1)[..., : key.shape[2]]
+    weights = torch.nn.functional.dropout(scores.softmax(dim=-1)[..., : key.shape[2]], dropout)
     output: torch.Tensor = weights.to(value.dtype) @ value
     return output.transpose(1, 2).contiguous()
+
+
+def _causal_mask(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """Return what `is_causal` means to torch's fused attention, which transformers leaves masks out for.
+
+    One query sees everything. Several are the first tokens: keys beyond theirs are a static cache's empty places.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    return torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril() if queries > 1 else None
 
 
 def make_mask(*, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
