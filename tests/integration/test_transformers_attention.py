@@ -10,15 +10,24 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # models
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # identity_cache, models
 
+from identity_cache import IdentityKVCache  # noqa: E402
 from models import make_model, make_tokens  # noqa: E402
-from transformers import StaticCache, T5GemmaConfig, T5GemmaForConditionalGeneration  # noqa: E402
+from torch.nn.attention.flex_attention import create_block_mask  # noqa: E402
+from transformers import (  # noqa: E402
+    BartConfig,
+    DynamicCache,
+    EncoderDecoderCache,
+    StaticCache,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
+)
 from transformers.models.gemma2 import modeling_gemma2  # noqa: E402
 from transformers.models.gpt_oss import modeling_gpt_oss  # noqa: E402
 
 import tq_hb  # noqa: E402
-from tq_hb.integrations.transformers import TqCache, attention, enable  # noqa: E402
+from tq_hb.integrations.transformers import CodesOnly, TqCache, attention, enable  # noqa: E402
 
 # The outputs of one attention have a magnitude of one; the logits of the tiny models one of a few units.
 OUTPUT_ATOL = 1e-5
@@ -158,6 +167,32 @@ def test_dropout_drops_weights_in_training(kind, training):
     assert torch.allclose(got, ours(kind, layer, *qkv, None), atol=OUTPUT_ATOL) != training
 
 
+@every_kind
+@pytest.mark.parametrize("name", ["position_bias", "sinks", "indices", "block_indices"])
+def test_keywords_that_would_change_the_result_are_refused(kind, name):
+    layer, qkv = Layer(), make_qkv(5, 5)
+    ours(kind, layer, *qkv, None, **{name: None})
+    with pytest.raises(tq_hb.UnsupportedError, match=rf"^attention: {name} is not supported, got Layer with it$"):
+        ours(kind, layer, *qkv, None, **{name: torch.zeros(1)})
+
+
+MASKS = {
+    "int64": lambda: torch.ones(1, 1, 5, 5, dtype=torch.long),
+    "BlockMask": lambda: create_block_mask(lambda _b, _h, q, k: q >= k, 1, 1, 5, 5, device="cpu"),
+}
+
+
+@every_kind
+@pytest.mark.parametrize("got", MASKS)
+@pytest.mark.parametrize("on_codes", [True, False])
+def test_other_kinds_of_masks_are_refused(kind, got, on_codes):
+    q, k, v = make_qkv(5, 5)
+    if on_codes:
+        k = v = make_codes(k, v)
+    with pytest.raises(tq_hb.InvalidArgument, match=rf"^attention: attention_mask must be a tensor of .*{got}$"):
+        ours(kind, Layer(), q, k, v, MASKS[got]())
+
+
 # --- whole models ------------------------------------------------------------------------------
 
 some_models = pytest.mark.parametrize("kind", ["gemma3", "gemma2", "gpt-oss-64"])
@@ -236,7 +271,84 @@ def test_cross_attention_sees_all_of_the_encoder():
     )
 
 
+def test_a_tq_cache_for_the_decoder_of_a_model_with_an_encoder_is_refused():
+    with pytest.raises(
+        tq_hb.UnsupportedError, match=r"^TqCache: config must be of a model without an encoder, got bart"
+    ):
+        TqCache(BartConfig())
+
+
+def test_a_tq_cache_for_cross_attention_is_refused():
+    model, tokens = make_encoder_decoder(), make_tokens(20)
+    enable(model)
+    config = model.config.decoder
+    arguments = {"encoder_outputs": model.get_encoder()(tokens), "decoder_input_ids": tokens[:, :1]}
+    cache = EncoderDecoderCache(TqCache(config), DynamicCache())
+    for _ in range(2):
+        model(**arguments, cache=cache)
+    cache = EncoderDecoderCache(TqCache(config), TqCache(config))
+    model(**arguments, cache=cache)
+    with pytest.raises(tq_hb.UnsupportedError, match=r"^attention: key must be .*can't serve cross attention"):
+        model(**arguments, cache=cache)
+
+
 # --- on codes ----------------------------------------------------------------------------------
+
+
+def make_codes(k, v, window=None):
+    kv = IdentityKVCache(KV_HEADS, k.shape[-1], window and window + k.shape[2], sliding_window=window)
+    kv.append(k[0].transpose(0, 1), v[0].transpose(0, 1))
+    return CodesOnly(kv)
+
+
+def causal(queries, keys, window=None):
+    seen = triangle(queries, keys, keys - queries)
+    return seen if window is None else seen.triu(keys - queries - window + 1)
+
+
+@every_kind
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_codes_are_attended_to_as_the_models_own_attention_does(kind, window, queries, scaling):
+    layer, (q, k, v) = Layer(), make_qkv(queries, 9)
+    options = {} if scaling is None else {"scaling": scaling}
+    seen = causal(queries, 9, window)
+    want = librarys(kind, layer, q, k, v, seen, **options)
+    codes = make_codes(k, v, window)
+    for mask in (None, seen, additive(seen), additive(seen).half(), torch.where(seen, 0.0, -1e4)):
+        got = ours(kind, layer, q, codes, codes, mask, **options)
+        torch.testing.assert_close(got, want, atol=OUTPUT_ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda seen: causal(1, 9),
+        lambda seen: seen[..., :2, :],
+        lambda seen: ~seen,
+        lambda seen: seen.flip(-2),
+        lambda seen: torch.where(seen, 0.5, -torch.inf),
+        lambda seen: torch.where(seen, -0.5, -torch.inf),
+        lambda seen: torch.where(seen, 0.0, -1.0),
+        lambda seen: torch.where(seen, torch.nan, -torch.inf),
+    ],
+    ids=["one-row", "two-rows", "inverse", "flipped", "bias", "negative-bias", "slightly-hidden", "nan"],
+)
+def test_masks_that_the_cache_would_not_attend_with_are_refused(change, window):
+    q, k, v = make_qkv(3, 9)
+    codes = make_codes(k, v, window)
+    with pytest.raises(tq_hb.UnsupportedError, match=r"^attention: attention_mask must be causal on a TqCache"):
+        attention(Layer(), q, codes, codes, change(causal(3, 9, window)))
+
+
+@every_kind
+def test_one_query_of_a_layer_that_is_not_causal_sees_all_codes(kind):
+    layer, (q, k, v) = Layer(is_causal=False), make_qkv(1, 9)
+    codes = make_codes(k, v)
+    want = librarys(kind, layer, q, k, v, None)
+    torch.testing.assert_close(ours(kind, layer, q, codes, codes, None), want, atol=OUTPUT_ATOL, rtol=0)
 
 
 def test_several_queries_that_are_not_causal_are_refused_on_codes():

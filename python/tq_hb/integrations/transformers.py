@@ -15,7 +15,8 @@ The last row concerns sliding-window layers only: their ring holds the window an
 Keys that have a large part in common lose less if they are encoded as differences from it: `calibrate` measures the
 mean key of every layer and KV head, once for a model, and ``TqCache(k_mean=)`` takes them.
 
-One sequence at a time: batches, padding and beams raise `tq_hb.UnsupportedError`.
+One sequence at a time: batches, padding and beams raise `tq_hb.UnsupportedError`. So does a mask or a keyword of the
+model's attention that the codes can't be attended to with.
 """
 
 from __future__ import annotations
@@ -45,11 +46,18 @@ from tq_hb.device import resolve_device
 from tq_hb.files import read_caches, write_caches
 from tq_hb.integrations.calibration import Calibration
 from tq_hb.integrations.key_means import MIN_PREFILL, calibrate, prefill_mean
+from tq_hb.options import invalid
 
 __all__ = ["ATTENTION_NAME", "MIN_PREFILL", "TqCache", "calibrate", "enable"]
 
 ATTENTION_NAME = "tq_hb"
 """What the attention and mask functions are registered as, for ``attn_implementation=``."""
+
+_UNSUPPORTED = ("position_bias", "sinks", "indices", "block_indices")
+"""Keywords of transformers' attention functions that change the result, and are not supported."""
+
+_HIDING = -1e4
+"""An additive mask hides a key by at most this; a number between it and 0 is a bias."""
 
 Config: TypeAlias = Any
 Model: TypeAlias = Any
@@ -61,7 +69,7 @@ Shape: TypeAlias = tuple[int, int, int | None]
 def enable(model: Model) -> None:
     """Make a model attend through tq_hb, in place.
 
-    It then works with a `TqCache`, and with the library's own caches as under ``"sdpa"``.
+    It then works with a `TqCache`, and with the library's own caches as under ``"sdpa"``, padding excepted.
     ``model.set_attn_implementation("sdpa")`` takes it back.
 
     Parameters
@@ -128,7 +136,7 @@ class TqCache(Cache):  # type: ignore[misc]
         If an argument, or the model's head dimension, is outside what tq_hb knows; in `update`, if the prefill is too
         short for ``k_mean="prefill"``.
     tq_hb.UnsupportedError
-        If a layer is of another kind than full or sliding attention.
+        If a layer is of another kind than full or sliding attention, or the model has an encoder as well.
 
     Examples
     --------
@@ -636,6 +644,8 @@ def _shapes(op: str, config: Config) -> list[Shape | None]:
     """Return the shape of every layer's cache; None for those that attend to another layer's keys and values."""
     if not hasattr(config, "get_text_config"):
         raise InvalidArgument(f"{op}: config must be a transformers config (model.config), got {type(config).__name__}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(f"{op}: config must be of a model without an encoder, got {config.model_type}")
     config = config.get_text_config(decoder=True)
     layer_types, layer_kwargs = get_layer_types_and_kwargs(config)
     shapes: list[Shape | None] = []
@@ -738,8 +748,10 @@ def attention(
     Raises
     ------
     tq_hb.UnsupportedError
-        For position biases; on codes also for dropout, for a mask that is not the causal one, and for several queries
-        that are not causal.
+        For position biases, sparse attention and sinks per query; on codes also for dropout, for a mask that is not the
+        causal one, and for several queries that are not causal.
+    tq_hb.InvalidArgument
+        If the mask is of another kind.
 
     Examples
     --------
@@ -752,8 +764,16 @@ def attention(
     >>> out.shape, float(out.mean())
     (torch.Size([1, 1, 4, 256]), 1.0)
     """
-    if kwargs.get("position_bias") is not None:
-        raise UnsupportedError(f"attention: position_bias is not supported, got {type(module).__name__} with it")
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise UnsupportedError(f"attention: {name} is not supported, got {type(module).__name__} with it")
+    if key is None:
+        raise UnsupportedError(
+            "attention: key must be what the cache's update returned, got None (a TqCache can't serve cross attention)"
+        )
+    if attention_mask is not None and not _is_mask(attention_mask):
+        got = getattr(attention_mask, "dtype", type(attention_mask).__name__)
+        raise invalid("attention", "attention_mask", "must be a tensor of bool or of a floating type", got)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     if isinstance(key, CodesOnly):
@@ -784,7 +804,7 @@ def _attend_on_codes(
     queries = query.shape[2]
     if mask is None and queries > 1 and not is_causal:
         raise UnsupportedError(f"attention: is_causal must be True for several queries on a TqCache, got {queries}")
-    if mask is not None and not _is_causal(mask, kv.sliding_window):
+    if mask is not None and not _is_causal(mask, queries, kv.sliding_window):
         raise UnsupportedError("attention: attention_mask must be causal on a TqCache, got one that hides other keys")
     output: torch.Tensor = kv.attend(
         query[0].transpose(0, 1).detach(),
@@ -856,14 +876,21 @@ def make_mask(*, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> t
     return mask
 
 
-def _is_causal(mask: torch.Tensor, window: int | None) -> bool:
+def _is_mask(mask: Any) -> bool:
+    return isinstance(mask, torch.Tensor) and (mask.dtype == torch.bool or mask.is_floating_point())
+
+
+def _is_causal(mask: torch.Tensor, queries: int, window: int | None) -> bool:
     """Tell whether the queries, being the newest tokens, see just what the cache shows them."""
-    seen = mask if mask.dtype == torch.bool else mask >= 0
-    queries, keys = seen.shape[-2:]
+    if mask.shape[-2] != queries:
+        return False
+    keys = mask.shape[-1]
     wanted = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril(keys - queries)
     if window is not None:
         wanted = wanted.triu(keys - queries - window + 1)
-    return bool((seen == wanted).all())
+    if mask.dtype == torch.bool:
+        return bool((mask == wanted).all())
+    return bool(torch.where(wanted, mask == 0, mask <= _HIDING).all())
 
 
 def _token_major(states: torch.Tensor) -> torch.Tensor:
