@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import doctest
 import sys
 from pathlib import Path
 
@@ -495,9 +494,3 @@ def test_a_model_in_the_place_of_its_config_is_refused(make):
     message = r"^TqCache(.load)?: config must be a transformers config \(model.config\), got Gemma3ForCausalLM$"
     with pytest.raises(tq_hb.InvalidArgument, match=message):
         make(make_model())
-
-
-def test_the_documentation_examples_run():
-    result = doctest.testmod(adapter)
-    assert result.attempted > 10
-    assert result.failed == 0

@@ -26,7 +26,9 @@ CALLABLES = sorted(
 EXAMPLE_MODULES = {
     "tq_hb.policy": (),
     **{f"tq_hb.cli{name}": ("rich",) for name in ("", ".bench", ".calibrate", ".gate", ".generate", ".info")},
-    "tq_hb.integrations.transformers": ("torch", "transformers"),
+    **{
+        f"tq_hb.integrations.{name}": ("torch", "transformers") for name in ("attention", "cache_layer", "transformers")
+    },
 }
 FINDER = doctest.DocTestFinder(exclude_empty=True)
 
