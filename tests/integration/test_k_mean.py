@@ -201,6 +201,7 @@ def test_all_forms_of_the_argument_mean_the_same(tmp_path):
         ({2: np.ones((1, 128))}, r"k_mean must be for layers 0 to 1, got one for 2"),
         ({"a": None}, r"k_mean must be for layers 0 to 1, got one for 'a'"),
         (7, r"k_mean must be a Calibration or its path, .* got int"),
+        (Calibration((None,), "llama"), r"k_mean must be for the model's 2 layers, got 1"),
         (Calibration((None, None), "gemma2"), r"k_mean must be of a model of type 'llama', got one of 'gemma2'"),
         ("prefil", r"TqCache: k_mean must be 'prefill' or the path of .*, got 'prefil' \(it isn't there\)"),
         ([np.full((1, 128), np.nan), None], r"k_mean must be finite"),

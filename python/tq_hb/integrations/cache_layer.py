@@ -9,9 +9,10 @@ from typing import Any, NoReturn
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from tq_hb import InvalidArgument, KVCache, UnsupportedError
+from tq_hb import KVCache, UnsupportedError
 from tq_hb.integrations.attention import CodesOnly
 from tq_hb.integrations.key_means import prefill_mean
+from tq_hb.options import invalid
 
 
 class TqLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -140,7 +141,7 @@ class TqLayer(CacheLayerMixin):  # type: ignore[misc]
         >>> layer.get_seq_length()
         6
         """
-        return int(self.kv.offset)
+        return self.kv.offset
 
     def get_max_length(self) -> int:
         """Return the window, or -1 where there is no maximum.
@@ -151,7 +152,7 @@ class TqLayer(CacheLayerMixin):  # type: ignore[misc]
         >>> layer.get_max_length(), TqLayer(KVCache(1, 256, sliding_window=4)).get_max_length()
         (-1, 4)
         """
-        return -1 if self.kv.sliding_window is None else int(self.kv.sliding_window)
+        return -1 if self.kv.sliding_window is None else self.kv.sliding_window
 
     def reset(self) -> None:
         """Forget everything.
@@ -179,10 +180,8 @@ class TqLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         count, kv = -tokens_to_remove, self.kv
         if not 0 <= count <= kv.offset:
-            raise InvalidArgument(
-                f"TqCache.crop: tokens_to_remove must be from -{kv.offset} (the tokens seen) to 0, "
-                f"got {tokens_to_remove}"
-            )
+            rule = f"must be from -{kv.offset} (the tokens seen) to 0"
+            raise invalid("TqCache.crop", "tokens_to_remove", rule, tokens_to_remove)
         # Once a ring has overwritten tokens, what is left must still fill the window.
         spare = len(kv) - (kv.sliding_window or 0)
         if len(kv) < kv.offset and count > spare:

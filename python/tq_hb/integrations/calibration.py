@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tq_hb import InvalidArgument
+from tq_hb.options import invalid
 
 __all__ = ["Calibration"]
 
@@ -75,13 +76,45 @@ class Calibration:
                 continue
             if not isinstance(mean, np.ndarray) or mean.dtype != np.float32 or mean.ndim != 2:
                 got = f"{mean.dtype} {mean.shape}" if isinstance(mean, np.ndarray) else type(mean).__name__
-                raise InvalidArgument(
-                    f"Calibration: k_means[{layer}] must be None or a float32 array (kv_heads, head_dim), got {got}"
-                )
+                rule = "must be None or a float32 array (kv_heads, head_dim)"
+                raise invalid("Calibration", f"k_means[{layer}]", rule, got)
             if not np.isfinite(mean).all():
-                raise InvalidArgument(
-                    f"Calibration: k_means[{layer}] must be finite, got {mean[~np.isfinite(mean)][0]}"
-                )
+                raise invalid("Calibration", f"k_means[{layer}]", "must be finite", mean[~np.isfinite(mean)][0])
+
+    def means_for(self, op: str, config: Any) -> tuple[Mean | None, ...]:
+        """Return the means, having made sure that a model can have them.
+
+        Parameters
+        ----------
+        op : str
+            Who asks, for the error.
+        config : transformers.PreTrainedConfig
+            The model's config.
+
+        Raises
+        ------
+        tq_hb.InvalidArgument
+            If the means are of another type of model, or of one with more or fewer layers.
+
+        Examples
+        --------
+        >>> from transformers import LlamaConfig
+        >>> from tq_hb.integrations.calibration import Calibration
+        >>> calibration = Calibration((None, None), model_type="llama")
+        >>> calibration.means_for("TqCache", LlamaConfig(num_hidden_layers=2))
+        (None, None)
+        >>> calibration.means_for("TqCache", LlamaConfig(num_hidden_layers=3))
+        Traceback (most recent call last):
+        tq_hb.InvalidArgument: TqCache: k_mean must be for the model's 3 layers, got 2
+        """
+        config = config.get_text_config(decoder=True)
+        if self.model_type != config.model_type:
+            rule = f"must be of a model of type {config.model_type!r}"
+            raise invalid(op, "k_mean", rule, f"one of {self.model_type!r}")
+        if len(self.k_means) != config.num_hidden_layers:
+            rule = f"must be for the model's {config.num_hidden_layers} layers"
+            raise invalid(op, "k_mean", rule, len(self.k_means))
+        return self.k_means
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file: ``layer.<i>.k_mean`` for every centred layer, the rest as metadata.
@@ -159,4 +192,4 @@ def _tensor(layer: int) -> str:
 
 
 def _refused(path: str | os.PathLike[str], why: str) -> InvalidArgument:
-    return InvalidArgument(f"Calibration.load: path must be a file of mean keys, got {os.fspath(path)!r} ({why})")
+    return invalid("Calibration.load", "path", "must be a file of mean keys", f"{os.fspath(path)!r} ({why})")

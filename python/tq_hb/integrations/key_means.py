@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from tq_hb import InvalidArgument
 from tq_hb.integrations.calibration import Calibration
+from tq_hb.options import invalid
 
 MIN_PREFILL = 256
 """Fewest tokens of a first prefill that ``k_mean="prefill"`` takes the mean over: fewer say little about the rest."""
@@ -75,13 +75,13 @@ def calibrate(
     """
     op, piece = "calibrate", CALIBRATION_PIECE
     if tokens.ndim != 2 or tokens.shape[0] != 1 or tokens.shape[1] < 4 * piece:
-        raise InvalidArgument(f"{op}: tokens must have shape (1, at least {4 * piece}), got {tuple(tokens.shape)}")
+        raise invalid(op, "tokens", f"must have shape (1, at least {4 * piece})", tuple(tokens.shape))
     config = model.config.get_text_config(decoder=True)
     count = tokens.shape[1] // piece
     longest = getattr(config, "max_position_embeddings", None) or count * piece
     positions = longest if context is None else context
     if not piece <= positions <= longest:
-        raise InvalidArgument(f"{op}: context must be from {piece} to {longest}, got {positions}")
+        raise invalid(op, "context", f"must be from {piece} to {longest}", positions)
     halves = [[_KeySums() for _ in range(config.num_hidden_layers)] for _ in range(2)]
     for index in range(count):
         first = index * (positions - piece) // (count - 1)
@@ -125,9 +125,8 @@ def prefill_mean(keys: torch.Tensor) -> torch.Tensor | None:
     True
     """
     if len(keys) < MIN_PREFILL:
-        raise InvalidArgument(
-            f"TqCache: k_mean='prefill' must have a first prefill of at least {MIN_PREFILL} tokens, got {len(keys)}"
-        )
+        rule = f"must have a first prefill of at least {MIN_PREFILL} tokens"
+        raise invalid("TqCache", "k_mean='prefill'", rule, len(keys))
     first, second = _KeySums(), _KeySums()
     half = len(keys) // 2
     first.add(keys[:half])

@@ -41,10 +41,11 @@ except ImportError as error:  # one of them is not there, or too old
         name=error.name,
     ) from error
 
-from tq_hb import InvalidArgument, KVCache, Plan, UnsupportedError
+from tq_hb import KVCache, Plan, UnsupportedError
 from tq_hb.device import resolve_device
 from tq_hb.files import read_caches, write_caches
 from tq_hb.integrations.calibration import Calibration
+from tq_hb.options import invalid
 
 __all__ = [
     "ATTENTION_NAME",
@@ -162,7 +163,7 @@ class TqCache(Cache):  # type: ignore[misc]
         k_mean: Any = None,
     ) -> None:
         if not hasattr(rollback, "__index__") or rollback < 0:
-            raise InvalidArgument(f"TqCache: rollback must be an integer of at least 0, got {rollback!r}")
+            raise invalid("TqCache", "rollback", "must be an integer of at least 0", repr(rollback))
         options = {
             "k_bits": k_bits,
             "v_bits": v_bits,
@@ -178,7 +179,7 @@ class TqCache(Cache):  # type: ignore[misc]
         for index, shape in enumerate(shapes):
             if shape is None:
                 if k_means[index] is not None:
-                    raise InvalidArgument(f"TqCache: k_mean must be None for layer {index}, which holds no keys")
+                    raise invalid("TqCache", "k_mean", f"must be None for layer {index}, which holds no keys", "a mean")
                 layers.append(DummyLayer())
                 continue
             heads, head_dim, window = shape
@@ -353,16 +354,13 @@ class TqCache(Cache):  # type: ignore[misc]
         where = resolve_device(op, device)
         saved = read_caches(op, path)
         if len(saved) != len(wanted):
-            raise InvalidArgument(
-                f"{op}: path must hold the {len(wanted)} layers of config that have keys, got {len(saved)}"
-            )
+            raise invalid(op, "path", f"must hold the {len(wanted)} layers of config that have keys", len(saved))
         layers: list[Any] = [DummyLayer() for _ in shapes]
         for (index, shape), one in zip(wanted.items(), saved, strict=True):
             found = one.num_kv_heads, one.head_dim, one.sliding_window
             if found != shape:
-                raise InvalidArgument(
-                    f"{op}: path must hold (KV heads, head_dim, window) {shape} for layer {index}, got {found}"
-                )
+                rule = f"must hold (KV heads, head_dim, window) {shape} for layer {index}"
+                raise invalid(op, "path", rule, found)
             layers[index] = TqLayer(KVCache._restore(op, one, where))
         cache = cls.__new__(cls)
         super(TqCache, cache).__init__(layers=layers)
@@ -372,7 +370,7 @@ class TqCache(Cache):  # type: ignore[misc]
 def _shapes(op: str, config: Config) -> list[Shape | None]:
     """Return the shape of every layer's cache; None for those that attend to another layer's keys and values."""
     if not hasattr(config, "get_text_config"):
-        raise InvalidArgument(f"{op}: config must be a transformers config (model.config), got {type(config).__name__}")
+        raise invalid(op, "config", "must be a transformers config (model.config)", type(config).__name__)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(f"{op}: config must be of a model without an encoder, got {config.model_type}")
     config = config.get_text_config(decoder=True)
@@ -394,34 +392,26 @@ def _shapes(op: str, config: Config) -> list[Shape | None]:
 
 def _k_means(k_mean: Any, config: Config, layers: int) -> list[Any]:
     """Return a mean or None per layer."""
-    if isinstance(k_mean, str | os.PathLike):
-        if not Path(k_mean).is_file():
-            raise InvalidArgument(
-                f"TqCache: k_mean must be 'prefill' or the path of a Calibration's file, got {os.fspath(k_mean)!r} (it "
-                "isn't there)"
-            )
-        k_mean = Calibration.load(k_mean)
-    if isinstance(k_mean, Calibration):
-        model_type = config.get_text_config(decoder=True).model_type
-        if k_mean.model_type != model_type:
-            raise InvalidArgument(
-                f"TqCache: k_mean must be of a model of type {model_type!r}, got one of {k_mean.model_type!r}"
-            )
-        k_mean = k_mean.k_means
+    op, field = "TqCache", "k_mean"
     if k_mean is None:
         return [None] * layers
+    if isinstance(k_mean, str | os.PathLike):
+        if not Path(k_mean).is_file():
+            rule = "must be 'prefill' or the path of a Calibration's file"
+            raise invalid(op, field, rule, f"{os.fspath(k_mean)!r} (it isn't there)")
+        k_mean = Calibration.load(k_mean)
+    if isinstance(k_mean, Calibration):
+        return list(k_mean.means_for(op, config))
     if isinstance(k_mean, Mapping):
         for layer in k_mean:
             if not (hasattr(layer, "__index__") and 0 <= layer < layers):
-                raise InvalidArgument(f"TqCache: k_mean must be for layers 0 to {layers - 1}, got one for {layer!r}")
+                raise invalid(op, field, f"must be for layers 0 to {layers - 1}", f"one for {layer!r}")
         return [k_mean.get(layer) for layer in range(layers)]
     if not isinstance(k_mean, Sequence):
-        raise InvalidArgument(
-            "TqCache: k_mean must be a Calibration or its path, a sequence or mapping of arrays, or 'prefill', "
-            f"got {type(k_mean).__name__}"
-        )
+        rule = "must be a Calibration or its path, a sequence or mapping of arrays, or 'prefill'"
+        raise invalid(op, field, rule, type(k_mean).__name__)
     if len(k_mean) != layers:
-        raise InvalidArgument(f"TqCache: k_mean must be for the model's {layers} layers, got {len(k_mean)}")
+        raise invalid(op, field, f"must be for the model's {layers} layers", len(k_mean))
     return list(k_mean)
 
 
@@ -431,5 +421,5 @@ def _layer_mean(layer: int, mean: Any, shape: tuple[int, int]) -> Any:
         return None
     got = tuple(getattr(mean, "shape", ()))
     if got != shape:
-        raise InvalidArgument(f"TqCache: k_mean of layer {layer} must have shape {shape}, got {got}")
+        raise invalid("TqCache", f"k_mean of layer {layer}", f"must have shape {shape}", got)
     return mean.detach().cpu().float() if isinstance(mean, torch.Tensor) else mean
