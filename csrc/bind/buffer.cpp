@@ -138,7 +138,10 @@ py::dtype numpy_dtype(DType dtype) {
 }
 
 DType dtype_of(const std::string& op, const std::string& field, const py::dtype& dtype) {
-  const bool is_native = dtype.byteorder() == '=' || dtype.byteorder() == '|';
+  // numpy spells the native order in two ways.
+  constexpr char kNative = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? '<' : '>';
+  const char order = dtype.byteorder();
+  const bool is_native = order == '=' || order == '|' || order == kNative;
   for (const auto& [known, name] : kDtypes) {
     if (is_native && dtype.kind() == name[0] && dtype.itemsize() == name[1] - '0') return known;
   }

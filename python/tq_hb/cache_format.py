@@ -170,6 +170,10 @@ class CacheFormat:
         with np.errstate(all="ignore"):
             bias = scale * np.einsum("...ghd,gd->...gh", per_kv_head, self.k_mean, dtype=np.float64)
             rounded: Float32Array = bias.reshape(q.shape[:-1]).astype(np.float32)
+        finite = np.isfinite(rounded)
+        if not finite.all():
+            rule = "must have a product with k_mean that, times the scale, fits in float32"
+            raise invalid(op, "q", rule, bias.reshape(q.shape[:-1])[~finite][0])
         return rounded
 
 

@@ -216,8 +216,8 @@ TEST(EveryCall, RefusesWhatIsNotGiven) {
   expect_encoding_refused([](QuantizeOp& op) { op.targets.clear(); }, "targets must be at least one");
   expect_encoding_refused([](QuantizeOp& op) { op.targets[0].codebook = nullptr; }, "codebook must be given");
   expect_encoding_refused([](QuantizeOp& op) { op.targets[0].packed = Buffer(); }, "packed must be given");
-  EXPECT_TQ_ERROR(test.device->make_encoder()->fwht({"op", Fwht::kPlain, Buffer()}),
-                  ErrorCode::kInvalidArgument, "x must be given");
+  EXPECT_TQ_ERROR(test.device->make_encoder()->fwht({"op", Fwht::kPlain, Buffer()}), ErrorCode::kInvalidArgument,
+                  "x must be given");
 }
 
 TEST(TmpBufferBytes, IsTheReferenceSystems) {

@@ -242,3 +242,18 @@ def test_attend_of_a_bad_query_raises(device):
 def test_a_float64_value_beyond_float32_is_bad(device):
     with pytest.raises(tq_hb.InvalidArgument, match="quantize"):
         tq_hb.quantize(np.full((1, 256), 1e300), 8, device=device)
+
+
+def test_a_query_whose_product_with_the_mean_key_overflows_is_refused_whole(device):
+    mean = np.full((1, 64), 1e17, np.float32)
+    cache = tq_hb.KVCache(1, 64, k_mean=mean, device=device)
+    cache.append(mean[None], np.ones((1, 1, 64), np.float32))
+    q = np.ones((3, 64), np.float32)
+    q[1] = 1e22
+    out = np.full((3, 64), 7, np.float32)
+
+    rule = r"KVCache\.attend: q must have a product with k_mean that, times the scale, fits in float32, got 8e\+39"
+    with pytest.raises(tq_hb.InvalidArgument, match=rule):
+        cache.attend(q, softcap=30.0, out=out)
+
+    assert np.all(out == 7)

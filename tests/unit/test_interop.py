@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,6 +41,7 @@ LAYOUTS = {
     "fortran": np.asfortranarray,
     "read-only": read_only,
     "byte-swapped": lambda x: x.astype(x.dtype.newbyteorder()),
+    "native, spelt out": lambda x: x.view(x.dtype.newbyteorder("<" if sys.byteorder == "little" else ">")),
     "float64": lambda x: x.astype(np.float64),
     "unaligned": lambda x: np.frombuffer(b"\0" + x.tobytes(), np.uint8)[1:].view(np.float32).reshape(x.shape),
     "memoryview": memoryview,
