@@ -33,7 +33,8 @@ def library(x: Array) -> str:
 
 @lru_cache(maxsize=64)
 def _library_of(kind: type) -> str:
-    packages = [base.__module__.partition(".")[0] for base in kind.__mro__]
+    # A class made at run time, as ctypes makes those of its arrays, may have no module.
+    packages = [(getattr(base, "__module__", None) or "").partition(".")[0] for base in kind.__mro__]
     return next((package for package in packages if package in ("torch", "mlx")), packages[0])
 
 

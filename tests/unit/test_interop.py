@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import ctypes
 import sys
 from types import SimpleNamespace
 
@@ -99,6 +100,22 @@ def test_the_buffer_protocol_suffices(x):
     flat = array.array("f", x[0, 0].tolist())
     codes, _ = tq_hb.quantize(flat, 8)
     assert np.array_equal(codes, tq_hb.quantize(x[0, 0], 8)[0])
+
+
+@pytest.mark.parametrize("has_module", [True, False], ids=["of a module", "of none"])
+def test_arrays_of_ctypes_have_the_buffer_protocol(x, has_module):
+    names = {"ctypes": ctypes} | ({"__name__": __name__} if has_module else {})
+    exec("kind = ctypes.c_float * 256 * 2 * 6", names)  # the class takes its module from where it is made
+    source, target = names["kind"].from_buffer_copy(x), (ctypes.c_float * 256 * 2)()
+
+    codes, norms = tq_hb.quantize(source, 8)
+    cache = tq_hb.KVCache(2, 256)
+    cache.append(source, source)
+    cache.attend(x[0], out=target)
+
+    assert np.array_equal(codes, tq_hb.quantize(x, 8)[0])
+    assert isinstance(norms, np.ndarray)
+    assert np.array_equal(np.asarray(target), cache.attend(x[0]))
 
 
 class ByDlpackOnly:
