@@ -25,7 +25,7 @@ struct ScoredKey {
 
 /// Keys of a range that a row may score again.
 struct NotedKeys {
-  static constexpr std::size_t kMostDecisive = 16, kMostReferences = 4;
+  static constexpr std::size_t kMostDecisive = 16, kMostReferences = 8;
 
   double reach;  ///< the largest of the tiles that they are of; 0 if none is noted
   std::size_t num_decisive, num_references;
