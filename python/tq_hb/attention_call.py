@@ -20,7 +20,7 @@ from tq_hb.interop import (
     require_disjoint,
     require_rows,
 )
-from tq_hb.options import check_return_lse, invalid
+from tq_hb.options import check_bool, invalid
 from tq_hb.staging import Outstanding, Staging
 
 
@@ -51,7 +51,7 @@ class AttentionCall:
         return_lse: bool,
         out: Array | None,
     ) -> None:
-        check_return_lse(op, return_lse)
+        check_bool(op, "return_lse", return_lse)
         core = form.device._core
         rows, self._dtype = as_rows_with_dtype(op, "q", q, core)
         self.num_queries, self.num_heads = form.check_query(op, rows.shape, batched=batched)

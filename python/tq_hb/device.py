@@ -408,6 +408,8 @@ def warmup(device: str | Device | None = None, *, bits: int | Iterable[int] | No
     op = "warmup"
     if bits is None:
         widths = _core.supported_bits()
+    elif isinstance(bits, Iterable) and getattr(bits, "ndim", 1) > 0:  # a scalar of numpy is an Iterable by its class
+        widths = tuple(check_bits(op, "bits", width) for width in bits)
     else:
-        widths = tuple(check_bits(op, "bits", width) for width in (bits if isinstance(bits, Iterable) else (bits,)))
+        widths = (check_bits(op, "bits", bits),)
     resolve_device(op, device)._core.warm_up(list(widths))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tq_hb import _core, policy
 from tq_hb.interop import Array, as_codes, as_float32, check_sinks
-from tq_hb.options import check_bits, check_format, check_params, check_precision, check_return_lse, invalid
+from tq_hb.options import check_bits, check_bool, check_format, check_params, check_precision, invalid
 
 Buffer = _core.Buffer
 Size3 = tuple[int, int, int]
@@ -345,7 +345,7 @@ class CommandEncoder:
         check_format(op, codebook, packing)
         check_params(op, "p", p, _core.FlashAttnVecTqHbParams)
         check_precision(op, precision)
-        check_return_lse(op, return_lse)
+        check_bool(op, "return_lse", return_lse)
         if return_lse and lse is None:
             raise invalid(op, "return_lse", "must come with lse=, a Buffer that the recorded op writes", return_lse)
         p.validate(op)

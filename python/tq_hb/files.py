@@ -85,12 +85,12 @@ def save_caches(path: str | os.PathLike[str], caches: Iterable[KVCache]) -> None
     ----------
     path : str or os.PathLike
     caches : KVCache objects, at least one
-        About 500 fit; more, and the header would be refused on loading.
+        About 500 fit: loading takes no longer header, so saving writes none.
 
     Raises
     ------
     InvalidArgument
-        If there is no cache, or something that is not one.
+        If there is no cache, something that is not one, or more caches than fit.
     OSError
         If the file cannot be written; one that was there is untouched.
 
@@ -109,7 +109,8 @@ def save_caches(path: str | os.PathLike[str], caches: Iterable[KVCache]) -> None
     from tq_hb import KVCache
 
     op = "save_caches"
-    layers = list(caches) if isinstance(caches, Iterable) else [caches]
+    # A scalar of numpy is an Iterable by its class.
+    layers = list(caches) if isinstance(caches, Iterable) and getattr(caches, "ndim", 1) > 0 else [caches]
     if not layers or isinstance(caches, KVCache) or not all(isinstance(layer, KVCache) for layer in layers):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
         raise invalid(op, "caches", "must be a sequence of one or more KVCache objects", kinds)
@@ -193,7 +194,10 @@ def _serialise(caches: Sequence[SavedCache]) -> tuple[bytes, memoryview]:
     content = save(tensors, file_header.describe(entries))
     start = _SIZE_BYTES + int.from_bytes(content[:_SIZE_BYTES], "little")
     head, data = content[:start], memoryview(content)[start:]
-    file_header.check_text(head[_SIZE_BYTES:])
+    try:
+        file_header.check_text(head[_SIZE_BYTES:])
+    except Refused as refused:
+        raise Refused("caches", f"must be fewer (their header {refused.rule})", len(caches)) from None
     return head.replace(file_header.NO_CHECKSUM.encode(), _checksum(head, data).encode()), data
 
 

@@ -34,6 +34,7 @@ from tq_hb.options import (
     CODEBOOKS,
     PACKINGS,
     check_bits,
+    check_bool,
     check_choice,
     check_format,
     check_head_dim,
@@ -279,6 +280,7 @@ def dequantize(
     """
     op = "dequantize"
     check_format(op, codebook, packing)
+    check_bool(op, "rotated", rotated)
     bits = check_bits(op, "bits", bits)
     head_dim = check_head_dim(op, head_dim)
     code_rows, norm_rows = as_codes(op, "codes", codes), as_float32(op, "norms", norms)

@@ -74,7 +74,7 @@ def check_precision(op: str, precision: str) -> None:
     check_choice(op, "precision", precision, PRECISIONS)
 
 
-def check_return_lse(op: str, return_lse: bool) -> None:
+def check_bool(op: str, field: str, value: object) -> None:
     """Accept a boolean."""
-    if not isinstance(return_lse, _BOOLS):
-        raise invalid(op, "return_lse", "must be True or False", repr(return_lse))
+    if not isinstance(value, _BOOLS):
+        raise invalid(op, field, "must be True or False", repr(value))

@@ -274,6 +274,12 @@ def test_crop_wants_a_number_of_tokens_there_are(count):
         cache.crop(count)
 
 
+@pytest.mark.parametrize("count", [None, "1", -1.0])
+def test_crop_wants_an_integer(count):
+    with pytest.raises(tq_hb.InvalidArgument, match="^TqCache.crop: tokens_to_remove must be an integer, got .*"):
+        TqCache(make_config("llama")).crop(count)
+
+
 def test_reset_forgets_everything():
     model = enabled()
     cache = TqCache(model.config)
@@ -466,6 +472,12 @@ def test_other_kinds_of_layers_are_refused():
 def test_other_head_dimensions_are_refused():
     with pytest.raises(tq_hb.InvalidArgument, match="head_dim must be 64, 128, 256 or 512, got 96"):
         TqCache(make_config(head_dim=96))
+
+
+@pytest.mark.parametrize("model", [None, "gemma", torch.nn.Linear(1, 1)], ids=lambda model: type(model).__name__)
+def test_what_is_no_model_is_not_enabled(model):
+    with pytest.raises(tq_hb.InvalidArgument, match=f"^enable: model must be .*, got {type(model).__name__}$"):
+        enable(model)
 
 
 def test_models_whose_attention_cannot_be_replaced_are_refused(monkeypatch):

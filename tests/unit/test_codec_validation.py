@@ -131,3 +131,10 @@ class TestCodec:
         assert norms.shape == ((2,) if head_dim == 512 else ())
         assert tq_hb.dequantize(codes, norms, 5, head_dim=head_dim, packing=packing).shape == (head_dim,)
         assert tq_hb.convert_packing(codes, 5, head_dim=head_dim, source=packing, target="byte").shape == (head_dim,)
+
+
+@pytest.mark.parametrize("rotated", ["no", 1, None, np.array([1, 2])], ids=repr)
+def test_rotated_is_true_or_false(rotated):
+    codes, norms = tq_hb.quantize(np.ones((3, 64), np.float32), 8)
+    with pytest.raises(tq_hb.InvalidArgument, match="^dequantize: rotated must be True or False, got "):
+        tq_hb.dequantize(codes, norms, 8, head_dim=64, rotated=rotated)

@@ -365,7 +365,15 @@ class WarmedUp:
 
 @pytest.mark.parametrize(
     ("bits", "widths"),
-    [(8, [8]), ((5, 6), [5, 6]), ([np.int64(8)], [8]), ((), []), (None, list(tq_hb.supported_bits()))],
+    [
+        (8, [8]),
+        ((5, 6), [5, 6]),
+        ([np.int64(8)], [8]),
+        (np.array(8), [8]),
+        (np.array([5, 6]), [5, 6]),
+        ((), []),
+        (None, list(tq_hb.supported_bits())),
+    ],
     ids=str,
 )
 def test_warmup_takes_the_widths_that_will_be_used(device, bits, widths):
@@ -375,7 +383,7 @@ def test_warmup_takes_the_widths_that_will_be_used(device, bits, widths):
     assert other._core.widths == widths
 
 
-@pytest.mark.parametrize("bits", [7, (8, 4), "8", 8.0], ids=repr)
+@pytest.mark.parametrize("bits", [7, (8, 4), "8", 8.0, np.array(7), np.array("8")], ids=repr)
 def test_warmup_refuses_other_widths(device, bits):
     with pytest.raises(tq_hb.InvalidArgument, match="^warmup: bits must.*got"):
         tq_hb.warmup(device, bits=bits)

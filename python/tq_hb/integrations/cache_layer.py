@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -178,7 +179,9 @@ class TqLayer(CacheLayerMixin):  # type: ignore[misc]
         Traceback (most recent call last):
         tq_hb.InvalidArgument: TqCache.crop: tokens_to_remove must be from -0 (the tokens seen) to 0, got -1
         """
-        count, kv = -tokens_to_remove, self.kv
+        if not hasattr(tokens_to_remove, "__index__"):
+            raise invalid("TqCache.crop", "tokens_to_remove", "must be an integer", repr(tokens_to_remove))
+        count, kv = -operator.index(tokens_to_remove), self.kv
         if not 0 <= count <= kv.offset:
             rule = f"must be from -{kv.offset} (the tokens seen) to 0"
             raise invalid("TqCache.crop", "tokens_to_remove", rule, tokens_to_remove)

@@ -78,6 +78,8 @@ def enable(model: Model) -> None:
 
     Raises
     ------
+    tq_hb.InvalidArgument
+        If it isn't a transformers model.
     tq_hb.UnsupportedError
         If the model's class doesn't let its attention be replaced.
 
@@ -99,6 +101,8 @@ def enable(model: Model) -> None:
     >>> cache.bytes_per_token  # six layers of 256 bytes for K, 192 for V and 8 for norms
     2736
     """
+    if not hasattr(model, "set_attn_implementation"):
+        raise invalid("enable", "model", "must be a transformers model", type(model).__name__)
     model.set_attn_implementation(ATTENTION_NAME)
     if model.config.get_text_config(decoder=True)._attn_implementation != ATTENTION_NAME:
         raise UnsupportedError(f"enable: model must allow its attention to be replaced, got {type(model).__name__}")
