@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,8 @@ from tq_hb.visibility import check_position
 
 Integers = Array | Sequence[int]
 _Indices = list[int]
+
+_OBJECT_BYTES = 2048  # that a slot takes of the host's memory, at least, besides its codes and norms
 
 
 class BatchedKVCache:
@@ -46,6 +49,8 @@ class BatchedKVCache:
     ------
     InvalidArgument
         If an argument breaks a rule.
+    OutOfMemoryError
+        If the memory of all slots is more than there is.
 
     Examples
     --------
@@ -82,12 +87,12 @@ class BatchedKVCache:
         )
         self._capacity = positive(op, "capacity", capacity)
         windows = _check_windows(op, sliding_window, slots, self._capacity)
-        self._caches = tuple(
-            KVCache._make(self._form, self._capacity, grows=False, window=window) for window in windows
-        )
+        _check_memory(op, self._form, slots, self._capacity)
         self._outstanding = Outstanding()
-        for cache in self._caches:
-            cache._outstanding = self._outstanding
+        self._caches = tuple(
+            KVCache._make(self._form, self._capacity, grows=False, window=window, outstanding=self._outstanding)
+            for window in windows
+        )
 
     # -- what it is ------------------------------------------------------------------------------------
 
@@ -309,10 +314,33 @@ class BatchedKVCache:
         """
         self._caches[self._slot("BatchedKVCache.reset", slot)].clear()
 
+    def copy(self) -> BatchedKVCache:
+        """Return an independent batch with the same sequences.
+
+        >>> import numpy as np, tq_hb
+        >>> batch = tq_hb.BatchedKVCache(2, 1, 256, 100)
+        >>> batch.append([0, 1], np.ones((2, 5, 1, 256)), np.ones((2, 5, 1, 256)))
+        >>> other = batch.copy()
+        >>> batch.reset(0)
+        >>> batch.lengths.tolist(), other.lengths.tolist()
+        ([0, 5], [5, 5])
+        """
+        other = BatchedKVCache.__new__(BatchedKVCache)
+        other._form, other._capacity, other._outstanding = self._form, self._capacity, Outstanding()
+        with self._locked(range(self.num_slots)):
+            other._caches = tuple(cache._copy(other._outstanding) for cache in self._caches)
+        return other
+
+    def __copy__(self) -> BatchedKVCache:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> BatchedKVCache:
+        return self.copy()
+
     # -- checks ----------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _locked(self, slots: _Indices) -> Iterator[None]:
+    def _locked(self, slots: Iterable[int]) -> Iterator[None]:
         """Keep others out of the sequences in these slots; always in the same order, so that no two calls deadlock."""
         with contextlib.ExitStack() as stack:
             for slot in sorted(set(slots)):
@@ -386,12 +414,28 @@ def _one_each(op: str, field: str, values: Integers, sequences: int) -> _Indices
 
 def _check_windows(
     op: str, windows: int | Sequence[int | None] | None, num_slots: int, capacity: int
-) -> list[int | None]:
-    each: Sequence[object] = list(windows) if _is_vector(windows) else [windows] * num_slots  # type: ignore[arg-type]
-    if len(each) != num_slots:
+) -> Iterable[int | None]:
+    """Return the window of every slot."""
+    each: list[object] = list(windows) if _is_vector(windows) else [windows]  # type: ignore[arg-type]
+    if _is_vector(windows) and len(each) != num_slots:
         raise invalid(op, "sliding_window", f"must have one value for each of the {num_slots} slots", len(each))
     checked = [None if window is None else positive(op, "sliding_window", window) for window in each]
     widest = max((window for window in checked if window is not None), default=0)
     if widest > capacity:
         raise invalid(op, "capacity", f"must be >= sliding_window {widest}", capacity)
-    return checked
+    return checked if _is_vector(windows) else itertools.repeat(checked[0], num_slots)
+
+
+def _check_memory(op: str, form: CacheFormat, num_slots: int, capacity: int) -> None:
+    """Raise if the slots cannot fit, before any is made: memory that is not touched yet is granted for far too many."""
+    host, device = Device("cpu").limits.max_buffer_bytes, form.device
+    # A device that shares the host's memory may limit a single buffer to less than that.
+    limit = device.limits.max_buffer_bytes if device.backend == "cuda" else host
+    for size, kind, most in (
+        (num_slots * capacity * form.bytes_per_token, f"the {device.backend} device's", limit),
+        (num_slots * _OBJECT_BYTES, "the host's", host),
+    ):
+        if size > most:
+            raise _core.OutOfMemoryError(
+                f"{op}: {num_slots} slots take {size} bytes, more than {kind} memory of {most}"
+            )

@@ -173,17 +173,33 @@ class KVCache:
         self._set_up(form, fixed or 0, grows=fixed is None, window=window)
 
     @classmethod
-    def _make(cls, form: CacheFormat, capacity: int, *, grows: bool, window: int | None) -> KVCache:
-        """Make a cache of checked arguments."""
+    def _make(
+        cls,
+        form: CacheFormat,
+        capacity: int,
+        *,
+        grows: bool,
+        window: int | None,
+        outstanding: Outstanding | None = None,
+    ) -> KVCache:
+        """Make a cache of checked arguments; caches of one batch share what is outstanding."""
         cache = cls.__new__(cls)
-        cache._set_up(form, capacity, grows=grows, window=window)
+        cache._set_up(form, capacity, grows=grows, window=window, outstanding=outstanding)
         return cache
 
-    def _set_up(self, form: CacheFormat, capacity: int, *, grows: bool, window: int | None) -> None:
+    def _set_up(
+        self,
+        form: CacheFormat,
+        capacity: int,
+        *,
+        grows: bool,
+        window: int | None,
+        outstanding: Outstanding | None = None,
+    ) -> None:
         self._form, self._grows, self._window = form, grows, window
         self._len = self._offset = 0
         self._launched: _Launched | None = None
-        self._outstanding = Outstanding()
+        self._outstanding = Outstanding() if outstanding is None else outstanding
         self._allocate(capacity)
         self._lock = threading.RLock()
         _caches.add(self)
@@ -507,7 +523,7 @@ class KVCache:
             self._len = self._offset = 0
 
     def copy(self) -> KVCache:
-        """Return an independent cache with the same contents.
+        """Return an independent cache with the same contents, a plain KVCache also of a subclass's object.
 
         >>> import numpy as np, tq_hb
         >>> cache = tq_hb.KVCache(1, 256)
@@ -517,9 +533,15 @@ class KVCache:
         >>> len(other)
         1
         """
+        return self._copy(Outstanding())
+
+    def _copy(self, outstanding: Outstanding) -> KVCache:
+        """Return a copy whose calls are among those outstanding."""
         with self._lock:
             self._outstanding.wait()
-            other = KVCache._make(self._form, self._capacity, grows=self._grows, window=self._window)
+            other = KVCache._make(
+                self._form, self._capacity, grows=self._grows, window=self._window, outstanding=outstanding
+            )
             for mine, its in ((self._k, other._k), (self._v, other._v)):
                 its.copy_from(mine, self._capacity)
             other._len, other._offset, other._launched = self._len, self._offset, self._launched

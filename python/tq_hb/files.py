@@ -18,7 +18,7 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -110,7 +110,8 @@ def save_caches(path: str | os.PathLike[str], caches: Iterable[KVCache]) -> None
 
     op = "save_caches"
     # A scalar of numpy is an Iterable by its class.
-    layers = list(caches) if isinstance(caches, Iterable) and getattr(caches, "ndim", 1) > 0 else [caches]
+    is_sequence = isinstance(caches, Iterable) and getattr(caches, "ndim", 1) > 0
+    layers: list[Any] = list(caches) if is_sequence else [caches]
     if not layers or isinstance(caches, KVCache) or not all(isinstance(layer, KVCache) for layer in layers):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
         raise invalid(op, "caches", "must be a sequence of one or more KVCache objects", kinds)

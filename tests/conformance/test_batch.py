@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 
@@ -166,6 +167,55 @@ def test_one_step_of_the_core_serves_all(device, monkeypatch):
     batch.append([0, 1, 2], *rows(2, 3, 1, KV_HEADS, 64))
     batch.attend([0, 1, 2], rows(3, HEADS, 64))
     assert steps == ["append", "attend"]
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda batch: batch.copy()], ids=["copy", "deep", ""])
+def test_a_copy_has_sequences_of_its_own(device, duplicate):
+    batch = filled(sliding_window=[None, 4, 8], device=device, k_bits=6, packing="plane")
+    before, first = contents(batch), batch[0]
+    q, token = rows(3, HEADS, 64), rows(3, KV_HEADS, 64, seed=1)
+    attended = batch.attend([0, 1, 2], q)
+
+    twin = duplicate(batch)
+
+    assert contents(twin) == before
+    assert (twin.capacity, twin.nbytes, twin[1].sliding_window) == (batch.capacity, batch.nbytes, 4)
+    assert np.array_equal(twin.attend([0, 1, 2], q), attended)
+    twin.append([0, 1, 2], token, token)
+    twin.reset(2)
+    assert contents(batch) == before
+    assert batch[0] is first
+    batch.append([0, 1, 2], token, token)
+    assert contents(batch)[:2] == contents(twin)[:2]
+    assert (len(batch[2]), len(twin[2])) == (10, 0)
+
+
+def forbidden(*_):
+    raise AssertionError("memory was asked for")
+
+
+class TestMemory:
+    @pytest.mark.parametrize(
+        ("slots", "capacity", "windows"),
+        [
+            (2**32 - 1, 1, None),
+            (2**32 - 1, 1, 1),
+            (3 * 10**8, 1000, None),
+            (2**31, 2**31, 5),
+            (2, 2**32 - 1, [1, None]),
+        ],
+    )
+    def test_more_slots_than_fit_are_refused_before_any_is_made(self, device, monkeypatch, slots, capacity, windows):
+        monkeypatch.setattr(tq_hb.KVCache, "_make", forbidden)
+        message = rf"^BatchedKVCache: {slots} slots take \d+ bytes, more than the \w+( device)?'s memory of \d+$"
+        with pytest.raises(tq_hb.OutOfMemoryError, match=message):
+            tq_hb.BatchedKVCache(slots, 1 if slots > 2 else 2**20, 64, capacity, sliding_window=windows, device=device)
+
+    def test_objects_of_slots_count_too(self, device, monkeypatch):
+        monkeypatch.setattr(tq_hb.KVCache, "_make", forbidden)
+        limit = tq_hb.Device("cpu").limits.max_buffer_bytes
+        with pytest.raises(tq_hb.OutOfMemoryError, match="more than the host's memory of "):
+            tq_hb.BatchedKVCache(limit // 1000, 1, 64, 1, device=device)
 
 
 class TestSlots:
