@@ -7,8 +7,9 @@
 
 namespace tq_hb {
 
-/// For few keys. A child that is forked while a table is made finds none and makes its own, and threads that outlast
-/// static destruction go on reading: there is no lock that another thread may hold, and nothing is ever freed.
+/// For few keys, and static: a child that is forked while a table is made finds none and makes its own, and threads
+/// that outlast static destruction go on reading: there is no lock that another thread may hold, and nothing is ever
+/// freed.
 template <class Key, class Value>
 class KeptValues {
  public:

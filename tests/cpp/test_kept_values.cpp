@@ -13,7 +13,7 @@ namespace tq_hb {
 namespace {
 
 TEST(KeptValues, ThreadsGetTheSameValueOfAKey) {
-  KeptValues<int, std::string> kept;
+  static KeptValues<int, std::string> kept;
   const std::string* found[8][4] = {};
   std::vector<std::thread> threads;
   for (int t = 0; t < 8; ++t) {
@@ -32,14 +32,14 @@ TEST(KeptValues, ThreadsGetTheSameValueOfAKey) {
 }
 
 TEST(KeptValues, AFailedAttemptIsMadeAgain) {
-  KeptValues<int, int> kept;
+  static KeptValues<int, int> kept;
   EXPECT_THROW(kept.get(1, []() -> int { throw 1; }), int);
   EXPECT_EQ(kept.get(1, [] { return 2; }), 2);
   EXPECT_EQ(kept.get(1, [] { return 3; }), 2);
 }
 
 TEST(KeptValues, AChildForkedWhileAValueIsMadeMakesItsOwn) {
-  KeptValues<int, int> kept;
+  static KeptValues<int, int> kept;
   std::promise<void> entered, leave;
   std::thread slow([&] {
     kept.get(1, [&] {
