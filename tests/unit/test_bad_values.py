@@ -252,7 +252,7 @@ def test_a_query_whose_product_with_the_mean_key_overflows_is_refused_whole(devi
     q[1] = 1e22
     out = np.full((3, 64), 7, np.float32)
 
-    rule = r"KVCache\.attend: q must have a product with k_mean that, times the scale, fits in float32, got 7\.99\d*e\+39"
+    rule = r"attend: q must have a product with k_mean that, times the scale, fits in float32, got 7\.99.*e\+39"
     with pytest.raises(tq_hb.InvalidArgument, match=rule):
         cache.attend(q, softcap=30.0, out=out)
 
