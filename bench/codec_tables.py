@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from bench.markdown import Report, source, table
+from bench.markdown import Report, source
+from tq_hb.cli._markdown import table
 
 _DATA = {
     "normal": "normal",

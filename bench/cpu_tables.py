@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bench.markdown import Report, machine, source, table
+from bench.markdown import Report, machine, source
 from tq_hb.cli._machine import threads_in_words
+from tq_hb.cli._markdown import table
 
 _TORCH = ("torch float32", "torch float16", "torch bfloat16")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.markdown import Report, source, table
+from bench.markdown import Report, source
+from tq_hb.cli._markdown import table
 
 
 def attend(report: Report) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from bench import harness, markdown
+from bench import harness
+from tq_hb.cli._markdown import table
 
 GATES = harness.ROOT / "docs" / "gates"
 _MODELS = {
@@ -41,7 +42,7 @@ def gate(folder: str) -> str:
     headings = [heading for heading, _ in _FIGURES.values()] + (["needles lost"] if wanted else [])
     header = ["K/V bits", "bytes per token", *headings, *gates]
     source = f"`docs/gates/{folder}/gate.json`, written by `{report['command']}`"
-    return f"{markdown.table(header, rows)}\n{source}; [gate.md](gates/{folder}/gate.md) has every text and layer.\n"
+    return f"{table(header, rows)}\n{source}; [gate.md](gates/{folder}/gate.md) has every text and layer.\n"
 
 
 def draw() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import textwrap
 
 from bench import harness
-from bench.markdown import Report, machine, source, table
+from bench.markdown import Report, machine, source
+from tq_hb.cli._markdown import table
 
 
 def replay(report: Report) -> str:

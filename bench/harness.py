@@ -11,7 +11,6 @@ import inspect
 import json
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 import tq_hb
 from bench.markdown import Report
 from tq_hb.cli import _machine
+from tq_hb.cli._output import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -96,7 +96,7 @@ def write(name: str, results: list[dict[str, Any]], out: Path) -> None:
     """Write what ``bench.<name>`` measured into a folder."""
     report = {
         "command": shlex.join(["python", "-m", f"bench.{name}", *sys.argv[1:]]),
-        "commit": commit(),
+        "commit": commit(ROOT),
         "date": dt.date.today().isoformat(),
         "load_average": os.getloadavg(),
         "machine": _machine.describe(),
@@ -162,20 +162,3 @@ def track(cases: Sequence[Case], describe: Callable[[Case], str] = str) -> Itera
             progress.update(task, description=describe(case), completed=done, refresh=True)
             yield case
         progress.update(task, description="done", completed=len(cases), refresh=True)
-
-
-def commit() -> str | None:
-    """Return the commit that is measured, and whether what is built differs from it.
-
-    None outside of a git checkout: what has been measured is not lost for that.
-    """
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
-
-    measured = ("csrc", "python", "CMakeLists.txt")
-    try:
-        head, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", *measured)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + (" with changes" if changes else "")

@@ -1,20 +1,13 @@
-"""Tables in Markdown, and where their figures come from."""
+"""Where the figures of a table come from, in Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tq_hb.cli._machine import threads_in_words
 
 Report = dict[str, Any]
 """What ``harness.read`` returns."""
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table whose first column is aligned to the left, the others to the right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def source(report: Report, *, options: bool = True) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from bench.markdown import Report, source, table
+from bench.markdown import Report, source
+from tq_hb.cli._markdown import table
 
 _MODEL = ": a model, not a measurement.\n"
 _COUNTED = ": counted on the simulated device.\n"

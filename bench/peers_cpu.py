@@ -33,6 +33,7 @@ from bench.peers.contender import Contender, Problem, Storage, UnavailableError,
 from bench.peers.ours import Ours
 from tq_hb.cli import _machine
 from tq_hb.cli._cases import attention64, relative_l2
+from tq_hb.cli._output import commit
 from tq_hb.cli._sampling import PlainRead
 
 HEADS = 16
@@ -341,7 +342,7 @@ def main() -> None:
     tq_hb.set_num_threads(max(THREADS))
     results: list[dict[str, Any]] = []
     if not args.fresh and (args.out / "peers_cpu.json").exists():
-        results = finished(harness.read("peers_cpu", args.out), harness.commit(), _machine.describe(), account)
+        results = finished(harness.read("peers_cpu", args.out), commit(harness.ROOT), _machine.describe(), account)
     _run(args.shapes or grid(args.size or "default"), account, peers, results, args.out)
     _write(results, account, args.out)
     compared = any(result["ratio"] for result in results)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
 
 from bench.markdown import Report
 from bench.quality_tables import FLOAT_BYTES, MODELS, complete_texts, of_mean
+from tq_hb.cli._plots import png
 
 _HEAD_DIM = 128
 _FORMATS: dict[str, dict[str, Any]] = {
@@ -24,13 +24,6 @@ _FORMATS: dict[str, dict[str, Any]] = {
 _METAL_SHAPES = ("16 / 8 / 256", "24 / 4 / 256")
 _METAL_GPUS = ("M1", "M4", "M4 Pro", "M1 Max", "M4 Max", "M5 Max", "M2 Ultra")
 _FAR_AHEAD = 4  # times as long as tq_hb: more than a linear axis shows beside the rest
-
-
-def png(figure: Any) -> bytes:
-    """Return a figure's file, the same with every version of matplotlib that draws the same."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=130, metadata={"Software": None})
-    return content.getvalue()
 
 
 def rate_distortion(report: Report) -> bytes:

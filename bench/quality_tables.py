@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bench.markdown import Report, source, table
+from bench.markdown import Report, source
+from tq_hb.cli._markdown import table
 
 MODELS = {"smollm2-135m": "SmolLM2 135M", "gemma-3-270m": "Gemma 3 270M"}
 FLOAT_BYTES = {"smollm2-135m": 30 * 3 * 64 * 2 * 4, "gemma-3-270m": 18 * 256 * 2 * 4}  # of a token, in float32

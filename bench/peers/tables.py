@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from bench.markdown import Report, source, table
+from bench.markdown import Report, source
 from bench.peers.ours import FORMS, name_of
-from bench.plots import png
 from tq_hb.cli._machine import threads_in_words
+from tq_hb.cli._markdown import table
+from tq_hb.cli._plots import png
 
 Result = dict[str, Any]
 
