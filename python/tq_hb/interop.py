@@ -49,15 +49,9 @@ def borrow(op: str, field: str, x: Array) -> tuple[npt.NDArray[Any], bool]:
     if hasattr(x, "__dlpack__") and not isinstance(x, type):
         return _core.from_dlpack(op, field, _exportable(x))
     try:
-        return _in_own_words(np.asarray(memoryview(x))), False
+        return np.asarray(memoryview(x)), False
     except (TypeError, ValueError):
         raise invalid(op, field, "must be an array with __dlpack__ or the buffer protocol", type(x).__name__) from None
-
-
-def _in_own_words(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """View an array whose dtype spells out the machine's own byte order, as ctypes does, as one that leaves it out."""
-    dtype = array.dtype
-    return array.view(dtype.newbyteorder("=")) if dtype.byteorder in "<>" and dtype.isnative else array
 
 
 def _exportable(x: Array) -> Array:
