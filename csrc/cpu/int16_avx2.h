@@ -18,6 +18,8 @@ constexpr std::size_t kLaneStep = 1;
 constexpr std::size_t kKeyGroup = 8;
 constexpr std::size_t kDots = 1;  // every key alone: there are few registers
 constexpr std::size_t kValueRows = 2;
+constexpr std::size_t kFusedRows = 2;
+constexpr std::size_t kFusedSums = 8;
 
 struct Levels {
   Sums first, second;

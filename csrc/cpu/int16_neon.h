@@ -17,6 +17,8 @@ constexpr std::size_t kLaneStep = 4;
 constexpr std::size_t kKeyGroup = 8;
 constexpr std::size_t kDots = 8;
 constexpr std::size_t kValueRows = 4;
+constexpr std::size_t kFusedRows = 2;
+constexpr std::size_t kFusedSums = 8;
 
 struct Levels {
   Sums first, second;

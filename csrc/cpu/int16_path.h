@@ -9,6 +9,9 @@
 //   kKeyGroup                   keys whose sums over lanes are added together
 //   kDots                       sums of products with keys that stay in registers, of some rows and some keys
 //   kValueRows                  rows whose sums over a chunk of values stay in registers
+//   kFusedRows, kFusedSums      rows at most that values are multiplied by as they are looked up, and the sums that
+//   then
+//                               stay in registers
 //   CodeReader<bits, plane, dim>
 //                               ::at(row, chunk) -> codes of a chunk, of a type of its own
 //   Lookup<bits>                Lookup(levels), .of(codes) -> Levels{Sums first, second}: of every 16 codes, first has
@@ -219,11 +222,15 @@ inline void finish_scores(const AttendTask& task, const KeyNorms<kHeadDim>& norm
   }
 }
 
-/// While all chunks are looked up, all upcoming codes are asked for.
-template <std::size_t kHeadDim, class Reader, class CodesLookup>
+/// Vectors of levels that a chunk of two values is looked up into.
+constexpr std::size_t kPairVectors = 4;
+
+/// Values whose codes are looked up when they are used, of every chunk kVectors vectors from kFirst on. While all of
+/// them are looked up, all upcoming codes are asked for.
+template <class Reader, class CodesLookup, std::size_t kFirst, std::size_t kVectors>
 struct CodedPairs {
-  [[gnu::always_inline]] PairLevels at(std::size_t p) const noexcept {
-    constexpr std::size_t kCodes = 2 * kChunk;
+  [[gnu::always_inline]] PairLevels at(std::size_t p, std::size_t chunk) const noexcept {
+    constexpr std::size_t kCodes = 2 * kChunk * kVectors / kPairVectors;
     if (p * kCodes % kCodesPerRequest == 0) {
       for (std::size_t i = 0; i < kCodes; i += kCodesPerRequest) upcoming.prefetch();
     }
@@ -231,41 +238,49 @@ struct CodedPairs {
   }
   const CodesLookup& lookup;
   const TileRows& rows;
-  std::size_t chunk;
   UpcomingCodes& upcoming;
 };
 
+/// One chunk of values that have been looked up.
 struct DecodedPairs {
-  const PairLevels& at(std::size_t p) const noexcept { return levels[p]; }
+  const PairLevels& at(std::size_t p, std::size_t) const noexcept { return levels[p]; }
   const PairLevels* levels;
 };
 
-/// Adds weights * values of one chunk of columns to the outputs of kRows rows from `r` on.
-template <std::size_t kHeadDim, std::size_t kRows, class Pairs>
-inline void add_rows(const AttendTask& task, std::size_t chunk, std::size_t r, std::size_t pairs,
-                     const Pairs& values) noexcept {
+/// Adds weights * values to the outputs of kRows rows from `r` on: in kChunks chunks of columns from `chunk` on, of
+/// each kVectors vectors from kFirst on.
+template <std::size_t kHeadDim, std::size_t kRows, std::size_t kChunks, std::size_t kFirst, std::size_t kVectors,
+          class Pairs>
+inline void add_columns(const AttendTask& task, std::size_t chunk, std::size_t r, std::size_t pairs,
+                        const Pairs& values) noexcept {
   const std::size_t block = chunk * kChunk / kBlockDim<kHeadDim>;
   const RowScratch* rows = task.scratch + r;
   const std::int16_t* weights[kRows];
   // Every loop over sums is unrolled: otherwise they would live in memory.
-  Sums sums[kRows][4];
+  Sums sums[kChunks][kRows][kVectors];
 #pragma GCC unroll 8
   for (std::size_t k = 0; k < kRows; ++k) {
     weights[k] = rows[k].fixed_weights[block];
 #pragma GCC unroll 4
-    for (std::size_t i = 0; i < 4; ++i) sums[k][i] = fill(rows[k].halves[block]);
+    for (std::size_t c = 0; c < kChunks; ++c) {
+#pragma GCC unroll 4
+      for (std::size_t i = 0; i < kVectors; ++i) sums[c][k][i] = fill(rows[k].halves[block]);
+    }
   }
   const auto add_pair = [&](std::size_t p) __attribute__((always_inline)) {
     Sums pair_weights[kRows];
 #pragma GCC unroll 8
     for (std::size_t k = 0; k < kRows; ++k) pair_weights[k] = broadcast_pair(weights[k] + 2 * p);
-    const PairLevels& pair = values.at(p);
 #pragma GCC unroll 4
-    for (std::size_t i = 0; i < 4; ++i) {
+    for (std::size_t c = 0; c < kChunks; ++c) {
+      const PairLevels& pair = values.at(p, chunk + c);
+#pragma GCC unroll 4
+      for (std::size_t i = 0; i < kVectors; ++i) {
 #pragma GCC unroll 8
-      for (std::size_t k = 0; k < kRows; ++k) {
-        sums[k][i] = add_products(sums[k][i], pair.vectors[i], pair_weights[k]);
-        pin(sums[k][i]);
+        for (std::size_t k = 0; k < kRows; ++k) {
+          sums[c][k][i] = add_products(sums[c][k][i], pair.vectors[kFirst + i], pair_weights[k]);
+          pin(sums[c][k][i]);
+        }
       }
     }
   };
@@ -275,12 +290,15 @@ inline void add_rows(const AttendTask& task, std::size_t chunk, std::size_t r, s
   }
 #pragma GCC unroll 8
   for (std::size_t k = 0; k < kRows; ++k) {
-    float* out = task.out + (r + k) * kHeadDim + chunk * kChunk;
     const float correction = rows[k].correction, unit = rows[k].fixed_units[block];
 #pragma GCC unroll 4
-    for (std::size_t i = 0; i < 4; ++i, out += kSumLanes) {
-      const Vec added = __builtin_convertvector(load_as<IntVec>(&sums[k][i]), Vec);
-      store(out, load(out) * correction + added * unit);
+    for (std::size_t c = 0; c < kChunks; ++c) {
+      float* out = task.out + (r + k) * kHeadDim + (chunk + c) * kChunk + kFirst * kSumLanes;
+#pragma GCC unroll 4
+      for (std::size_t i = 0; i < kVectors; ++i, out += kSumLanes) {
+        const Vec added = __builtin_convertvector(load_as<IntVec>(&sums[c][k][i]), Vec);
+        store(out, load(out) * correction + added * unit);
+      }
     }
   }
 }
@@ -306,10 +324,21 @@ struct Format {
   static void add(const AttendTask& task, const TileRows& values, std::size_t pairs, UpcomingCodes upcoming) noexcept {
     if (task.rows == 1) return add_fused<1>(task, values, pairs, upcoming);
     if (task.rows == 2) return add_fused<2>(task, values, pairs, upcoming);
+    if constexpr (kColumnVectors<4> > 0) {
+      if (task.rows == 4) return add_fused<4>(task, values, pairs, upcoming);
+    }
+    if constexpr (kColumnVectors<8> > 0) {
+      if (task.rows == 8) return add_fused<8>(task, values, pairs, upcoming);
+    }
     add_decoded(task, values, pairs, upcoming);
   }
 
  private:
+  /// Vectors of columns that are added at a time while values are looked up, where kRows rows share the lookup; 0 if
+  /// what is looked up is better kept. Putting planes together takes registers, too, and half a chunk does it twice.
+  template <std::size_t kRows>
+  static constexpr std::size_t kColumnVectors = kRows > (kPlane ? 2 : kFusedRows) ? 0 : kFusedSums / kRows;
+
   /// While all keys are scored, all upcoming codes are asked for.
   static void prefetch_beside_key(UpcomingCodes& upcoming) noexcept {
     for (std::size_t i = 0; i < kHeadDim; i += kCodesPerRequest) upcoming.prefetch();
@@ -361,10 +390,22 @@ struct Format {
   template <std::size_t kRows>
   static void add_fused(const AttendTask& task, const TileRows& values, std::size_t pairs,
                         UpcomingCodes upcoming) noexcept {
+    constexpr std::size_t kAll = kHeadDim / kChunk, kVectors = kColumnVectors<kRows>;
     const CodesLookup lookup(*task.v.int16);
-    for (std::size_t chunk = 0; chunk < kHeadDim / kChunk; ++chunk) {
-      add_rows<kHeadDim, kRows>(task, chunk, 0, pairs,
-                                CodedPairs<kHeadDim, Reader, CodesLookup>{lookup, values, chunk, upcoming});
+    if constexpr (kVectors < kPairVectors) {
+      // Half of a chunk needs half of the lookups.
+      for (std::size_t chunk = 0; chunk < kAll; ++chunk) {
+        const CodedPairs<Reader, CodesLookup, 0, kVectors> low{lookup, values, upcoming};
+        add_columns<kHeadDim, kRows, 1, 0, kVectors>(task, chunk, 0, pairs, low);
+        const CodedPairs<Reader, CodesLookup, kVectors, kVectors> high{lookup, values, upcoming};
+        add_columns<kHeadDim, kRows, 1, kVectors, kVectors>(task, chunk, 0, pairs, high);
+      }
+    } else {
+      constexpr std::size_t kFitting = kVectors / kPairVectors, kChunks = kFitting < kAll ? kFitting : kAll;
+      const CodedPairs<Reader, CodesLookup, 0, kPairVectors> coded{lookup, values, upcoming};
+      for (std::size_t chunk = 0; chunk < kAll; chunk += kChunks) {
+        add_columns<kHeadDim, kRows, kChunks, 0, kPairVectors>(task, chunk, 0, pairs, coded);
+      }
     }
   }
 
@@ -372,11 +413,11 @@ struct Format {
                           UpcomingCodes upcoming) noexcept {
     const CodesLookup lookup(*task.v.int16);
     for (std::size_t chunk = 0; chunk < kHeadDim / kChunk; ++chunk) {
-      const CodedPairs<kHeadDim, Reader, CodesLookup> coded{lookup, values, chunk, upcoming};
+      const CodedPairs<Reader, CodesLookup, 0, kPairVectors> coded{lookup, values, upcoming};
       PairLevels levels[kAttendTile / 2];
-      for (std::size_t p = 0; p < pairs; ++p) levels[p] = coded.at(p);
+      for (std::size_t p = 0; p < pairs; ++p) levels[p] = coded.at(p, chunk);
       for_each_group<kValueRows>(task.rows, [&](auto rows, std::size_t r) {
-        add_rows<kHeadDim, decltype(rows)::value>(task, chunk, r, pairs, DecodedPairs{levels});
+        add_columns<kHeadDim, decltype(rows)::value, 1, 0, kPairVectors>(task, chunk, r, pairs, DecodedPairs{levels});
       });
     }
   }

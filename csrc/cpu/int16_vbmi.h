@@ -18,6 +18,8 @@ constexpr std::size_t kLaneStep = 1;
 constexpr std::size_t kKeyGroup = 16;
 constexpr std::size_t kDots = 16;
 constexpr std::size_t kValueRows = 4;
+constexpr std::size_t kFusedRows = 8;
+constexpr std::size_t kFusedSums = 16;
 
 struct Levels {
   Sums first, second;
@@ -185,12 +187,9 @@ class Lookup<8> {
     const __mmask64 sign = _mm512_movepi8_mask(codes);
     const auto flip = [&](__m512i bytes) { return _mm512_mask_sub_epi8(bytes, sign, ones, bytes); };
     const __m512i index = flip(codes);
-    // A second lookup under a mask takes fewer steps than one in two registers.
-    const __mmask64 in_second = _mm512_test_epi8_mask(index, _mm512_set1_epi8(64));
-    const auto look_up = [&](__m512i first, __m512i second) {
-      return _mm512_mask_permutexvar_epi8(_mm512_permutexvar_epi8(index, first), in_second, index, second);
-    };
-    return join(flip(look_up(first_.low, second_.low)), flip(look_up(first_.high, second_.high)));
+    const __m512i low = _mm512_permutex2var_epi8(first_.low, index, second_.low);
+    const __m512i high = _mm512_permutex2var_epi8(first_.high, index, second_.high);
+    return join(flip(low), flip(high));
   }
 
  private:
