@@ -1,25 +1,22 @@
 #include "cpu/device.h"
 
 #include <chrono>
-#include <cstdlib>
 #include <limits>
 #include <new>
 #include <optional>
 #include <utility>
 #include <variant>
 
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include "cpu/attend.h"
 #include "cpu/codec_ops.h"
+#include "cpu/host_storage.h"
 #include "cpu/isa.h"
 #include "cpu/thread_pool.h"
 
 namespace tq_hb {
 namespace {
-
-constexpr std::size_t kAlignment = 64;
 
 /// Bytes of memory in this machine: no single buffer can usefully be larger.
 std::uint64_t physical_memory() noexcept {
@@ -28,47 +25,6 @@ std::uint64_t physical_memory() noexcept {
   if (pages <= 0 || page <= 0) return static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
   return static_cast<std::uint64_t>(pages) * static_cast<std::uint64_t>(page);
 }
-
-/// Asks for huge pages where a block holds some: a cache is read from end to end, a small page every few rows.
-void prefer_huge_pages(void* block, std::uint64_t size) noexcept {
-#if defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t kHugePage = std::uintptr_t{2} << 20;
-  const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(block) + kHugePage - 1) / kHugePage * kHugePage;
-  const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(block) + size) / kHugePage * kHugePage;
-  // Only advice: without it everything works, more slowly.
-  if (begin < end) static_cast<void>(madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE));
-#else
-  static_cast<void>(block), static_cast<void>(size);
-#endif
-}
-
-/// Zeroed memory from calloc, which leaves large blocks to be paged in by their first use.
-class HostStorage final : public Storage {
- public:
-  HostStorage(const Device* device, std::uint64_t size) : HostStorage(device, allocate(size), size) {}
-
- private:
-  using Block = std::unique_ptr<void, void (*)(void*)>;
-
-  HostStorage(const Device* device, Block block, std::uint64_t size)
-      : Storage(device, align(block.get()), size), block_(std::move(block)) {}
-
-  static Block allocate(std::uint64_t size) {
-    Block block(std::calloc(size + kAlignment, 1), &std::free);
-    if (block == nullptr) {
-      throw Error(ErrorCode::kOutOfMemory, "Device.empty: could not allocate " + std::to_string(size) + " bytes");
-    }
-    prefer_huge_pages(block.get(), size);
-    return block;
-  }
-
-  static std::byte* align(void* block) noexcept {
-    const auto address = reinterpret_cast<std::uintptr_t>(block);
-    return static_cast<std::byte*>(block) + (kAlignment - address % kAlignment) % kAlignment;
-  }
-
-  Block block_;
-};
 
 class BorrowedStorage final : public Storage {
  public:
@@ -162,9 +118,7 @@ class CpuDevice final : public Device {
   DeviceLimits limits() const override { return {physical_memory(), cpu_num_threads(), 0, 0}; }
 
  private:
-  std::shared_ptr<Storage> allocate(std::uint64_t size) const override {
-    return std::make_shared<HostStorage>(this, size);
-  }
+  std::shared_ptr<Storage> allocate(std::uint64_t size) const override { return allocate_host_storage(this, size); }
   std::shared_ptr<Storage> borrow_host(std::byte* data, std::uint64_t size,
                                        std::shared_ptr<void> owner) const override {
     return std::make_shared<BorrowedStorage>(this, data, size, std::move(owner));

@@ -84,6 +84,17 @@ inline UpcomingCodes keys_after(const AttendTask& task, const Tile& tile) noexce
   return codes_from(task.k, task.head_dim, slot < task.capacity ? slot : slot - task.capacity);
 }
 
+/// Asks for the norms of a tile of kTile from `slot` on. Scores and weights wait for them, so they go to the first
+/// cache level.
+template <std::size_t kTile>
+inline void prefetch_norms(const AttendTask& task, const HeadRows& side, std::size_t slot) noexcept {
+  constexpr std::size_t kLineNorms = 16;
+  const std::size_t blocks = norms_per_row(task.head_dim), count = kTile * blocks;
+  const float* norms = side.norms + slot * blocks;
+  for (std::size_t i = 0; i < count; i += kLineNorms) __builtin_prefetch(norms + i, 0, 3);
+  __builtin_prefetch(norms + count - 1, 0, 3);
+}
+
 /// The norms of a tile's keys or values.
 template <std::size_t kTile, std::size_t kBlocks>
 struct TileNorms {
@@ -235,7 +246,9 @@ void attend_range(const AttendTask& task) noexcept {
       }
     }
     slot = tile.count < before_wrap ? slot + tile.count : tile.count - before_wrap;
+    prefetch_norms<Path::kTile>(task, task.v, tile.slots[0]);
     path.score(tile);
+    prefetch_norms<Path::kTile>(task, task.k, slot);
     update_softmax<Path::kTile>(task, tile);
     path.accumulate(tile);
   }

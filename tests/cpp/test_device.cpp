@@ -1,3 +1,5 @@
+#include <cstring>
+
 #include "core/device.h"
 #include "expect_error.h"
 #include "registry.h"
@@ -20,6 +22,24 @@ TEST(Buffer, IsZeroedAndAligned) {
   EXPECT_EQ(buffer.nbytes(), 60u);
   EXPECT_EQ(reinterpret_cast<std::uintptr_t>(buffer.host()) % 64, 0u);
   for (int i = 0; i < 15; ++i) EXPECT_EQ(buffer.data<float>()[i], 0.0f);
+}
+
+TEST(Buffer, LargeOnesAreZeroedAlignedAndNoPowerOfTwoApart) {
+  const auto device = open_device("cpu");
+  constexpr std::uint64_t kHugePage = std::uint64_t{2} << 20, kSizes[] = {kHugePage - 1, kHugePage, 3 * kHugePage + 1};
+  for (const std::uint64_t size : kSizes) {
+    const Buffer first = device->empty(DType::kUint8, {size}), second = device->empty(DType::kUint8, {size});
+    const auto begin = reinterpret_cast<std::uintptr_t>(first.host());
+    const auto other = reinterpret_cast<std::uintptr_t>(second.host());
+    EXPECT_EQ(begin % 64, 0u);
+    const std::uintptr_t apart = begin < other ? other - begin : begin - other;
+    EXPECT_NE(apart & (apart - 1), 0u) << size;
+    EXPECT_EQ(first.host()[0], std::byte{});
+    EXPECT_EQ(first.host()[size - 1], std::byte{});
+    std::memset(first.host(), 1, size);
+    EXPECT_EQ(second.host()[0], std::byte{});
+    EXPECT_EQ(second.host()[size - 1], std::byte{});
+  }
 }
 
 TEST(Buffer, SlicesShareStorage) {
