@@ -9,9 +9,8 @@
 //   kKeyGroup                   keys whose sums over lanes are added together
 //   kDots                       sums of products with keys that stay in registers, of some rows and some keys
 //   kValueRows                  rows whose sums over a chunk of values stay in registers
-//   kFusedRows, kFusedSums      rows at most that values are multiplied by as they are looked up, and the sums that
-//   then
-//                               stay in registers
+//   kFusedRows                  rows at most that values are multiplied by as they are looked up
+//   kFusedSums                  sums over columns of values that stay in registers meanwhile
 //   CodeReader<bits, plane, dim>
 //                               ::at(row, chunk) -> codes of a chunk, of a type of its own
 //   Lookup<bits>                Lookup(levels), .of(codes) -> Levels{Sums first, second}: of every 16 codes, first has
@@ -225,9 +224,9 @@ inline void finish_scores(const AttendTask& task, const KeyNorms<kHeadDim>& norm
 /// Vectors of levels that a chunk of two values is looked up into.
 constexpr std::size_t kPairVectors = 4;
 
-/// Values whose codes are looked up when they are used, of every chunk kVectors vectors from kFirst on. While all of
-/// them are looked up, all upcoming codes are asked for.
-template <class Reader, class CodesLookup, std::size_t kFirst, std::size_t kVectors>
+/// Values whose codes are looked up when they are used, of a chunk kVectors vectors at a time. While all of them are
+/// looked up, all upcoming codes are asked for.
+template <class Reader, class CodesLookup, std::size_t kVectors>
 struct CodedPairs {
   [[gnu::always_inline]] PairLevels at(std::size_t p, std::size_t chunk) const noexcept {
     constexpr std::size_t kCodes = 2 * kChunk * kVectors / kPairVectors;
@@ -394,15 +393,14 @@ struct Format {
     const CodesLookup lookup(*task.v.int16);
     if constexpr (kVectors < kPairVectors) {
       // Half of a chunk needs half of the lookups.
+      const CodedPairs<Reader, CodesLookup, kVectors> coded{lookup, values, upcoming};
       for (std::size_t chunk = 0; chunk < kAll; ++chunk) {
-        const CodedPairs<Reader, CodesLookup, 0, kVectors> low{lookup, values, upcoming};
-        add_columns<kHeadDim, kRows, 1, 0, kVectors>(task, chunk, 0, pairs, low);
-        const CodedPairs<Reader, CodesLookup, kVectors, kVectors> high{lookup, values, upcoming};
-        add_columns<kHeadDim, kRows, 1, kVectors, kVectors>(task, chunk, 0, pairs, high);
+        add_columns<kHeadDim, kRows, 1, 0, kVectors>(task, chunk, 0, pairs, coded);
+        add_columns<kHeadDim, kRows, 1, kVectors, kVectors>(task, chunk, 0, pairs, coded);
       }
     } else {
       constexpr std::size_t kFitting = kVectors / kPairVectors, kChunks = kFitting < kAll ? kFitting : kAll;
-      const CodedPairs<Reader, CodesLookup, 0, kPairVectors> coded{lookup, values, upcoming};
+      const CodedPairs<Reader, CodesLookup, kPairVectors> coded{lookup, values, upcoming};
       for (std::size_t chunk = 0; chunk < kAll; chunk += kChunks) {
         add_columns<kHeadDim, kRows, kChunks, 0, kPairVectors>(task, chunk, 0, pairs, coded);
       }
@@ -413,7 +411,7 @@ struct Format {
                           UpcomingCodes upcoming) noexcept {
     const CodesLookup lookup(*task.v.int16);
     for (std::size_t chunk = 0; chunk < kHeadDim / kChunk; ++chunk) {
-      const CodedPairs<Reader, CodesLookup, 0, kPairVectors> coded{lookup, values, upcoming};
+      const CodedPairs<Reader, CodesLookup, kPairVectors> coded{lookup, values, upcoming};
       PairLevels levels[kAttendTile / 2];
       for (std::size_t p = 0; p < pairs; ++p) levels[p] = coded.at(p, chunk);
       for_each_group<kValueRows>(task.rows, [&](auto rows, std::size_t r) {
