@@ -63,7 +63,7 @@ std::uint64_t next_offset() noexcept {
 
 std::shared_ptr<Storage> allocate_large(const Device* device, std::uint64_t size) {
   const std::uint64_t offset = next_offset();
-  const std::uint64_t mapped = (offset + size + 2 * kHugePage - 1) / kHugePage * kHugePage + kHugePage;
+  const std::uint64_t mapped = (offset + size + kHugePage - 1) / kHugePage * kHugePage + kHugePage;
   if (mapped < size) refuse(size);
   void* map = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (map == MAP_FAILED) refuse(size);
