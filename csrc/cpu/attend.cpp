@@ -122,7 +122,7 @@ struct Workspace {
   Scratch<std::int32_t> halves;
   Scratch<double> max, sum;  // [kv head][range][rows]: partial states, and what a tile needs
   Scratch<float> out;
-  Scratch<RowScratch> scratch;
+  Scratch<RowBlock> blocks;  // [thread][num_blocks(rows)]
   Scratch<NotedKeys> notes;  // where the kernel is in 16 bits
 };
 
@@ -133,8 +133,10 @@ class QueryBlock {
   QueryBlock(const AttendOp& op, const Side& k, const Side& v, const IsaKernel& kernel, float row_scale,
              std::size_t first, std::size_t queries, Workspace& memory);
 
+  /// Makes room for so many threads to attend to units.
+  void reserve_for(unsigned threads) { memory_.blocks.reserve(threads * num_blocks(rows_)); }
   /// Attends all rows to one range of one KV head's keys, into the partial states.
-  void attend_unit(std::size_t unit);
+  void attend_unit(std::size_t unit, unsigned thread);
   std::size_t num_units() const { return kv_heads_ * ranges_; }
   std::size_t num_rows() const { return kv_heads_ * rows_; }
 
@@ -226,7 +228,7 @@ void QueryBlock::place_rows() {
 }
 
 void QueryBlock::quantize_rows() {
-  memory_.values.reserve((num_rows() + kQueryRows - 1) * head_dim_);
+  memory_.values.reserve((num_rows() + kMostBlockRows - 1) * head_dim_);
   memory_.units.reserve(num_rows() * kMaxNormBlocks);
   memory_.halves.reserve(num_rows() * kMaxNormBlocks);
   memory_.reach_per_norm.reserve(num_rows());
@@ -245,11 +247,10 @@ void QueryBlock::reserve_partials() {
   memory_.max.reserve(partials);
   memory_.sum.reserve(partials);
   memory_.out.reserve(partials * head_dim_);
-  memory_.scratch.reserve(partials);
   if (in_int16_) memory_.notes.reserve(partials);
 }
 
-void QueryBlock::attend_unit(std::size_t unit) {
+void QueryBlock::attend_unit(std::size_t unit, unsigned thread) {
   const std::size_t kv_head = unit / ranges_;
   const std::size_t first = unit % ranges_ * range_;
   const std::size_t capacity = op_.args.kv_capacity;
@@ -257,6 +258,7 @@ void QueryBlock::attend_unit(std::size_t unit) {
   task.q = memory_.q + kv_head * rows_ * head_dim_;
   task.q_scale = memory_.scale + kv_head * rows_;
   task.bias = memory_.bias + kv_head * rows_;
+  task.has_bias = op_.score_bias.has_value();
   task.seen = memory_.seen + 0;
   task.k = k_.head(kv_head);
   task.v = v_.head(kv_head);
@@ -269,7 +271,7 @@ void QueryBlock::attend_unit(std::size_t unit) {
   task.end_age = keys_.end;
   task.softcap = static_cast<double>(op_.args.softcap);
   task.v_scale = row_scale_ * kHeadroom;
-  task.scratch = memory_.scratch + unit * rows_;
+  task.blocks = memory_.blocks + thread * num_blocks(rows_);
   task.max = memory_.max + unit * rows_;
   task.sum = memory_.sum + unit * rows_;
   task.out = memory_.out + unit * rows_ * head_dim_;
@@ -317,6 +319,7 @@ void QueryBlock::merge(std::size_t row, std::size_t head, float* out, float* lse
     kernel_.add_partials(memory_.out + begin * head_dim_, rows_ * head_dim_, weights, count, head_dim_, out);
   }
   if (in_int16_) max += rescore(row, max, &sum, out);
+  if (kernel_.order_columns != nullptr) kernel_.order_columns(out, head_dim_);
   // Of the larger of the keys' maximum and the sink, weights are at most 1.
   const double top = std::max(max, sink);
   const double share = std::exp(max - top);
@@ -354,7 +357,10 @@ void attend(const AttendOp& op, ThreadPool& pool, BadRows& bad_rows) {
   for (std::size_t first = 0; first < op.num_queries(); first += kQueryBlock) {
     const std::size_t queries = std::min<std::size_t>(kQueryBlock, op.num_queries() - first);
     QueryBlock block(op, k, v, kernel, row_scale, first, queries, memory);
-    pool.parallel_for(block.num_units(), [&](std::size_t unit) { block.attend_unit(unit); });
+    const auto threads = static_cast<unsigned>(std::min<std::size_t>(pool.num_threads(), block.num_units()));
+    block.reserve_for(threads);
+    pool.parallel_for(
+        block.num_units(), [&](std::size_t unit, unsigned thread) { block.attend_unit(unit, thread); }, threads);
     pool.parallel_for(queries * heads, [&](std::size_t i) { block.finish(i / heads, i % heads, bad_rows); });
   }
 }

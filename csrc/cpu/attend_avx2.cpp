@@ -10,9 +10,10 @@
 namespace tq_hb {
 
 const IsaKernel& attend_kernel_avx2() noexcept {
-  static const IsaKernel kernel{"avx2",         scale_query,    rotate_in_vectors,   unrotate_in_vectors,
-                                add_partials,   attend_float32, place_query,         attend_int16,
-                                quantize_query, rescore,        Int16Form::kSegments};
+  static const IsaKernel kernel{
+      "avx2",       scale_query,         rotate_in_vectors, unrotate_in_vectors, order_columns<kChunk>,
+      add_partials, attend_float32,      place_query,       attend_int16,        quantize_query,
+      rescore,      Int16Form::kSegments};
   return kernel;
 }
 

@@ -9,12 +9,26 @@
 
 namespace tq_hb {
 
-/// Keys per softmax update, at most.
-constexpr std::size_t kAttendTile = 32;
-/// Queries in fixed point that may be read at a time: memory for them ends on a whole group of a KV head's rows.
-constexpr std::size_t kQueryRows = 8;
-/// Sums of two blocks of coordinates, each with its own norm, at most.
+/// Keys per softmax update.
+constexpr std::size_t kAttendTile = 64;
+/// Keys whose weights have a fixed point in common.
+constexpr std::size_t kWeightGroup = 32;
+constexpr std::size_t kWeightGroups = kAttendTile / kWeightGroup;
+/// Blocks of coordinates, each with its own norm, at most.
 constexpr std::size_t kMaxNormBlocks = 2;
+
+/// Rows that go through the softmax together, at most, and the lanes that they take up.
+constexpr std::size_t kMostBlockRows = 8;
+constexpr std::size_t kBlockLanes = 2 * kMostBlockRows;
+
+/// Rows of a block, of so many rows in all: a power of two. The last block may have some without a meaning.
+constexpr std::size_t block_rows(std::size_t rows) noexcept {
+  return rows > 4 ? kMostBlockRows : rows > 2 ? 4 : rows;
+}
+
+constexpr std::size_t num_blocks(std::size_t rows) noexcept {
+  return (rows + block_rows(rows) - 1) / block_rows(rows);
+}
 
 /// How an instruction set comes by the levels of a codebook of 8 bits.
 enum class Int16Form { kTable, kSegments };
@@ -74,15 +88,36 @@ struct Int16Query {
   const double* reach_per_norm;  ///< [rows]: times a key's norm, the standard deviation of a score over random codes
 };
 
-/// What a row needs while a tile is attended to.
-struct RowScratch {
-  alignas(64) double scores[kAttendTile];
-  alignas(64) float weights[kAttendTile];  ///< exp(score - max), 0 for a key that is not seen
-  alignas(64) float factors[kAttendTile];  ///< what values are multiplied by: weights and norms
-  alignas(64) std::int16_t fixed_weights[kMaxNormBlocks][kAttendTile];
-  float fixed_units[kMaxNormBlocks];  ///< what turns sums of fixed weights and fixed levels into output
-  std::int32_t halves[kMaxNormBlocks];
-  float correction;  ///< what earlier sums are multiplied by
+/// What the rows of a block need while a tile is attended to.
+///
+/// What belongs to a key and a row is at place_of(): that of two neighbouring keys side by side, as the products of
+/// their values need it, then that of the next row. So what is found over all keys is found for all rows at once. What
+/// belongs to a row alone is there for every one of kBlockLanes places that is the row's.
+struct RowBlock {
+  static constexpr std::size_t kMostPlaces = kAttendTile * kMostBlockRows;
+
+  static constexpr std::size_t place_of(std::size_t key, std::size_t row, std::size_t rows) noexcept {
+    return (key / 2 * rows + row) * 2 + key % 2;
+  }
+  static constexpr std::size_t key_of(std::size_t place, std::size_t rows) noexcept {
+    return place / (2 * rows) * 2 + place % 2;
+  }
+  static constexpr std::size_t first_lane(std::size_t row) noexcept { return 2 * row; }
+  static constexpr std::size_t row_of_lane(std::size_t lane, std::size_t rows) noexcept { return lane / 2 % rows; }
+
+  alignas(64) double scores[kMostPlaces];
+  alignas(64) float weights[kMostPlaces];  ///< exp(score - max), 0 for a key that is not seen
+  alignas(64) float factors[kMostPlaces];  ///< what values are multiplied by: weights and norms
+  alignas(64) std::int16_t fixed_weights[kMaxNormBlocks][kMostPlaces];
+  // Lanes.
+  alignas(64) double bias[kBlockLanes];
+  alignas(64) double score_units[kMaxNormBlocks][kBlockLanes];                ///< of products of queries and levels
+  alignas(64) std::int32_t score_halves[kMaxNormBlocks][kBlockLanes];         ///< as in Int16Query
+  alignas(64) double max[kBlockLanes];                                        ///< of a row's scores so far
+  alignas(64) double sum[kBlockLanes];                                        ///< of a row's weights so far
+  alignas(64) float corrections[kBlockLanes];                                 ///< what earlier sums are multiplied by
+  alignas(64) float fixed_units[kMaxNormBlocks][kWeightGroups][kBlockLanes];  ///< of fixed weights times fixed levels
+  alignas(64) std::int32_t halves[kMaxNormBlocks][kWeightGroups][kBlockLanes];
 };
 
 /// A range of keys, oldest first: slots first_slot, first_slot + 1, ... wrapping at capacity.
@@ -93,6 +128,7 @@ struct AttendTask {
   Int16Query q_int16;      ///< the same, read by attend_int16 alone
   const double* q_scale;   ///< [rows]: what turns dot(q, levels) * norm into the scaled score
   const double* bias;      ///< [rows]: added to the scaled score
+  bool has_bias;           ///< that is not all zeros
   const QueryRange* seen;  ///< [rows]: ages of the keys that a row sees
   HeadRows k, v;
   std::size_t rows;
@@ -101,12 +137,12 @@ struct AttendTask {
   std::size_t end_age;  ///< of all ranges of the KV head: keys before it are worth fetching
   double softcap;       ///< 0 for none
   float v_scale;        ///< what a V norm is multiplied by
-  RowScratch* scratch;  ///< [rows]
+  RowBlock* blocks;     ///< [num_blocks(rows)], of the thread alone
   NotedKeys* notes;     ///< [rows]: what attend_int16 notes
   // Partial softmax state over the range. A row that sees none of it gets -inf, 0 and zeros.
   double* max;
   double* sum;
-  float* out;  ///< [rows][head_dim], not divided by sum
+  float* out;  ///< [rows][head_dim], not divided by sum, in an order of the kernel's
 };
 
 /// The sums of a row over all ranges, which errors of scores are taken out of.
@@ -119,7 +155,7 @@ struct RescoreTask {
   const ChosenKeys& chosen;
   double max;  ///< of the scores
   double* sum;
-  float* out;  ///< [head_dim], not divided by sum
+  float* out;  ///< [head_dim], not divided by sum, in the order in which attending leaves it
 };
 
 struct IsaKernel {
@@ -130,6 +166,8 @@ struct IsaKernel {
   /// The codec's rotation of one row and its inverse, in place.
   void (*rotate)(float* row, std::size_t head_dim) noexcept;
   void (*unrotate)(float* row, std::size_t head_dim) noexcept;
+  /// Puts one row of `out` from the order in which attending leaves it into that of coordinates; null where that is so.
+  void (*order_columns)(float* out, std::size_t head_dim) noexcept;
   /// Adds weights[i] * partials[i * stride ...], for `count` of them, to the head_dim values of `out`.
   void (*add_partials)(const float* partials, std::size_t stride, const float* weights, std::size_t count,
                        std::size_t head_dim, float* out) noexcept;

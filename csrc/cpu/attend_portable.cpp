@@ -6,9 +6,18 @@
 namespace tq_hb {
 
 const IsaKernel& attend_kernel_portable() noexcept {
-  static const IsaKernel kernel{
-      "portable", scale_query, rotate_row, unrotate_row, add_partials,     attend_in_float32<ScalarDecoder>,
-      nullptr,    nullptr,     nullptr,    nullptr,      Int16Form::kTable};
+  static const IsaKernel kernel{"portable",
+                                scale_query,
+                                rotate_row,
+                                unrotate_row,
+                                nullptr,
+                                add_partials,
+                                attend_in_float32<ScalarDecoder>,
+                                nullptr,
+                                nullptr,
+                                nullptr,
+                                nullptr,
+                                Int16Form::kTable};
   return kernel;
 }
 

@@ -72,8 +72,6 @@ struct ByteTableDecoder {
     if (!decoded) decode_one_by_one(side, rows, count, block, upcoming, levels);
   }
 
-  static void order(float* out, std::size_t count) noexcept { order_columns<kChunk>(out, count); }
-
  private:
   template <class Reader>
   [[gnu::noinline]] static void decode_with(const Reader& reader, const std::uint8_t* const* rows, std::size_t count,

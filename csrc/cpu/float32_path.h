@@ -5,7 +5,6 @@
 //   decode(side, rows, count, block, upcoming, levels)
 //                       puts one norm block of `count` rows into `levels`, in an order of its own within the block, in
 //                       which task.q is too, and asks for as many of the upcoming codes
-//   order(out, count)   puts outputs in the order of coordinates
 //   kFusedRows          up to so many rows of queries, levels are multiplied as they are decoded; 0 if they never are
 //   kPart               where they are: columns that are worked on in a row of instructions, without a loop
 //   visit(side, use)    calls use(reader) if codes of the side's format can be read a chunk at a time, and returns
@@ -78,7 +77,6 @@ struct ScalarDecoder {
       }
     }
   }
-  static void order(float*, std::size_t) noexcept {}
 
  private:
   template <unsigned kHighBits>
@@ -95,15 +93,20 @@ constexpr std::size_t kSharingRows = kSums / 4;
 /// Levels that a reader gives at a time, in four vectors.
 constexpr std::size_t kReadAtOnce = 4 * kLanes;
 
-/// Puts dot products with `count` keys, over one norm block, into a row's scores, not yet scaled: norm * dot(query,
-/// key). They are added to those of the block before.
-inline void add_scores(const float* dots, const float* norms, std::size_t count, bool is_first_block,
+/// Puts dot products of kRows rows with `count` keys, in the places of a block of as many rows, into the scores of a
+/// block of `rows` rows, not yet scaled: norm * dot(query, key). They are added to those of the norm block before.
+template <std::size_t kRows>
+inline void add_scores(const float* dots, const float* norms, std::size_t count, bool is_first_block, std::size_t rows,
                        double* scores) noexcept {
-#pragma GCC unroll 4
-  for (std::size_t k = 0; k < count; k += 4) {
-    const Double4 dot = __builtin_convertvector(load_as<Float4>(dots + k), Double4);
-    const Double4 share = dot * __builtin_convertvector(load_as<Float4>(norms + k), Double4);
-    store(scores + k, is_first_block ? share : load_as<Double4>(scores + k) + share);
+  constexpr std::size_t kTogether = kRows == 1 ? 2 : 4;
+  using Products = typename VectorOf<double, kTogether>::type;
+  using Floats = typename VectorOf<float, kTogether>::type;
+  for (std::size_t k = 0; k < count; k += 2, scores += 2 * rows) {
+    const Products pair = __builtin_convertvector(of_keys<kRows, Floats>(norms + k, 0), Products);
+    for (std::size_t i = 0; i < 2 * kRows; i += kTogether, dots += kTogether) {
+      const Products share = __builtin_convertvector(load_as<Floats>(dots), Products) * pair;
+      store(scores + i, is_first_block ? share : load_as<Products>(scores + i) + share);
+    }
   }
 }
 
@@ -112,7 +115,11 @@ class Float32Path {
  public:
   static constexpr std::size_t kTile = kAttendTile;
 
-  explicit Float32Path(const AttendTask& task) noexcept : task_(task) {}
+  explicit Float32Path(const AttendTask& task) noexcept : task_(task), block_rows_(block_rows(task.rows)) {
+    for_each_block(task, [&](auto rows, RowBlock& block, std::size_t first) {
+      spread_rows<decltype(rows)::value>(task.q_scale + first, task.rows - first, block.score_units[0]);
+    });
+  }
 
   void score(const Tile& tile) noexcept {
     const TileRows keys = rows_of<kTile>(task_.k, tile);
@@ -129,11 +136,12 @@ class Float32Path {
         });
       });
     }
-    for (std::size_t r = 0; r < task_.rows; ++r) {
-      double* scores = task_.scratch[r].scores;
-      const double scale = task_.q_scale[r];
-      for (std::size_t t = 0; t < kTile; t += kDoubles) store(scores + t, load_as<Doubles>(scores + t) * scale);
-    }
+    for_each_block(task_, [&](auto rows, RowBlock& block, std::size_t) {
+      for (std::size_t i = 0; i < kTile * decltype(rows)::value; i += kDoubles) {
+        const Doubles units = load_as<Doubles>(block.score_units[0] + i % kBlockLanes);
+        store(block.scores + i, load_as<Doubles>(block.scores + i) * units);
+      }
+    });
   }
 
   void accumulate(const Tile& tile) noexcept {
@@ -141,7 +149,9 @@ class Float32Path {
     const Norms norms(task_.v, tile);
     const UpcomingCodes upcoming = keys_after<kTile>(task_, tile);
     for (std::size_t b = 0; b < kBlocks; ++b) {
-      for (std::size_t r = 0; r < task_.rows; ++r) fill_factors<kTile>(task_, r, tile, norms.of_block[b]);
+      for_each_block(task_, [&](auto rows, RowBlock& block, std::size_t first) {
+        fill_factors<kTile, decltype(rows)::value>(task_, tile, first, norms.of_block[b], block);
+      });
       const bool fused = visit_fused(task_.v, [&](auto rows, const auto& reader) {
         add_fused<decltype(rows)::value>(reader, values, tile.count, b, upcoming);
       });
@@ -152,8 +162,6 @@ class Float32Path {
       });
     }
   }
-
-  void finish() noexcept { Decoder::order(task_.out, task_.rows * kHeadDim); }
 
  private:
   static constexpr std::size_t kBlocks = kNormBlocks<kHeadDim>, kDim = kBlockDim<kHeadDim>;
@@ -198,7 +206,7 @@ class Float32Path {
     const float* q = task_.q + b * kDim;
     upcoming = upcoming.after(b * count * kDim);
     for (std::size_t first = 0; first < count; first += kLanes) {
-      Vec sums[kRows][kLanes];
+      Vec sums[kRows * kLanes];
       for (std::size_t t = 0; t < kLanes; t += 2) {
         // Of two keys at a time, so that a sum need not wait for itself.
         const std::uint8_t *even_row = keys.at[first + t], *odd_row = keys.at[first + t + 1];
@@ -225,15 +233,13 @@ class Float32Path {
         }
 #pragma GCC unroll 4
         for (std::size_t r = 0; r < kRows; ++r) {
-          sums[r][t] = pair[r][0];
-          sums[r][t + 1] = pair[r][1];
+          sums[RowBlock::place_of(t, r, kRows)] = pair[r][0];
+          sums[RowBlock::place_of(t + 1, r, kRows)] = pair[r][1];
         }
       }
-      for (std::size_t r = 0; r < kRows; ++r) {
-        float dots[kLanes];
-        store(dots, sums_of_lanes(sums[r]));
-        add_scores(dots, norms + first, kLanes, b == 0, task_.scratch[r].scores + first);
-      }
+      float dots[kRows * kLanes];
+      for (std::size_t i = 0; i < kRows * kLanes; i += kLanes) store(dots + i, sums_of_lanes(sums + i));
+      add_scores<kRows>(dots, norms + first, kLanes, b == 0, kRows, task_.blocks->scores + first * kRows);
     }
   }
 
@@ -254,17 +260,14 @@ class Float32Path {
         for (std::size_t j = 0; j < kRows; ++j) {
           const Vec query = load(q + j * kHeadDim + i);
 #pragma GCC unroll 16
-          for (std::size_t k = 0; k < kKeys; ++k) sums[j * kKeys + k] += query * key[k];
+          for (std::size_t k = 0; k < kKeys; ++k) sums[RowBlock::place_of(k, j, kRows)] += query * key[k];
         }
       }
       float dots[kRows * kKeys];
 #pragma GCC unroll 4
       for (std::size_t i = 0; i < kRows * kKeys; i += kLanes) store(dots + i, sums_of_lanes(sums + i));
-#pragma GCC unroll 4
-      for (std::size_t j = 0; j < kRows; ++j) {
-        const std::size_t at = first + t;
-        add_scores(dots + j * kKeys, norms + at, kKeys, b == 0, task_.scratch[r + j].scores + at);
-      }
+      const std::size_t place = RowBlock::place_of(first + t, row_in_block(r), block_rows_);
+      add_scores<kRows>(dots, norms + first + t, kKeys, b == 0, block_rows_, block_of(r).scores + place);
     }
   }
 
@@ -273,14 +276,14 @@ class Float32Path {
   [[gnu::noinline]] void add_fused(const Reader& reader, const TileRows& values, std::size_t count, std::size_t b,
                                    UpcomingCodes upcoming) const noexcept {
     upcoming = upcoming.after(b * count * kDim);
-    const RowScratch* rows = task_.scratch;
+    const RowBlock& block = *task_.blocks;
     for (std::size_t j = b * kDim; j < (b + 1) * kDim; j += kReadAtOnce) {
       Vec sums[kRows][4];
 #pragma GCC unroll 4
       for (std::size_t i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
         for (std::size_t c = 0; c < 4; ++c) {
-          sums[i][c] = load(task_.out + i * kHeadDim + j + c * kLanes) * rows[i].correction;
+          sums[i][c] = load(task_.out + i * kHeadDim + j + c * kLanes) * correction_of(block, i);
         }
       }
       for (std::size_t t = 0; t < count; ++t) {
@@ -289,7 +292,9 @@ class Float32Path {
 #pragma GCC unroll 4
         for (std::size_t c = 0; c < 4; ++c) {
 #pragma GCC unroll 4
-          for (std::size_t i = 0; i < kRows; ++i) sums[i][c] += rows[i].factors[t] * value.vectors[c];
+          for (std::size_t i = 0; i < kRows; ++i) {
+            sums[i][c] += block.factors[RowBlock::place_of(t, i, kRows)] * value.vectors[c];
+          }
         }
       }
 #pragma GCC unroll 4
@@ -305,24 +310,25 @@ class Float32Path {
   void add_decoded(std::size_t first, std::size_t count, std::size_t b, std::size_t r) const noexcept {
     constexpr std::size_t kColumns = 4;  // vectors
     static_assert(kDim % (kColumns * kLanes) == 0);
-    const RowScratch* rows = task_.scratch + r;
+    const RowBlock& block = block_of(r);
     float* out = task_.out + r * kHeadDim + b * kDim;
     for (std::size_t j = 0; j < kDim; j += kColumns * kLanes) {
       Vec sums[kRows][kColumns];
 #pragma GCC unroll 8
       for (std::size_t i = 0; i < kRows; ++i) {
-        const float correction = first == 0 ? rows[i].correction : 1.0f;
+        const float correction = first == 0 ? correction_of(block, row_in_block(r) + i) : 1.0f;
 #pragma GCC unroll 4
         for (std::size_t c = 0; c < kColumns; ++c) {
           sums[i][c] = load(out + i * kHeadDim + j + c * kLanes) * correction;
         }
       }
       for (std::size_t t = 0; t < count; ++t) {
+        const float* factors = block.factors + RowBlock::place_of(first + t, row_in_block(r), block_rows_);
 #pragma GCC unroll 4
         for (std::size_t c = 0; c < kColumns; ++c) {
           const Vec value = load(levels_ + t * kDim + j + c * kLanes);
 #pragma GCC unroll 8
-          for (std::size_t i = 0; i < kRows; ++i) sums[i][c] += rows[i].factors[first + t] * value;
+          for (std::size_t i = 0; i < kRows; ++i) sums[i][c] += factors[2 * i] * value;
         }
       }
 #pragma GCC unroll 8
@@ -333,7 +339,15 @@ class Float32Path {
     }
   }
 
+  /// Where row `r` is. A group of rows that share loads is in one block.
+  RowBlock& block_of(std::size_t r) const noexcept { return task_.blocks[r / block_rows_]; }
+  std::size_t row_in_block(std::size_t r) const noexcept { return r % block_rows_; }
+  static float correction_of(const RowBlock& block, std::size_t row) noexcept {
+    return block.corrections[RowBlock::first_lane(row)];
+  }
+
   const AttendTask& task_;
+  const std::size_t block_rows_;
   alignas(64) float levels_[kDecoded * kDim];  // of a norm block of K or V
 };
 

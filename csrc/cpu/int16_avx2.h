@@ -15,7 +15,7 @@ typedef __m256i Sums;
 constexpr std::size_t kChunk = 32;
 constexpr unsigned kSumShift = 3;
 constexpr std::size_t kLaneStep = 1;
-constexpr std::size_t kKeyGroup = 8;
+constexpr std::size_t kDecodedKeys = 8;
 constexpr std::size_t kDots = 1;  // every key alone: there are few registers
 constexpr std::size_t kValueRows = 2;
 constexpr std::size_t kFusedRows = 2;
@@ -51,14 +51,14 @@ inline void pin(Sums& sums) noexcept {
   asm("" : "+x"(sums));
 }
 
-inline void add_across(const Sums* sums, std::int32_t* totals) noexcept {
+inline IntVec sums_across(const Sums* sums) noexcept {
   const auto two = [&](std::size_t i) {
     return _mm256_hadd_epi32(cut<kSumShift>(sums[i]), cut<kSumShift>(sums[i + 1]));
   };
   const auto four = [&](std::size_t i) { return _mm256_hadd_epi32(two(i), two(i + 2)); };
   const __m256i a = four(0), b = four(4);
-  const __m256i eight = _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(totals), eight);
+  return reinterpret_cast<IntVec>(
+      _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31)));
 }
 
 inline Sums broadcast_pair(const std::int16_t* pair) noexcept {

@@ -14,7 +14,7 @@ typedef int32x4_t Sums;
 constexpr std::size_t kChunk = 16;
 constexpr unsigned kSumShift = 2;
 constexpr std::size_t kLaneStep = 4;
-constexpr std::size_t kKeyGroup = 8;
+constexpr std::size_t kDecodedKeys = 8;
 constexpr std::size_t kDots = 8;
 constexpr std::size_t kValueRows = 4;
 constexpr std::size_t kFusedRows = 2;
@@ -59,10 +59,9 @@ inline void pin(Sums& sums) noexcept {
   asm("" : "+w"(sums));
 }
 
-inline void add_across(const Sums* sums, std::int32_t* totals) noexcept {
+inline IntVec sums_across(const Sums* sums) noexcept {
   const auto two = [&](std::size_t i) { return vpaddq_s32(cut<kSumShift>(sums[i]), cut<kSumShift>(sums[i + 1])); };
-  vst1q_s32(totals, vpaddq_s32(two(0), two(2)));
-  vst1q_s32(totals + 4, vpaddq_s32(two(4), two(6)));
+  return vpaddq_s32(two(0), two(2));
 }
 
 /// 64 levels as two tables of bytes.

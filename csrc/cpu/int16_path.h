@@ -6,7 +6,7 @@
 //   Sums                        a vector of 32-bit sums
 //   kChunk                      codes that are looked up at a time: 2 * kSumLanes of each of two vectors of levels
 //   kSumShift                   by how many bits sums are cut so that those of all lanes can be added: log2(lanes)
-//   kKeyGroup                   keys whose sums over lanes are added together
+//   kDecodedKeys                keys that more rows than a block has share once they are decoded
 //   kDots                       sums of products with keys that stay in registers, of some rows and some keys
 //   kValueRows                  rows whose sums over a chunk of values stay in registers
 //   kFusedRows                  rows at most that values are multiplied by as they are looked up
@@ -22,7 +22,7 @@
 //   kLaneStep                   a power of two: add_products adds the products of 16-bit values i and i ^ kLaneStep
 //                               to the same lane
 //   add(a, b), cut<bits>(a)     a + b, a / 2^bits, lane by lane
-//   add_across(sums, totals)    the sums over all lanes of kKeyGroup sums, cut by kSumShift
+//   sums_across(sums)           the sums over all lanes of each of kSumLanes sums, cut by kSumShift
 //   broadcast_pair(p)           the 16-bit values at p and p + 1, where pairs_of puts even and odd
 //   pin(sums)                   keeps the compiler from adding in another order, which would take more registers
 #pragma once
@@ -134,10 +134,14 @@ inline const T* not_hoisted(const T* pointer) noexcept {
   return pointer;
 }
 
-/// The dot products of a group of rows and one of keys, still apart in lanes.
-template <std::size_t kHeadDim>
+/// Keys whose dot products with kRows rows of a block are finished together.
+template <std::size_t kRows>
+constexpr std::size_t kKeysTogether = kSumLanes / kRows < 2 ? 2 : kSumLanes / kRows;
+
+/// Those dot products, in their places, still apart in lanes.
+template <std::size_t kHeadDim, std::size_t kRows>
 struct DotSums {
-  Sums sums[kNormBlocks<kHeadDim>][kQueryRows][kKeyGroup];
+  Sums sums[kNormBlocks<kHeadDim>][kRows * kKeysTogether<kRows>];
 };
 
 /// Keys that kRows rows of queries are multiplied by at a time. Several share the load of a query, and a product need
@@ -149,8 +153,10 @@ constexpr std::size_t kKeysAtOnce = kDots < 2 * kRows   ? 1
 
 /// Multiplies some keys, of a group those from `t` on, by kRows queries.
 template <std::size_t kHeadDim, std::size_t kRows, class Keys>
-inline void multiply_keys(const Keys& keys, const std::int16_t* q, std::size_t t, DotSums<kHeadDim>& dots) noexcept {
+inline void multiply_keys(const Keys& keys, const std::int16_t* q, std::size_t t,
+                          DotSums<kHeadDim, kRows>& dots) noexcept {
   constexpr std::size_t kPart = kPartDim<kHeadDim>, kKeys = kKeysAtOnce<kRows>;
+  const std::size_t first_place = kKeys > 1 ? t * kRows : RowBlock::place_of(t, 0, kRows);
 #pragma GCC unroll 1
   for (std::size_t b = 0; b < kNormBlocks<kHeadDim>; ++b) {
 #pragma GCC unroll 1
@@ -183,7 +189,7 @@ inline void multiply_keys(const Keys& keys, const std::int16_t* q, std::size_t t
       for (std::size_t k = 0; k < kRows; ++k) {
 #pragma GCC unroll 4
         for (std::size_t j = 0; j < kKeys; ++j) {
-          Sums& whole = dots.sums[b][k][t + j];
+          Sums& whole = dots.sums[b][first_place + RowBlock::place_of(j, k, kRows)];
           const Sums share = cut<kPartShift<kHeadDim>>(sums[k][j]);
           whole = part == 0 ? share : add(whole, share);
         }
@@ -195,32 +201,31 @@ inline void multiply_keys(const Keys& keys, const std::int16_t* q, std::size_t t
 template <std::size_t kHeadDim>
 using KeyNorms = TileNorms<kAttendTile, kNormBlocks<kHeadDim>>;
 
-/// Scores of `rows` rows from `r` on and kKeyGroup keys of a tile from `first` on, out of their dot products.
-template <std::size_t kHeadDim>
-inline void finish_scores(const AttendTask& task, const KeyNorms<kHeadDim>& norms, std::size_t first, std::size_t r,
-                          std::size_t rows, const DotSums<kHeadDim>& dots) noexcept {
-  constexpr std::size_t kGroups = kKeyGroup / kDoubles;
+/// Scores of a block and some keys of a tile from `first` on, out of their dot products.
+template <std::size_t kHeadDim, std::size_t kRows>
+inline void finish_scores(RowBlock& block, const KeyNorms<kHeadDim>& norms, std::size_t first,
+                          const DotSums<kHeadDim, kRows>& dots) noexcept {
   for (std::size_t b = 0; b < kNormBlocks<kHeadDim>; ++b) {
-    Doubles key_norms[kGroups];
-    for (std::size_t i = 0; i < kGroups; ++i) {
-      key_norms[i] = to_doubles(load_as<DoublesAsFloats>(norms.of_block[b] + first + i * kDoubles));
-    }
-    for (std::size_t k = 0; k < rows; ++k) {
-      const std::size_t at = (r + k) * kMaxNormBlocks + b;
-      const double unit = task.q_int16.units[at];
-      const std::int32_t half = task.q_int16.halves[at];
-      double* scores = task.scratch[r + k].scores + first;
-      std::int32_t totals[kKeyGroup];
-      add_across(dots.sums[b][k], totals);
-      for (std::size_t i = 0; i < kGroups; ++i, scores += kDoubles) {
-        const Doubles sums = to_doubles(load_as<DoublesAsInts>(totals + i * kDoubles) + half);
-        const Doubles share = sums * unit * key_norms[i];
-        store(scores, b == 0 ? share : load_as<Doubles>(scores) + share);
+#pragma GCC unroll 2
+    for (std::size_t i = 0; i < kRows * kKeysTogether<kRows>; i += kLanes) {
+      constexpr std::size_t kParts = kLanes / kDoubles;
+      const std::size_t place = first * kRows + i, lane = place % kBlockLanes;
+      Doubles sums[kParts];
+      to_doubles(sums_across(dots.sums[b] + i) + load_as<IntVec>(block.score_halves[b] + lane), sums);
+#pragma GCC unroll 2
+      for (std::size_t p = 0; p < kParts; ++p) {
+        const std::size_t at = p * kDoubles;
+        const Doubles key_norms = to_doubles(of_keys<kRows, DoublesAsFloats>(norms.of_block[b], place + at));
+        const Doubles share = sums[p] * load_as<Doubles>(block.score_units[b] + lane + at) * key_norms;
+        double* score = block.scores + place + at;
+        store(score, b == 0 ? share : load_as<Doubles>(score) + share);
       }
     }
   }
 }
 
+/// Pairs of values whose weights have a fixed point in common.
+constexpr std::size_t kGroupPairs = kWeightGroup / 2;
 /// Vectors of levels that a chunk of two values is looked up into.
 constexpr std::size_t kPairVectors = 4;
 
@@ -250,53 +255,58 @@ struct DecodedPairs {
 /// each kVectors vectors from kFirst on.
 template <std::size_t kHeadDim, std::size_t kRows, std::size_t kChunks, std::size_t kFirst, std::size_t kVectors,
           class Pairs>
-inline void add_columns(const AttendTask& task, std::size_t chunk, std::size_t r, std::size_t pairs,
-                        const Pairs& values) noexcept {
-  const std::size_t block = chunk * kChunk / kBlockDim<kHeadDim>;
-  const RowScratch* rows = task.scratch + r;
-  const std::int16_t* weights[kRows];
-  // Every loop over sums is unrolled: otherwise they would live in memory.
-  Sums sums[kChunks][kRows][kVectors];
+[[gnu::always_inline]] inline void add_columns(const AttendTask& task, std::size_t block_rows, std::size_t chunk,
+                                               std::size_t r, std::size_t pairs, const Pairs& values) noexcept {
+  const std::size_t b = chunk * kChunk / kBlockDim<kHeadDim>;
+  const std::size_t row = r % block_rows;
+  const RowBlock& block = task.blocks[r / block_rows];
+  const std::int16_t* weights = block.fixed_weights[b] + RowBlock::place_of(0, row, block_rows);
+  for (std::size_t group = 0; group < kWeightGroups && group * kGroupPairs < pairs; ++group) {
+    const std::size_t first = group * kGroupPairs, end = pairs - first < kGroupPairs ? pairs : first + kGroupPairs;
+    // Every loop over sums is unrolled: otherwise they would live in memory.
+    Sums sums[kChunks][kRows][kVectors];
 #pragma GCC unroll 8
-  for (std::size_t k = 0; k < kRows; ++k) {
-    weights[k] = rows[k].fixed_weights[block];
+    for (std::size_t k = 0; k < kRows; ++k) {
+      const Sums half = fill(block.halves[b][group][RowBlock::first_lane(row + k)]);
 #pragma GCC unroll 4
-    for (std::size_t c = 0; c < kChunks; ++c) {
+      for (std::size_t c = 0; c < kChunks; ++c) {
 #pragma GCC unroll 4
-      for (std::size_t i = 0; i < kVectors; ++i) sums[c][k][i] = fill(rows[k].halves[block]);
-    }
-  }
-  const auto add_pair = [&](std::size_t p) __attribute__((always_inline)) {
-    Sums pair_weights[kRows];
-#pragma GCC unroll 8
-    for (std::size_t k = 0; k < kRows; ++k) pair_weights[k] = broadcast_pair(weights[k] + 2 * p);
-#pragma GCC unroll 4
-    for (std::size_t c = 0; c < kChunks; ++c) {
-      const PairLevels& pair = values.at(p, chunk + c);
-#pragma GCC unroll 4
-      for (std::size_t i = 0; i < kVectors; ++i) {
-#pragma GCC unroll 8
-        for (std::size_t k = 0; k < kRows; ++k) {
-          sums[c][k][i] = add_products(sums[c][k][i], pair.vectors[kFirst + i], pair_weights[k]);
-          pin(sums[c][k][i]);
-        }
+        for (std::size_t i = 0; i < kVectors; ++i) sums[c][k][i] = half;
       }
     }
-  };
-  for (std::size_t p = 0; p < pairs; p += 2) {
-    add_pair(p);
-    add_pair(p + 1);
-  }
+    const auto add_pair = [&](std::size_t p) __attribute__((always_inline)) {
+      Sums pair_weights[kRows];
 #pragma GCC unroll 8
-  for (std::size_t k = 0; k < kRows; ++k) {
-    const float correction = rows[k].correction, unit = rows[k].fixed_units[block];
+      for (std::size_t k = 0; k < kRows; ++k) pair_weights[k] = broadcast_pair(weights + 2 * (p * block_rows + k));
 #pragma GCC unroll 4
-    for (std::size_t c = 0; c < kChunks; ++c) {
-      float* out = task.out + (r + k) * kHeadDim + (chunk + c) * kChunk + kFirst * kSumLanes;
+      for (std::size_t c = 0; c < kChunks; ++c) {
+        const PairLevels& pair = values.at(p, chunk + c);
 #pragma GCC unroll 4
-      for (std::size_t i = 0; i < kVectors; ++i, out += kSumLanes) {
-        const Vec added = __builtin_convertvector(load_as<IntVec>(&sums[c][k][i]), Vec);
-        store(out, load(out) * correction + added * unit);
+        for (std::size_t i = 0; i < kVectors; ++i) {
+#pragma GCC unroll 8
+          for (std::size_t k = 0; k < kRows; ++k) {
+            sums[c][k][i] = add_products(sums[c][k][i], pair.vectors[kFirst + i], pair_weights[k]);
+            pin(sums[c][k][i]);
+          }
+        }
+      }
+    };
+    for (std::size_t p = first; p < end; p += 2) {
+      add_pair(p);
+      add_pair(p + 1);
+    }
+#pragma GCC unroll 8
+    for (std::size_t k = 0; k < kRows; ++k) {
+      const std::size_t lane = RowBlock::first_lane(row + k);
+      const float correction = group == 0 ? block.corrections[lane] : 1.0f, unit = block.fixed_units[b][group][lane];
+#pragma GCC unroll 4
+      for (std::size_t c = 0; c < kChunks; ++c) {
+        float* out = task.out + (r + k) * kHeadDim + (chunk + c) * kChunk + kFirst * kSumLanes;
+#pragma GCC unroll 4
+        for (std::size_t i = 0; i < kVectors; ++i, out += kSumLanes) {
+          const Vec added = __builtin_convertvector(load_as<IntVec>(&sums[c][k][i]), Vec);
+          store(out, load(out) * correction + added * unit);
+        }
       }
     }
   }
@@ -308,10 +318,10 @@ struct Format {
   using Reader = CodeReader<kBits, kPlane, kHeadDim>;
   using CodesLookup = Lookup<kBits>;
 
-  /// Scores of all rows and the first `count` keys of a tile, up to a whole kKeyGroup.
+  /// Scores of all rows and the first `count` keys of a tile, and of some beyond.
   static void score(const AttendTask& task, const KeyNorms<kHeadDim>& norms, const TileRows& keys, std::size_t count,
                     UpcomingCodes upcoming) noexcept {
-    // Memory for the queries ends on a whole group: see kQueryRows.
+    // Where a block has fewer rows, memory for the queries goes on: their products mean nothing.
     if (task.rows == 1) return score_fused<1>(task, norms, keys, count, upcoming);
     if (task.rows == 2) return score_fused<2>(task, norms, keys, count, upcoming);
     if (task.rows <= 4) return score_fused<4>(task, norms, keys, count, upcoming);
@@ -347,23 +357,23 @@ struct Format {
   static void score_fused(const AttendTask& task, const KeyNorms<kHeadDim>& norms, const TileRows& keys,
                           std::size_t count, UpcomingCodes upcoming) noexcept {
     const CodesLookup lookup(*task.k.int16);
-    for (std::size_t first = 0; first < count; first += kKeyGroup) {
+    for (std::size_t first = 0; first < count; first += kKeysTogether<kRows>) {
       const CodedKeys<Reader, CodesLookup> coded{lookup, keys.at + first};
-      DotSums<kHeadDim> dots;
-      for (std::size_t t = 0; t < kKeyGroup; t += kKeysAtOnce<kRows>) {
+      DotSums<kHeadDim, kRows> dots;
+      for (std::size_t t = 0; t < kKeysTogether<kRows>; t += kKeysAtOnce<kRows>) {
         for (std::size_t j = 0; j < kKeysAtOnce<kRows>; ++j) prefetch_beside_key(upcoming);
         multiply_keys<kHeadDim, kRows>(coded, not_hoisted(task.q_int16.values), t, dots);
       }
-      finish_scores(task, norms, first, 0, task.rows, dots);
+      finish_scores<kHeadDim, kRows>(*task.blocks, norms, first, dots);
     }
   }
 
   static void score_decoded(const AttendTask& task, const KeyNorms<kHeadDim>& norms, const TileRows& keys,
                             std::size_t count, UpcomingCodes upcoming) noexcept {
     const CodesLookup lookup(*task.k.int16);
-    for (std::size_t first = 0; first < count; first += kKeyGroup) {
-      alignas(64) std::int16_t levels[kKeyGroup][kHeadDim];
-      for (std::size_t t = 0; t < kKeyGroup; ++t) {
+    for (std::size_t first = 0; first < count; first += kDecodedKeys) {
+      alignas(64) std::int16_t levels[kDecodedKeys][kHeadDim];
+      for (std::size_t t = 0; t < kDecodedKeys; ++t) {
         prefetch_beside_key(upcoming);
 #pragma GCC unroll 1
         for (std::size_t part = 0; part < kHeadDim; part += kPartDim<kHeadDim>) {
@@ -375,13 +385,16 @@ struct Format {
           }
         }
       }
-      DotSums<kHeadDim> dots;
-      for (std::size_t r = 0; r < task.rows; r += kQueryRows) {
+      constexpr std::size_t kRows = kMostBlockRows;
+      for (std::size_t r = 0; r < task.rows; r += kRows) {
         const std::int16_t* q = task.q_int16.values + r * kHeadDim;
-        for (std::size_t t = 0; t < kKeyGroup; t += kKeysAtOnce<kQueryRows>) {
-          multiply_keys<kHeadDim, kQueryRows>(DecodedKeys<kHeadDim>{levels[0]}, not_hoisted(q), t, dots);
+        for (std::size_t i = 0; i < kDecodedKeys; i += kKeysTogether<kRows>) {
+          DotSums<kHeadDim, kRows> dots;
+          for (std::size_t t = 0; t < kKeysTogether<kRows>; t += kKeysAtOnce<kRows>) {
+            multiply_keys<kHeadDim, kRows>(DecodedKeys<kHeadDim>{levels[i]}, not_hoisted(q), t, dots);
+          }
+          finish_scores<kHeadDim, kRows>(task.blocks[r / kRows], norms, first + i, dots);
         }
-        finish_scores(task, norms, first, r, task.rows - r < kQueryRows ? task.rows - r : kQueryRows, dots);
       }
     }
   }
@@ -395,14 +408,14 @@ struct Format {
       // Half of a chunk needs half of the lookups.
       const CodedPairs<Reader, CodesLookup, kVectors> coded{lookup, values, upcoming};
       for (std::size_t chunk = 0; chunk < kAll; ++chunk) {
-        add_columns<kHeadDim, kRows, 1, 0, kVectors>(task, chunk, 0, pairs, coded);
-        add_columns<kHeadDim, kRows, 1, kVectors, kVectors>(task, chunk, 0, pairs, coded);
+        add_columns<kHeadDim, kRows, 1, 0, kVectors>(task, kRows, chunk, 0, pairs, coded);
+        add_columns<kHeadDim, kRows, 1, kVectors, kVectors>(task, kRows, chunk, 0, pairs, coded);
       }
     } else {
       constexpr std::size_t kFitting = kVectors / kPairVectors, kChunks = kFitting < kAll ? kFitting : kAll;
       const CodedPairs<Reader, CodesLookup, kPairVectors> coded{lookup, values, upcoming};
       for (std::size_t chunk = 0; chunk < kAll; chunk += kChunks) {
-        add_columns<kHeadDim, kRows, kChunks, 0, kPairVectors>(task, chunk, 0, pairs, coded);
+        add_columns<kHeadDim, kRows, kChunks, 0, kPairVectors>(task, kRows, chunk, 0, pairs, coded);
       }
     }
   }
@@ -415,7 +428,8 @@ struct Format {
       PairLevels levels[kAttendTile / 2];
       for (std::size_t p = 0; p < pairs; ++p) levels[p] = coded.at(p, chunk);
       for_each_group<kValueRows>(task.rows, [&](auto rows, std::size_t r) {
-        add_columns<kHeadDim, decltype(rows)::value, 1, 0, kPairVectors>(task, chunk, r, pairs, DecodedPairs{levels});
+        add_columns<kHeadDim, decltype(rows)::value, 1, 0, kPairVectors>(task, block_rows(task.rows), chunk, r, pairs,
+                                                                         DecodedPairs{levels});
       });
     }
   }
@@ -446,7 +460,16 @@ class Int16Path {
   static constexpr std::size_t kTile = kAttendTile;
 
   explicit Int16Path(const AttendTask& task) noexcept
-      : task_(task), k_(FormatCalls<kHeadDim>::of(task.k)), v_(FormatCalls<kHeadDim>::of(task.v)), notes_(task) {}
+      : task_(task), k_(FormatCalls<kHeadDim>::of(task.k)), v_(FormatCalls<kHeadDim>::of(task.v)), notes_(task) {
+    for_each_block(task, [&](auto rows, RowBlock& block, std::size_t first) {
+      constexpr std::size_t kRows = decltype(rows)::value;
+      for (std::size_t b = 0; b < kBlocks; ++b) {
+        const std::size_t at = first * kMaxNormBlocks + b, count = task.rows - first;
+        spread_rows<kRows, kMaxNormBlocks>(task.q_int16.units + at, count, block.score_units[b]);
+        spread_rows<kRows, kMaxNormBlocks>(task.q_int16.halves + at, count, block.score_halves[b]);
+      }
+    });
+  }
 
   void score(const Tile& tile) noexcept {
     const TileRows keys = rows_of<kTile>(task_.k, tile);
@@ -463,54 +486,57 @@ class Int16Path {
     v_.add(task_, rows_of<kTile>(task_.v, tile), pairs, keys_after<kTile>(task_, tile));
   }
 
-  void finish() noexcept { order_columns<kChunk>(task_.out, task_.rows * kHeadDim); }
-
  private:
-  /// Puts the factors of every row into fixed point, block by block.
+  static constexpr std::size_t kBlocks = kNormBlocks<kHeadDim>;
+
+  /// Puts factors into fixed point, one norm block after the other.
   void fix_weights(const Tile& tile) noexcept {
-    const TileNorms<kTile, kNormBlocks<kHeadDim>> norms(task_.v, tile);
-    for (std::size_t b = 0; b < kNormBlocks<kHeadDim>; ++b) {
-      for (std::size_t first = 0; first < task_.rows; first += kLanes) {
-        const std::size_t rows = task_.rows - first < kLanes ? task_.rows - first : kLanes;
-        for (std::size_t r = first; r < first + rows; ++r) fill_factors<kTile>(task_, r, tile, norms.of_block[b]);
-        fix_rows(task_.scratch + first, rows, b);
+    const TileNorms<kTile, kBlocks> norms(task_.v, tile);
+    for_each_block(task_, [&](auto rows, RowBlock& block, std::size_t first) {
+      constexpr std::size_t kRows = decltype(rows)::value;
+      for (std::size_t b = 0; b < kBlocks; ++b) {
+        fill_factors<kTile, kRows>(task_, tile, first, norms.of_block[b], block);
+        for (std::size_t group = 0; group < kWeightGroups; ++group) fix_group<kRows>(block, b, group);
       }
-    }
+    });
   }
 
-  /// Step by step, as in update_softmax.
-  void fix_rows(RowScratch* rows, std::size_t count, std::size_t b) noexcept {
-    Vec sums[kLanes], largest[kLanes];
-    for (std::size_t r = 0; r < count; ++r) {
-      sums[r] = largest[r] = Vec{};
-      for (std::size_t t = 0; t < kTile; t += kLanes) {
-        const Vec factor = magnitude(load(rows[r].factors + t));
-        sums[r] += factor;
-        largest[r] = max(largest[r], factor);
+  template <std::size_t kRows>
+  void fix_group(RowBlock& block, std::size_t b, std::size_t group) const noexcept {
+    constexpr std::size_t kPlaces = kWeightGroup * kRows;
+    const float* factors = block.factors + group * kPlaces;
+    Vec totals[kVecs] = {}, largest[kVecs] = {};
+    for (std::size_t i = 0; i < kPlaces; i += kBlockLanes) {
+      for (std::size_t v = 0; v < kVecs; ++v) {
+        const Vec factor = magnitude(load(factors + i + v * kLanes));
+        totals[v] += factor;
+        largest[v] = max(factor, largest[v]);
       }
     }
-    float units[kLanes];
-    for (std::size_t r = 0; r < count; ++r) {
-      const float total = sum_of_lanes(sums[r]);
-      const float unit = max_of_lanes(largest[r]) / 32766.0f;
-      const float shared = total / Int16Levels::kBudget;
-      units[r] = unit > shared ? unit : shared;
-      units[r] = units[r] > 1e-37f ? units[r] : 1e-37f;
+    join_rows<kRows>(totals, kAdd);
+    join_rows<kRows>(largest, kLarger);
+    Vec inverses[kVecs];
+    for (std::size_t v = 0; v < kVecs; ++v) {
+      const Vec smallest = Vec{} + 1e-37f;
+      const Vec unit = max(max(largest[v] / 32766.0f, totals[v] / Int16Levels::kBudget), smallest);
       // What is not finite must show in the output, and has no fixed point.
-      if (!(total < INFINITY)) units[r] = NAN;
+      const auto finite = totals[v] < INFINITY;
+      inverses[v] = finite ? 1.0f / unit : Vec{};
+      const Vec not_a_number = Vec{} + NAN;
+      store(block.fixed_units[b][group] + v * kLanes,
+            (finite ? unit : not_a_number) * static_cast<float>(task_.v.int16->unit));
     }
-    for (std::size_t r = 0; r < count; ++r) {
-      const bool finite = units[r] == units[r];
-      const float inverse = finite ? 1.0f / units[r] : 0.0f;
-      IntVec sum{};
-      for (std::size_t t = 0; t < kTile; t += kLanes) {
-        const IntVec fixed = finite ? nearest(load(rows[r].factors + t) * inverse) : IntVec{};
-        store(rows[r].fixed_weights[b] + t, __builtin_convertvector(fixed, ShortVec));
-        sum += fixed;
+    IntVec sums[kVecs] = {};
+    for (std::size_t i = 0; i < kPlaces; i += kBlockLanes) {
+      for (std::size_t v = 0; v < kVecs; ++v) {
+        const Vec factor = load(factors + i + v * kLanes);
+        const IntVec fixed = totals[v] < INFINITY ? nearest(factor * inverses[v]) : IntVec{};
+        store(block.fixed_weights[b] + group * kPlaces + i + v * kLanes, __builtin_convertvector(fixed, ShortVec));
+        sums[v] += fixed;
       }
-      rows[r].halves[b] = sum_of_lanes(sum) / 2;
-      rows[r].fixed_units[b] = units[r] * static_cast<float>(task_.v.int16->unit);
     }
+    join_rows<kRows>(sums, kAdd);
+    for (std::size_t v = 0; v < kVecs; ++v) store(block.halves[b][group] + v * kLanes, sums[v] / 2);
   }
 
   const AttendTask& task_;

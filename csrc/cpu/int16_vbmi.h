@@ -15,7 +15,7 @@ typedef __m512i Sums;
 constexpr std::size_t kChunk = 64;
 constexpr unsigned kSumShift = 4;
 constexpr std::size_t kLaneStep = 1;
-constexpr std::size_t kKeyGroup = 16;
+constexpr std::size_t kDecodedKeys = 16;
 constexpr std::size_t kDots = 16;
 constexpr std::size_t kValueRows = 4;
 constexpr std::size_t kFusedRows = 8;
@@ -47,7 +47,7 @@ inline void pin(Sums& sums) noexcept {
   asm("" : "+v"(sums));
 }
 
-inline void add_across(const Sums* sums, std::int32_t* totals) noexcept {
+inline IntVec sums_across(const Sums* sums) noexcept {
   const auto two = [&](std::size_t i) {
     const __m512i a = cut<kSumShift>(sums[i]), b = cut<kSumShift>(sums[i + 1]);
     return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
@@ -61,8 +61,8 @@ inline void add_across(const Sums* sums, std::int32_t* totals) noexcept {
     return _mm512_add_epi32(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xdd));
   };
   const __m512i a = eight(0), b = eight(8);
-  const __m512i all = _mm512_add_epi32(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xdd));
-  _mm512_storeu_si512(totals, all);
+  return reinterpret_cast<IntVec>(
+      _mm512_add_epi32(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xdd)));
 }
 
 inline Sums broadcast_pair(const std::int16_t* pair) noexcept {

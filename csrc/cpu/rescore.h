@@ -35,28 +35,54 @@ class NoteTaker {
 
   /// That tile has its weights.
   void take(const Tile& tile) noexcept {
-    for (std::size_t r = 0; r < task_.rows; ++r) {
-      const double per_norm = task_.q_int16.reach_per_norm[r];
-      if (!is_noted(per_norm * static_cast<double>(largest_norm_), r)) continue;
-      // What a row does not see is not to touch it, not even by its norm.
-      const Span seen = seen_of(task_.seen[r], tile);
-      const bool sees_all = seen.begin == 0 && seen.end == tile.count;
-      const double reach = per_norm * static_cast<double>(sees_all ? largest_norm_ : largest_norm_of(tile, seen));
-      if (!is_noted(reach, r)) continue;
-      NotedKeys& noted = task_.notes[r];
-      if (reach > noted.reach) noted.reach = reach;
-      const float least = static_cast<float>(1.0 / reach);
-      note_decisive(noted, task_.scratch[r], tile, least > kLeastWeight ? least : kLeastWeight);
-      if (reach > kFarReach && noted.num_references == 0) note_references(noted, task_.scratch[r], tile, seen);
-    }
+    for_each_block(task_, [&](auto rows, const RowBlock& block, std::size_t first) {
+      take_block<decltype(rows)::value>(tile, block, first);
+    });
   }
 
  private:
+  template <std::size_t kRows>
+  void take_block(const Tile& tile, const RowBlock& block, std::size_t first) noexcept {
+    alignas(64) float least[kBlockLanes];
+    std::uint32_t noted_lanes = 0;
+    for (std::size_t r = 0; r < kRows && first + r < task_.rows; ++r) {
+      const double per_norm = task_.q_int16.reach_per_norm[first + r];
+      if (!is_noted(per_norm * static_cast<double>(largest_norm_), block, r)) continue;
+      // What a row does not see is not to touch it, not even by its norm.
+      const Span seen = seen_of(task_.seen[first + r], tile);
+      const bool sees_all = seen.begin == 0 && seen.end == tile.count;
+      const double reach = per_norm * static_cast<double>(sees_all ? largest_norm_ : largest_norm_of(tile, seen));
+      if (!is_noted(reach, block, r)) continue;
+      NotedKeys& noted = task_.notes[first + r];
+      if (reach > noted.reach) noted.reach = reach;
+      const float share = static_cast<float>(1.0 / reach);
+      for_each_lane<kRows>(r, [&](std::size_t i) {
+        least[i] = share > kLeastWeight ? share : kLeastWeight;
+        noted_lanes |= std::uint32_t{1} << i;
+      });
+      if (reach > kFarReach && noted.num_references == 0) note_references(noted, block, r, kRows, tile, seen);
+    }
+    if (noted_lanes == 0) return;
+    for (std::size_t i = 0; i < kBlockLanes; ++i) {
+      if (!(noted_lanes >> i & 1)) least[i] = INFINITY;
+    }
+    for (std::size_t group = 0; group < kWeightGroups; ++group) note_decisive<kRows>(block, least, tile, first, group);
+  }
+
+  template <std::size_t kRows, class Visit>
+  static void for_each_lane(std::size_t row, const Visit& visit) noexcept {
+    for (std::size_t i = RowBlock::first_lane(row); i < kBlockLanes; i += 2 * kRows) {
+      visit(i);
+      visit(i + 1);
+    }
+  }
+
   /// Whether a tile of this reach may have keys to note: beyond kReach any, up to there one that has much of the weight
   /// of all that has been seen.
-  bool is_noted(double reach, std::size_t r) const noexcept {
+  static bool is_noted(double reach, const RowBlock& block, std::size_t r) noexcept {
     if (!(reach > kSmallReach)) return false;
-    return reach > kReach || (task_.scratch[r].correction < 1.0f && task_.sum[r] < 1.0 / kOutstandingShare);
+    return reach > kReach || (block.corrections[RowBlock::first_lane(r)] < 1.0f &&
+                              block.sum[RowBlock::first_lane(r)] < 1.0 / kOutstandingShare);
   }
 
   /// Of the largest so far: keys with less are many, where they matter.
@@ -76,19 +102,32 @@ class NoteTaker {
     return largest;
   }
 
-  static void note_decisive(NotedKeys& noted, const RowScratch& row, const Tile& tile, float least_weight) noexcept {
-    constexpr std::size_t kVectors = kAttendTile / kLanes;
-    std::uint32_t above[kVectors];
-    int count = 0;
-    for (std::size_t i = 0; i < kVectors; ++i) {
-      above[i] = lanes_above(load(row.weights + i * kLanes), least_weight);
-      count += __builtin_popcount(above[i]);
+  /// Of the keys of a weight group those whose weight is above the least of their lane, unless a row has many.
+  template <std::size_t kRows>
+  void note_decisive(const RowBlock& block, const float* least, const Tile& tile, std::size_t first,
+                     std::size_t group) noexcept {
+    constexpr std::size_t kSteps = kWeightGroup * kRows / kBlockLanes;
+    const std::size_t begin = group * kWeightGroup * kRows;
+    std::uint32_t above[kSteps] = {}, any = 0;
+    for (std::size_t i = 0; i < kSteps; ++i) {
+      for (std::size_t v = 0; v < kBlockLanes; v += kLanes) {
+        above[i] |= lanes_above(load(block.weights + begin + i * kBlockLanes + v), load(least + v)) << v;
+      }
+      any |= above[i];
     }
-    if (count > kMany) return;
-    for (std::size_t i = 0; i < kVectors; ++i) {
-      for (; above[i] != 0; above[i] &= above[i] - 1) {
-        const std::size_t t = i * kLanes + static_cast<std::size_t>(__builtin_ctz(above[i]));
-        insert(noted, {row.scores[t], tile.slots[t]});
+    if (any == 0) return;
+    for (std::size_t r = 0; r < kRows; ++r) {
+      std::uint32_t lanes = 0;
+      for_each_lane<kRows>(r, [&](std::size_t i) { lanes |= std::uint32_t{1} << i; });
+      if ((any & lanes) == 0) continue;
+      int count = 0;
+      for (std::size_t i = 0; i < kSteps; ++i) count += __builtin_popcount(above[i] & lanes);
+      if (count > kMany) continue;
+      for (std::size_t i = 0; i < kSteps; ++i) {
+        for (std::uint32_t left = above[i] & lanes; left != 0; left &= left - 1) {
+          const std::size_t place = begin + i * kBlockLanes + static_cast<std::size_t>(__builtin_ctz(left));
+          insert(task_.notes[first + r], {block.scores[place], tile.slots[RowBlock::key_of(place, kRows)]});
+        }
       }
     }
   }
@@ -110,10 +149,11 @@ class NoteTaker {
     }
   }
 
-  static void note_references(NotedKeys& noted, const RowScratch& row, const Tile& tile, const Span& seen) noexcept {
+  static void note_references(NotedKeys& noted, const RowBlock& block, std::size_t row, std::size_t rows,
+                              const Tile& tile, const Span& seen) noexcept {
     constexpr std::size_t kStep = kAttendTile / NotedKeys::kMostReferences;
     for (std::size_t t = seen.begin; t < seen.end; t += kStep) {
-      noted.references[noted.num_references++] = {row.scores[t], tile.slots[t]};
+      noted.references[noted.num_references++] = {block.scores[RowBlock::place_of(t, row, rows)], tile.slots[t]};
     }
   }
 
@@ -133,7 +173,6 @@ class Rescoring {
     for (std::size_t i = 0; i < chosen.num_references; ++i) shared += change_of(chosen.references[i]);
     if (chosen.num_references > 0) shared /= static_cast<double>(chosen.num_references);
     for (std::size_t i = 0; i < chosen.num_keys; ++i) change_weight(chosen.keys[i], changes[i] - shared);
-    ByteTableDecoder<kHeadDim>::order(added_, kHeadDim);
     for (std::size_t j = 0; j < kHeadDim; j += kLanes) store(task_.out + j, load(task_.out + j) + load(added_ + j));
     return shared;
   }

@@ -6,6 +6,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 // Where the extension has no good way to put vectors together.
 #if defined(__AVX__)
@@ -39,9 +41,7 @@ typedef std::int16_t ShortVec __attribute__((vector_size(kLanes * sizeof(std::in
 constexpr std::size_t kDoubles = kLanes == 16 ? 8 : 4;
 typedef double Doubles __attribute__((vector_size(kDoubles * sizeof(double))));
 typedef float DoublesAsFloats __attribute__((vector_size(kDoubles * sizeof(float))));
-typedef std::int32_t DoublesAsInts __attribute__((vector_size(kDoubles * sizeof(std::int32_t))));
 typedef float Float4 __attribute__((vector_size(4 * sizeof(float))));
-typedef double Double4 __attribute__((vector_size(4 * sizeof(double))));
 
 template <class V, class T>
 inline V load_as(const T* source) noexcept {
@@ -59,27 +59,15 @@ inline void store(T* target, V vec) noexcept {
   __builtin_memcpy(target, &vec, sizeof(vec));
 }
 
-/// As many doubles as a vector has floats, less the same value each.
-inline Vec differences(const double* doubles, double subtrahend) noexcept {
-  const auto part = [&](std::size_t i) {
-    return __builtin_convertvector(load_as<Doubles>(doubles + i) - subtrahend, DoublesAsFloats);
-  };
+/// As many vectors of doubles as make up one of floats.
+inline Vec to_floats(const Doubles* doubles) noexcept {
+  const auto part = [&](std::size_t i) { return __builtin_convertvector(doubles[i], DoublesAsFloats); };
 #if defined(__AVX512F__)
-  return _mm512_insertf32x8(_mm512_castps256_ps512(part(0)), part(kDoubles), 1);
+  return _mm512_insertf32x8(_mm512_castps256_ps512(part(0)), part(1), 1);
 #elif defined(__AVX__)
-  return _mm256_insertf128_ps(_mm256_castps128_ps256(part(0)), part(kDoubles), 1);
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(part(0)), part(1), 1);
 #else
   return part(0);
-#endif
-}
-
-inline Doubles to_doubles(DoublesAsInts ints) noexcept {
-#if defined(__AVX512F__)
-  return _mm512_cvtepi32_pd(reinterpret_cast<__m256i>(ints));
-#elif defined(__AVX__)
-  return _mm256_cvtepi32_pd(reinterpret_cast<__m128i>(ints));
-#else
-  return __builtin_convertvector(ints, Doubles);
 #endif
 }
 
@@ -91,6 +79,50 @@ inline Doubles to_doubles(DoublesAsFloats floats) noexcept {
 #else
   return __builtin_convertvector(floats, Doubles);
 #endif
+}
+
+/// The other way round.
+inline void to_doubles(Vec floats, Doubles* doubles) noexcept {
+#if defined(__AVX512F__)
+  doubles[0] = _mm512_cvtps_pd(_mm512_castps512_ps256(floats));
+  doubles[1] = _mm512_cvtps_pd(_mm512_extractf32x8_ps(floats, 1));
+#elif defined(__AVX__)
+  doubles[0] = _mm256_cvtps_pd(_mm256_castps256_ps128(floats));
+  doubles[1] = _mm256_cvtps_pd(_mm256_extractf128_ps(floats, 1));
+#else
+  doubles[0] = __builtin_convertvector(floats, Doubles);
+#endif
+}
+
+inline void to_doubles(IntVec ints, Doubles* doubles) noexcept {
+#if defined(__AVX512F__)
+  const auto all = reinterpret_cast<__m512i>(ints);
+  doubles[0] = _mm512_cvtepi32_pd(_mm512_castsi512_si256(all));
+  doubles[1] = _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(all, 1));
+#elif defined(__AVX__)
+  const auto all = reinterpret_cast<__m256i>(ints);
+  doubles[0] = _mm256_cvtepi32_pd(_mm256_castsi256_si128(all));
+  doubles[1] = _mm256_cvtepi32_pd(_mm256_extractf128_si256(all, 1));
+#else
+  doubles[0] = __builtin_convertvector(ints, Doubles);
+#endif
+}
+
+template <std::size_t kStep, class V, std::size_t... kLane>
+inline V exchanged(V vec, std::index_sequence<kLane...>) noexcept {
+#if defined(__clang__)
+  return __builtin_shufflevector(vec, vec, (kLane ^ kStep)...);
+#else
+  using Index = std::conditional_t<sizeof(vec[0]) == 8, std::int64_t, std::int32_t>;
+  typedef Index Indices __attribute__((vector_size(sizeof(V))));
+  return __builtin_shuffle(vec, Indices{static_cast<Index>(kLane ^ kStep)...});
+#endif
+}
+
+/// Lane i ^ kStep in lane i.
+template <std::size_t kStep, class V>
+inline V exchanged(V vec) noexcept {
+  return exchanged<kStep>(vec, std::make_index_sequence<sizeof(V) / sizeof(vec[0])>{});
 }
 
 template <class T, std::size_t kCount>
@@ -163,19 +195,36 @@ inline Vec sums_of_lanes(const Vec* vectors) noexcept {
 #endif
 }
 
+// The second where either is NaN. Compilers make a comparison and a choice of what the extension has.
 inline Vec max(Vec a, Vec b) noexcept {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX__)
+  return _mm256_max_ps(a, b);
+#else
   return a > b ? a : b;
+#endif
 }
 
-/// The lanes that are above a bound, as the bits of a number.
-inline std::uint32_t lanes_above(Vec vec, float bound) noexcept {
+inline Doubles max(Doubles a, Doubles b) noexcept {
 #if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask(vec, Vec{} + bound, _CMP_GT_OQ);
+  return _mm512_max_pd(a, b);
 #elif defined(__AVX__)
-  return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(vec, Vec{} + bound, _CMP_GT_OQ)));
+  return _mm256_max_pd(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+/// The lanes that are above their bounds, as the bits of a number.
+inline std::uint32_t lanes_above(Vec vec, Vec bounds) noexcept {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(vec, bounds, _CMP_GT_OQ);
+#elif defined(__AVX__)
+  return static_cast<std::uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(vec, bounds, _CMP_GT_OQ)));
 #else
   std::uint32_t bits = 0;
-  for (std::size_t i = 0; i < kLanes; ++i) bits |= static_cast<std::uint32_t>(vec[i] > bound) << i;
+  for (std::size_t i = 0; i < kLanes; ++i) bits |= static_cast<std::uint32_t>(vec[i] > bounds[i]) << i;
   return bits;
 #endif
 }
@@ -186,10 +235,6 @@ inline std::int32_t max_of_lanes(IntVec vec) noexcept {
 
 inline float max_of_lanes(Vec vec) noexcept {
   return fold_lanes<float, kLanes>(vec, [](auto a, auto b) { return a > b ? a : b; });
-}
-
-inline double max_of_lanes(Doubles vec) noexcept {
-  return fold_lanes<double, kDoubles>(vec, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 inline Vec magnitude(Vec x) noexcept {
@@ -206,7 +251,7 @@ inline IntVec nearest(Vec x) noexcept {
 }
 
 /// exp(x) for x <= 0 to 2 units in the last place; 0 where the result would be denormal, NaN for NaN.
-inline Vec exp_of_negative(Vec x) noexcept {
+[[gnu::always_inline]] inline Vec exp_of_negative(Vec x) noexcept {
   constexpr float kSmallest = -87.3f, kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   const auto underflows = x < kSmallest;
   const Vec bounded = underflows ? Vec{} : x;

@@ -71,12 +71,12 @@ std::atomic<unsigned> g_num_threads{0};
 struct ThreadPool::Job {
   /// Takes tasks until none is left: half of a thread's share of what is left at a time. Tasks that follow each other
   /// mostly have memory that does.
-  void run() noexcept {
+  void run(unsigned thread) noexcept {
     std::size_t begin = next.load(std::memory_order_relaxed);
     while (begin < count) {
-      const std::size_t end = begin + std::max<std::size_t>((count - begin) / (2 * threads), 1);
+      const std::size_t end = begin + std::max<std::size_t>((count - begin) / (std::size_t{2} * threads), 1);
       if (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
-      for (std::size_t i = begin; i < end; ++i) (*task)(i);
+      for (std::size_t i = begin; i < end; ++i) (*task)(i, thread);
       unfinished.fetch_sub(end - begin, std::memory_order_release);
       begin = next.load(std::memory_order_relaxed);
     }
@@ -84,8 +84,8 @@ struct ThreadPool::Job {
 
   const TaskRef* task = nullptr;
   std::size_t count = 0;
-  std::size_t threads = 1;  // that may take tasks
-  int processor = -1;       // that the caller was on
+  unsigned threads = 1;  // that may take tasks: the first ones
+  int processor = -1;    // that the caller was on
   std::atomic<std::size_t> next{0};
   std::atomic<std::size_t> unfinished{0};
   std::atomic<unsigned> workers{0};
@@ -153,8 +153,9 @@ void ThreadPool::start() {
 void ThreadPool::start_workers() {
   while (workers_.size() + 1 < num_threads()) {
     const std::uint64_t seen = generation_.load(std::memory_order_relaxed);
+    const auto thread = static_cast<unsigned>(workers_.size() + 1);
     try {
-      workers_.emplace_back([this, seen] { work(seen); });
+      workers_.emplace_back([this, thread, seen] { work(thread, seen); });
     } catch (const std::system_error&) {
       return;  // the system has no more threads to give: the work is shared by those there are
     }
@@ -180,12 +181,12 @@ ThreadPool::Job& ThreadPool::free_job() {
   return *jobs_.emplace_back(std::make_unique<Job>());
 }
 
-void ThreadPool::parallel_for(std::size_t count, TaskRef task) {
+void ThreadPool::parallel_for(std::size_t count, TaskRef task, unsigned most_threads) {
   const auto run_alone = [&] {
-    for (std::size_t i = 0; i < count; ++i) task(i);
+    for (std::size_t i = 0; i < count; ++i) task(i, 0);
   };
   // Without a claim: others may need the workers meanwhile.
-  if (count <= 1 || num_threads() == 1) return run_alone();
+  if (count <= 1 || num_threads() == 1 || most_threads == 1) return run_alone();
   const Claim claim(*this, Claim::kTry);
   if (!claim.is_held()) return run_alone();
   start_workers();
@@ -195,7 +196,7 @@ void ThreadPool::parallel_for(std::size_t count, TaskRef task) {
     job = &free_job();
     job->task = &task;
     job->count = count;
-    job->threads = num_threads();
+    job->threads = std::min(num_threads(), most_threads);
     job->processor = current_processor();
     job->next.store(0, std::memory_order_relaxed);
     job->unfinished.store(count, std::memory_order_relaxed);
@@ -203,7 +204,7 @@ void ThreadPool::parallel_for(std::size_t count, TaskRef task) {
     generation_.fetch_add(1, std::memory_order_release);
   }
   job_ready_.notify_all();
-  job->run();
+  job->run(0);
   for (int spins = 0; job->unfinished.load(std::memory_order_acquire) != 0; ++spins) {
     if (spins < kSpins) {
       relax();
@@ -213,7 +214,7 @@ void ThreadPool::parallel_for(std::size_t count, TaskRef task) {
   }
 }
 
-void ThreadPool::work(std::uint64_t seen) {
+void ThreadPool::work(unsigned thread, std::uint64_t seen) {
   WorkerPlace place;
   for (;;) {
     for (int spins = 0; spins < kSpins && generation_.load(std::memory_order_acquire) == seen; ++spins) relax();
@@ -226,8 +227,10 @@ void ThreadPool::work(std::uint64_t seen) {
       job = job_;
       job->workers.fetch_add(1, std::memory_order_relaxed);
     }
-    place.leave(job->processor, job->threads);
-    job->run();
+    if (thread < job->threads) {
+      place.leave(job->processor, job->threads);
+      job->run(thread);
+    }
     job->workers.fetch_sub(1, std::memory_order_release);
   }
 }

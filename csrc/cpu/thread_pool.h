@@ -7,24 +7,34 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstddef>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 namespace tq_hb {
 
-/// A call's task, by reference: what std::function would copy to the heap.
+/// A call's task, by reference: what std::function would copy to the heap. It is called with its number, and if it
+/// takes that, with the number of its thread as well, which no other task of the call has meanwhile.
 class TaskRef {
  public:
   template <class Task>
   TaskRef(const Task& task) noexcept  // NOLINT: meant to be implicit
-      : task_(&task), call_([](const void* object, std::size_t i) { (*static_cast<const Task*>(object))(i); }) {}
-  void operator()(std::size_t i) const { call_(task_, i); }
+      : task_(&task), call_([](const void* object, std::size_t i, [[maybe_unused]] unsigned thread) {
+          const Task& called = *static_cast<const Task*>(object);
+          if constexpr (std::is_invocable_v<const Task&, std::size_t, unsigned>) {
+            called(i, thread);
+          } else {
+            called(i);
+          }
+        }) {}
+  void operator()(std::size_t i, unsigned thread) const { call_(task_, i, thread); }
 
  private:
   const void* task_;
-  void (*call_)(const void* task, std::size_t i);
+  void (*call_)(const void* task, std::size_t i, unsigned thread);
 };
 
 class ThreadPool {
@@ -43,8 +53,9 @@ class ThreadPool {
   /// Starts the workers now rather than at the first call.
   void start();
 
-  /// Runs task(0) ... task(count - 1) and returns when all are done. Tasks must not throw.
-  void parallel_for(std::size_t count, TaskRef task);
+  /// Runs task(0) ... task(count - 1) and returns when all are done. Tasks must not throw. At most so many threads work
+  /// on them, numbered from 0, which is the caller.
+  void parallel_for(std::size_t count, TaskRef task, unsigned most_threads = std::numeric_limits<unsigned>::max());
 
  private:
   struct Job;
@@ -56,7 +67,7 @@ class ThreadPool {
   Job& free_job();
   void start_workers();
   void stop_workers();
-  void work(std::uint64_t seen);
+  void work(unsigned thread, std::uint64_t seen);
 
   std::atomic<unsigned> num_threads_{std::max(1u, std::thread::hardware_concurrency())};
   // Set for the whole of a parallel call, and while workers start or stop. A flag rather than a mutex, since

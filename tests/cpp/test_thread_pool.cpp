@@ -1,5 +1,9 @@
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
+#include <mutex>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -22,6 +26,30 @@ TEST(ThreadPool, RunsEveryTaskOnce) {
       for (const auto& run : runs) EXPECT_EQ(run.load(), 1);
     }
   }
+}
+
+TEST(ThreadPool, NoTwoTasksHaveTheSameThreadAtATimeAndNoneHasMoreThanAllowed) {
+  ThreadPool pool;
+  pool.set_num_threads(4);
+  std::set<unsigned> seen;
+  for (const unsigned most : {1u, 2u, 3u, 4u, 9u}) {
+    std::array<std::atomic<int>, 4> busy{};
+    std::mutex mutex;
+    for (int call = 0; call < 50; ++call) {
+      pool.parallel_for(
+          40,
+          [&](std::size_t, unsigned thread) {
+            ASSERT_LT(thread, std::min(most, 4u));
+            EXPECT_EQ(busy[thread]++, 0);
+            std::this_thread::yield();
+            --busy[thread];
+            const std::lock_guard<std::mutex> lock(mutex);
+            seen.insert(thread);
+          },
+          most);
+    }
+  }
+  EXPECT_GT(seen.size(), 1u);
 }
 
 TEST(ThreadPool, ManySmallCallsInARowDoNotMixUp) {
