@@ -269,6 +269,7 @@ void QueryBlock::attend_unit(std::size_t unit, unsigned thread) {
   task.count = std::min(range_, keys_.end - task.first_age);
   task.capacity = capacity;
   task.end_age = keys_.end;
+  task.fetches_near = prefers_first_level();
   task.softcap = static_cast<double>(op_.args.softcap);
   task.v_scale = row_scale_ * kHeadroom;
   task.blocks = memory_.blocks + thread * num_blocks(rows_);

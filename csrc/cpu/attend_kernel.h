@@ -135,6 +135,7 @@ struct AttendTask {
   std::size_t head_dim;
   std::size_t first_age, first_slot, count, capacity;
   std::size_t end_age;  ///< of all ranges of the KV head: keys before it are worth fetching
+  bool fetches_near;    ///< into the first cache level, where a kernel does for so few rows
   double softcap;       ///< 0 for none
   float v_scale;        ///< what a V norm is multiplied by
   RowBlock* blocks;     ///< [num_blocks(rows)], of the thread alone

@@ -20,6 +20,7 @@ constexpr std::size_t kDots = 1;  // every key alone: there are few registers
 constexpr std::size_t kValueRows = 2;
 constexpr std::size_t kFusedRows = 2;
 constexpr std::size_t kFusedSums = 8;
+constexpr std::size_t kNearRows = 0;
 
 struct Levels {
   Sums first, second;

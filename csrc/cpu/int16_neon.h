@@ -19,6 +19,7 @@ constexpr std::size_t kDots = 8;
 constexpr std::size_t kValueRows = 4;
 constexpr std::size_t kFusedRows = 2;
 constexpr std::size_t kFusedSums = 8;
+constexpr std::size_t kNearRows = 0;
 
 struct Levels {
   Sums first, second;

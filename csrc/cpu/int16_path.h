@@ -11,6 +11,7 @@
 //   kValueRows                  rows whose sums over a chunk of values stay in registers
 //   kFusedRows                  rows at most that values are multiplied by as they are looked up
 //   kFusedSums                  sums over columns of values that stay in registers meanwhile
+//   kNearRows                   rows at most whose codes may be fetched into the first cache level
 //   CodeReader<bits, plane, dim>
 //                               ::at(row, chunk) -> codes of a chunk, of a type of its own
 //   Lookup<bits>                Lookup(levels), .of(codes) -> Levels{Sums first, second}: of every 16 codes, first has
@@ -231,12 +232,12 @@ constexpr std::size_t kPairVectors = 4;
 
 /// Values whose codes are looked up when they are used, of a chunk kVectors vectors at a time. While all of them are
 /// looked up, all upcoming codes are asked for.
-template <class Reader, class CodesLookup, std::size_t kVectors>
+template <class Reader, class CodesLookup, std::size_t kVectors, bool kNear>
 struct CodedPairs {
   [[gnu::always_inline]] PairLevels at(std::size_t p, std::size_t chunk) const noexcept {
     constexpr std::size_t kCodes = 2 * kChunk * kVectors / kPairVectors;
     if (p * kCodes % kCodesPerRequest == 0) {
-      for (std::size_t i = 0; i < kCodes; i += kCodesPerRequest) upcoming.prefetch();
+      for (std::size_t i = 0; i < kCodes; i += kCodesPerRequest) upcoming.template prefetch<kNear>();
     }
     return pairs_of<Reader>(lookup, rows.at[2 * p], rows.at[2 * p + 1], chunk);
   }
@@ -322,22 +323,28 @@ struct Format {
   static void score(const AttendTask& task, const KeyNorms<kHeadDim>& norms, const TileRows& keys, std::size_t count,
                     UpcomingCodes upcoming) noexcept {
     // Where a block has fewer rows, memory for the queries goes on: their products mean nothing.
-    if (task.rows == 1) return score_fused<1>(task, norms, keys, count, upcoming);
-    if (task.rows == 2) return score_fused<2>(task, norms, keys, count, upcoming);
-    if (task.rows <= 4) return score_fused<4>(task, norms, keys, count, upcoming);
-    if (task.rows <= 8) return score_fused<8>(task, norms, keys, count, upcoming);
+    const auto fused = [&](auto rows, auto near) {
+      score_fused<decltype(rows)::value, decltype(near)::value>(task, norms, keys, count, upcoming);
+    };
+    if (task.rows == 1) return near_or_not<1>(task, fused);
+    if (task.rows == 2) return near_or_not<2>(task, fused);
+    if (task.rows <= 4) return near_or_not<4>(task, fused);
+    if (task.rows <= 8) return near_or_not<8>(task, fused);
     score_decoded(task, norms, keys, count, upcoming);
   }
 
   /// Adds weights * values to all rows' outputs.
   static void add(const AttendTask& task, const TileRows& values, std::size_t pairs, UpcomingCodes upcoming) noexcept {
-    if (task.rows == 1) return add_fused<1>(task, values, pairs, upcoming);
-    if (task.rows == 2) return add_fused<2>(task, values, pairs, upcoming);
+    const auto fused = [&](auto rows, auto near) {
+      add_fused<decltype(rows)::value, decltype(near)::value>(task, values, pairs, upcoming);
+    };
+    if (task.rows == 1) return near_or_not<1>(task, fused);
+    if (task.rows == 2) return near_or_not<2>(task, fused);
     if constexpr (kColumnVectors<4> > 0) {
-      if (task.rows == 4) return add_fused<4>(task, values, pairs, upcoming);
+      if (task.rows == 4) return near_or_not<4>(task, fused);
     }
     if constexpr (kColumnVectors<8> > 0) {
-      if (task.rows == 8) return add_fused<8>(task, values, pairs, upcoming);
+      if (task.rows == 8) return near_or_not<8>(task, fused);
     }
     add_decoded(task, values, pairs, upcoming);
   }
@@ -348,12 +355,22 @@ struct Format {
   template <std::size_t kRows>
   static constexpr std::size_t kColumnVectors = kRows > (kPlane ? 2 : kFusedRows) ? 0 : kFusedSums / kRows;
 
-  /// While all keys are scored, all upcoming codes are asked for.
-  static void prefetch_beside_key(UpcomingCodes& upcoming) noexcept {
-    for (std::size_t i = 0; i < kHeadDim; i += kCodesPerRequest) upcoming.prefetch();
+  /// Calls visit(Count<kRows>, near): near::value says whether to fetch codes into the first cache level.
+  template <std::size_t kRows, class Visit>
+  static void near_or_not(const AttendTask& task, const Visit& visit) noexcept {
+    if constexpr (kRows <= kNearRows) {
+      if (task.fetches_near) return visit(Count<kRows>{}, std::true_type{});
+    }
+    visit(Count<kRows>{}, std::false_type{});
   }
 
-  template <std::size_t kRows>
+  /// While all keys are scored, all upcoming codes are asked for.
+  template <bool kNear = false>
+  static void prefetch_beside_key(UpcomingCodes& upcoming) noexcept {
+    for (std::size_t i = 0; i < kHeadDim; i += kCodesPerRequest) upcoming.template prefetch<kNear>();
+  }
+
+  template <std::size_t kRows, bool kNear>
   static void score_fused(const AttendTask& task, const KeyNorms<kHeadDim>& norms, const TileRows& keys,
                           std::size_t count, UpcomingCodes upcoming) noexcept {
     const CodesLookup lookup(*task.k.int16);
@@ -361,7 +378,7 @@ struct Format {
       const CodedKeys<Reader, CodesLookup> coded{lookup, keys.at + first};
       DotSums<kHeadDim, kRows> dots;
       for (std::size_t t = 0; t < kKeysTogether<kRows>; t += kKeysAtOnce<kRows>) {
-        for (std::size_t j = 0; j < kKeysAtOnce<kRows>; ++j) prefetch_beside_key(upcoming);
+        for (std::size_t j = 0; j < kKeysAtOnce<kRows>; ++j) prefetch_beside_key<kNear>(upcoming);
         multiply_keys<kHeadDim, kRows>(coded, not_hoisted(task.q_int16.values), t, dots);
       }
       finish_scores<kHeadDim, kRows>(*task.blocks, norms, first, dots);
@@ -399,21 +416,21 @@ struct Format {
     }
   }
 
-  template <std::size_t kRows>
+  template <std::size_t kRows, bool kNear>
   static void add_fused(const AttendTask& task, const TileRows& values, std::size_t pairs,
                         UpcomingCodes upcoming) noexcept {
     constexpr std::size_t kAll = kHeadDim / kChunk, kVectors = kColumnVectors<kRows>;
     const CodesLookup lookup(*task.v.int16);
     if constexpr (kVectors < kPairVectors) {
       // Half of a chunk needs half of the lookups.
-      const CodedPairs<Reader, CodesLookup, kVectors> coded{lookup, values, upcoming};
+      const CodedPairs<Reader, CodesLookup, kVectors, kNear> coded{lookup, values, upcoming};
       for (std::size_t chunk = 0; chunk < kAll; ++chunk) {
         add_columns<kHeadDim, kRows, 1, 0, kVectors>(task, kRows, chunk, 0, pairs, coded);
         add_columns<kHeadDim, kRows, 1, kVectors, kVectors>(task, kRows, chunk, 0, pairs, coded);
       }
     } else {
       constexpr std::size_t kFitting = kVectors / kPairVectors, kChunks = kFitting < kAll ? kFitting : kAll;
-      const CodedPairs<Reader, CodesLookup, kPairVectors> coded{lookup, values, upcoming};
+      const CodedPairs<Reader, CodesLookup, kPairVectors, kNear> coded{lookup, values, upcoming};
       for (std::size_t chunk = 0; chunk < kAll; chunk += kChunks) {
         add_columns<kHeadDim, kRows, kChunks, 0, kPairVectors>(task, kRows, chunk, 0, pairs, coded);
       }
@@ -424,7 +441,7 @@ struct Format {
                           UpcomingCodes upcoming) noexcept {
     const CodesLookup lookup(*task.v.int16);
     for (std::size_t chunk = 0; chunk < kHeadDim / kChunk; ++chunk) {
-      const CodedPairs<Reader, CodesLookup, kPairVectors> coded{lookup, values, upcoming};
+      const CodedPairs<Reader, CodesLookup, kPairVectors, false> coded{lookup, values, upcoming};
       PairLevels levels[kAttendTile / 2];
       for (std::size_t p = 0; p < pairs; ++p) levels[p] = coded.at(p, chunk);
       for_each_group<kValueRows>(task.rows, [&](auto rows, std::size_t r) {

@@ -20,6 +20,7 @@ constexpr std::size_t kDots = 16;
 constexpr std::size_t kValueRows = 4;
 constexpr std::size_t kFusedRows = 8;
 constexpr std::size_t kFusedSums = 16;
+constexpr std::size_t kNearRows = 2;
 
 struct Levels {
   Sums first, second;

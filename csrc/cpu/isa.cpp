@@ -2,7 +2,7 @@
 
 #include <atomic>
 
-#if defined(TQ_HB_HAVE_AVXVNNI_KERNELS)
+#if defined(TQ_HB_HAVE_X86_KERNELS)
 #include <cpuid.h>
 #endif
 
@@ -61,6 +61,21 @@ std::vector<const IsaKernel*> available_kernels() {
   std::vector<const IsaKernel*> kernels;
   for (const Isa& isa : available_isas()) kernels.push_back(isa.attend);
   return kernels;
+}
+
+bool prefers_first_level() noexcept {
+#if defined(TQ_HB_HAVE_X86_KERNELS)
+  static const bool prefers = [] {
+    constexpr unsigned kZen5 = 0x1a;  // and what follows it
+    unsigned version = 0, b = 0, c = 0, d = 0;
+    if (!__builtin_cpu_is("amd") || __get_cpuid(1, &version, &b, &c, &d) == 0) return false;
+    const unsigned family = (version >> 8 & 0xf) + (version >> 20 & 0xff);
+    return family >= kZen5;
+  }();
+  return prefers;
+#else
+  return false;
+#endif
 }
 
 const IsaKernel& attend_kernel() {

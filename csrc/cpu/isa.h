@@ -17,6 +17,10 @@ const IsaKernel& attend_kernel();
 /// The encoder of the same instruction set.
 EncodeRows& encode_kernel();
 
+/// Whether this processor is better off with upcoming codes in its first cache level, where few rows share them: see
+/// docs/cpu.md, section 2.
+bool prefers_first_level() noexcept;
+
 /// Has later ops run with the named kernels. A name that is not available is an error that lists those that are.
 void set_attend_kernel(const std::string& op, const std::string& field, const std::string& name);
 

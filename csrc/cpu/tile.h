@@ -33,11 +33,12 @@ constexpr std::size_t kCodesPerRequest = 64;
 /// Codes that are worked on next. They follow each other except where the ring wraps: what is asked for beyond its end
 /// is not needed, and no error.
 struct UpcomingCodes {
-  /// Asks for the line of the next kCodesPerRequest. Into the second cache level: rows a power of two apart share
-  /// places in the first. Lines are asked for one by one between other work: a processor has room for a dozen requests,
-  /// and stops at what goes beyond.
+  /// Asks for the line of the next kCodesPerRequest. Into the second cache level unless it is to be near: rows a power
+  /// of two apart share places in the first. Lines are asked for one by one between other work: a processor has room
+  /// for a dozen requests, and stops at what goes beyond.
+  template <bool kNear = false>
   void prefetch() noexcept {
-    __builtin_prefetch(next, 0, 2);
+    __builtin_prefetch(next, 0, kNear ? 3 : 2);
     next += request_bytes;
   }
 
