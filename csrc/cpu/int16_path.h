@@ -239,10 +239,11 @@ struct CodedPairs {
     if (p * kCodes % kCodesPerRequest == 0) {
       for (std::size_t i = 0; i < kCodes; i += kCodesPerRequest) upcoming.template prefetch<kNear>();
     }
-    return pairs_of<Reader>(lookup, rows.at[2 * p], rows.at[2 * p + 1], chunk);
+    return pairs_of<Reader>(lookup, rows.at[2 * p], rows.at[2 * p + 1], chunk - first_chunk);
   }
   const CodesLookup& lookup;
   const TileRows& rows;
+  std::size_t first_chunk;  ///< that rows begin with
   UpcomingCodes& upcoming;
 };
 
@@ -340,20 +341,22 @@ struct Format {
     };
     if (task.rows == 1) return near_or_not<1>(task, fused);
     if (task.rows == 2) return near_or_not<2>(task, fused);
-    if constexpr (kColumnVectors<4> > 0) {
+    if constexpr (kFusedRows >= 4) {
       if (task.rows == 4) return near_or_not<4>(task, fused);
     }
-    if constexpr (kColumnVectors<8> > 0) {
+    if constexpr (kFusedRows >= 8) {
       if (task.rows == 8) return near_or_not<8>(task, fused);
     }
     add_decoded(task, values, pairs, upcoming);
   }
 
  private:
-  /// Vectors of columns that are added at a time while values are looked up, where kRows rows share the lookup; 0 if
-  /// what is looked up is better kept. Putting planes together takes registers, too, and half a chunk does it twice.
+  /// Vectors of a chunk of columns that kRows rows add to at a time.
   template <std::size_t kRows>
-  static constexpr std::size_t kColumnVectors = kRows > (kPlane ? 2 : kFusedRows) ? 0 : kFusedSums / kRows;
+  static constexpr std::size_t kVectorsAtOnce = kFusedSums / kRows < kPairVectors ? kFusedSums / kRows : kPairVectors;
+  /// More rows have planes put together beforehand: beside their sums, registers would be too few, and half a chunk
+  /// would do it twice.
+  static constexpr std::size_t kJoiningRows = 2;
 
   /// Calls visit(Count<kRows>, near): near::value says whether to fetch codes into the first cache level.
   template <std::size_t kRows, class Visit>
@@ -419,20 +422,44 @@ struct Format {
   template <std::size_t kRows, bool kNear>
   static void add_fused(const AttendTask& task, const TileRows& values, std::size_t pairs,
                         UpcomingCodes upcoming) noexcept {
-    constexpr std::size_t kAll = kHeadDim / kChunk, kVectors = kColumnVectors<kRows>;
+    constexpr std::size_t kAll = kHeadDim / kChunk;
     const CodesLookup lookup(*task.v.int16);
-    if constexpr (kVectors < kPairVectors) {
-      // Half of a chunk needs half of the lookups.
-      const CodedPairs<Reader, CodesLookup, kVectors, kNear> coded{lookup, values, upcoming};
-      for (std::size_t chunk = 0; chunk < kAll; ++chunk) {
-        add_columns<kHeadDim, kRows, 1, 0, kVectors>(task, kRows, chunk, 0, pairs, coded);
-        add_columns<kHeadDim, kRows, 1, kVectors, kVectors>(task, kRows, chunk, 0, pairs, coded);
+    if constexpr (kPlane && kRows > kJoiningRows) {
+      alignas(64) std::uint8_t joined[kAttendTile][Reader::kBlock];
+      TileRows rows;
+      for (std::size_t t = 0; t < kAttendTile; ++t) rows.at[t] = joined[t];
+      for (std::size_t first = 0; first < kAll; first += Reader::kChunks) {
+        for (std::size_t t = 0; t < 2 * pairs; ++t) {
+          for (std::size_t c = 0; c < Reader::kChunks; ++c) {
+            store(joined[t] + c * kChunk, Reader::at(values.at[t], first + c));
+          }
+        }
+        const CodedPairs<CodeReader<kBits, false, kHeadDim>, CodesLookup, kVectorsAtOnce<kRows>, kNear> coded{
+            lookup, rows, first, upcoming};
+        add_chunks<kRows, Reader::kChunks>(task, first, pairs, coded);
       }
     } else {
-      constexpr std::size_t kFitting = kVectors / kPairVectors, kChunks = kFitting < kAll ? kFitting : kAll;
-      const CodedPairs<Reader, CodesLookup, kPairVectors, kNear> coded{lookup, values, upcoming};
-      for (std::size_t chunk = 0; chunk < kAll; chunk += kChunks) {
-        add_columns<kHeadDim, kRows, kChunks, 0, kPairVectors>(task, kRows, chunk, 0, pairs, coded);
+      const CodedPairs<Reader, CodesLookup, kVectorsAtOnce<kRows>, kNear> coded{lookup, values, 0, upcoming};
+      add_chunks<kRows, kAll>(task, 0, pairs, coded);
+    }
+  }
+
+  /// Adds weights * values to kCount chunks of columns of all rows, from `first` on.
+  template <std::size_t kRows, std::size_t kCount, class Pairs>
+  [[gnu::always_inline]] static void add_chunks(const AttendTask& task, std::size_t first, std::size_t pairs,
+                                                const Pairs& values) noexcept {
+    constexpr std::size_t kVectors = kVectorsAtOnce<kRows>;
+    if constexpr (kVectors < kPairVectors) {
+      // Half of a chunk needs half of the lookups.
+      for (std::size_t chunk = first; chunk < first + kCount; ++chunk) {
+        add_columns<kHeadDim, kRows, 1, 0, kVectors>(task, kRows, chunk, 0, pairs, values);
+        add_columns<kHeadDim, kRows, 1, kVectors, kVectors>(task, kRows, chunk, 0, pairs, values);
+      }
+    } else {
+      constexpr std::size_t kFitting = kFusedSums / kRows / kPairVectors;
+      constexpr std::size_t kChunks = kFitting < kCount ? kFitting : kCount;
+      for (std::size_t chunk = first; chunk < first + kCount; chunk += kChunks) {
+        add_columns<kHeadDim, kRows, kChunks, 0, kPairVectors>(task, kRows, chunk, 0, pairs, values);
       }
     }
   }
@@ -441,7 +468,7 @@ struct Format {
                           UpcomingCodes upcoming) noexcept {
     const CodesLookup lookup(*task.v.int16);
     for (std::size_t chunk = 0; chunk < kHeadDim / kChunk; ++chunk) {
-      const CodedPairs<Reader, CodesLookup, kPairVectors, false> coded{lookup, values, upcoming};
+      const CodedPairs<Reader, CodesLookup, kPairVectors, false> coded{lookup, values, 0, upcoming};
       PairLevels levels[kAttendTile / 2];
       for (std::size_t p = 0; p < pairs; ++p) levels[p] = coded.at(p, chunk);
       for_each_group<kValueRows>(task.rows, [&](auto rows, std::size_t r) {
