@@ -200,7 +200,7 @@ def attend_cases() -> list[Case]:
             "head_dim": (64, 128, 256, 512),
             "bits": tuple(itertools.product((5, 6, 8), repeat=2)),
             "packing": ("byte", "plane"),
-            "kv_seq_len": (1, 31, 32, 33, 511, 512, 513, 1025),
+            "kv_seq_len": (1, 31, 32, 33, 63, 65, 511, 512, 513, 1025),
             "heads": ((8, 2), (3, 1), (6, 3), (5, 5), (16, 8)),
             "num_queries": (None, 1, 2, 3, 8, 9),
             "window": ("none", "one", "shorter", "same", "longer"),

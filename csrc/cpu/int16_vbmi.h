@@ -62,8 +62,7 @@ inline IntVec sums_across(const Sums* sums) noexcept {
     return _mm512_add_epi32(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xdd));
   };
   const __m512i a = eight(0), b = eight(8);
-  return reinterpret_cast<IntVec>(
-      _mm512_add_epi32(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xdd)));
+  return reinterpret_cast<IntVec>(_mm512_add_epi32(_mm512_shuffle_i64x2(a, b, 0x88), _mm512_shuffle_i64x2(a, b, 0xdd)));
 }
 
 inline Sums broadcast_pair(const std::int16_t* pair) noexcept {

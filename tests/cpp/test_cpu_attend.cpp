@@ -198,7 +198,8 @@ TEST(CpuAttend, OfEveryInstructionSetAndPrecisionMatchesFloat64) {
   for (const unsigned head_dim : {64u, 128u, 256u, 512u}) {
     for (const Packing packing : {Packing::kByte, Packing::kPlane}) {
       for (const unsigned bits : {5u, 6u, 8u}) {
-        for (const auto [heads, queries] : {Rows{1, 1}, Rows{2, 1}, Rows{3, 1}, Rows{3, 3}, Rows{4, 1}}) {
+        for (const auto [heads, queries] :
+             {Rows{1, 1}, Rows{2, 1}, Rows{3, 1}, Rows{4, 1}, Rows{5, 1}, Rows{8, 1}, Rows{3, 3}, Rows{17, 1}}) {
           CacheCase test(heads, 1, head_dim, 150, bits, bits, "cpu", packing);
           test.ask(queries);
           test.add_lse();
@@ -249,17 +250,17 @@ TEST(CpuAttend, GivesTheSameBitsForBothPackings) {
 
 /// Rows that share the loads of a key, or its decoding, do not share its sums.
 TEST(CpuAttend, GivesAHeadTheSameStrictBitsInAnyGroup) {
-  constexpr unsigned kHeads = 7;
+  constexpr unsigned kHeads = 7, kKeys = 131;
   for (const std::string& isa : cpu_isas()) {
     const ForcedIsa forced(isa);
     for (const unsigned head_dim : {64u, 512u}) {
       for (const unsigned bits : {5u, 6u, 8u}) {
         const Packing packing = bits == 6 ? Packing::kPlane : Packing::kByte;
-        CacheCase whole(kHeads, 1, head_dim, 45, bits, bits, "cpu", packing);
+        CacheCase whole(kHeads, 1, head_dim, kKeys, bits, bits, "cpu", packing);
         whole.precision = Precision::kStrict;
         const std::vector<float> all = whole.attend();
         for (const unsigned heads : {1u, 2u, 3u, 4u}) {
-          CacheCase group(heads, 1, head_dim, 45, bits, bits, "cpu", packing);
+          CacheCase group(heads, 1, head_dim, kKeys, bits, bits, "cpu", packing);
           group.precision = Precision::kStrict;
           group.k_packed = whole.k_packed;
           group.v_packed = whole.v_packed;
