@@ -120,7 +120,7 @@ struct Workspace {
   Scratch<std::int16_t> values;  // of rows in fixed point: see Int16Query
   Scratch<double> units, reach_per_norm;
   Scratch<std::int32_t> halves;
-  Scratch<double> max, sum;  // [kv head][range][rows]: partial states, and what a tile needs
+  Scratch<double> max, sum;  // [kv head][range][rows]: partial states
   Scratch<float> out;
   Scratch<RowBlock> blocks;  // [thread][num_blocks(rows)]
   Scratch<NotedKeys> notes;  // where the kernel is in 16 bits
@@ -228,6 +228,7 @@ void QueryBlock::place_rows() {
 }
 
 void QueryBlock::quantize_rows() {
+  // All rows of a block are read, also of those without a meaning.
   memory_.values.reserve((num_rows() + kMostBlockRows - 1) * head_dim_);
   memory_.units.reserve(num_rows() * kMaxNormBlocks);
   memory_.halves.reserve(num_rows() * kMaxNormBlocks);

@@ -128,7 +128,7 @@ struct AttendTask {
   Int16Query q_int16;      ///< the same, read by attend_int16 alone
   const double* q_scale;   ///< [rows]: what turns dot(q, levels) * norm into the scaled score
   const double* bias;      ///< [rows]: added to the scaled score
-  bool has_bias;           ///< that is not all zeros
+  bool has_bias;           ///< if not, they are all 0
   const QueryRange* seen;  ///< [rows]: ages of the keys that a row sees
   HeadRows k, v;
   std::size_t rows;

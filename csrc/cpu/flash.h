@@ -41,30 +41,31 @@ void order_columns(float* out, std::size_t count) noexcept {
   }
 }
 
+/// Calls visit(Rows, block) for every block.
+template <class Visit>
+inline void for_each_block(const AttendTask& task, const Visit& visit) noexcept {
+  const std::size_t size = block_rows(task.rows);
+  RowBlock* block = task.blocks;
+  for (std::size_t first = 0; first < task.rows; first += size, ++block) {
+    const std::size_t count = task.rows - first < size ? task.rows - first : size;
+    if (size == 1) visit(Rows<1>{first, count}, *block);
+    if (size == 2) visit(Rows<2>{first, count}, *block);
+    if (size == 4) visit(Rows<4>{first, count}, *block);
+    if (size == 8) visit(Rows<8>{first, count}, *block);
+  }
+}
+
 /// What the values of a tile are multiplied by: weights and norms.
 template <std::size_t kTile, std::size_t kRows>
-inline void fill_factors(const AttendTask& task, const Tile& tile, std::size_t first_row, const float* norms,
+inline void fill_factors(const AttendTask& task, const Tile& tile, Rows<kRows> rows, const float* norms,
                          RowBlock& block) noexcept {
   for (std::size_t i = 0; i < kTile * kRows; i += kLanes) {
     store(block.factors + i, load(block.weights + i) * (of_keys<kRows, Vec>(norms, i) * task.v_scale));
   }
   if (tile.is_seen_by_all) return;
   // 0 times a norm that is not finite is no 0.
-  for (std::size_t r = 0; r < kRows && first_row + r < task.rows; ++r) {
-    fill_outside<kTile>(block.factors, r, kRows, seen_of(task.seen[first_row + r], tile), 0.0f);
-  }
-}
-
-/// Calls visit(Count<rows>, block, first_row) for every block, with its number of rows.
-template <class Visit>
-inline void for_each_block(const AttendTask& task, const Visit& visit) noexcept {
-  const std::size_t rows = block_rows(task.rows);
-  RowBlock* block = task.blocks;
-  for (std::size_t first = 0; first < task.rows; first += rows, ++block) {
-    if (rows == 1) visit(Count<1>{}, *block, first);
-    if (rows == 2) visit(Count<2>{}, *block, first);
-    if (rows == 4) visit(Count<4>{}, *block, first);
-    if (rows == 8) visit(Count<8>{}, *block, first);
+  for (std::size_t r = 0; r < rows.count; ++r) {
+    fill_outside<kTile>(block.factors, r, kRows, seen_of(task.seen[rows.first + r], tile), 0.0f);
   }
 }
 
@@ -78,19 +79,18 @@ inline QueryRange seen_by_all(const AttendTask& task) noexcept {
   return range;
 }
 
-/// What belongs to the rows of a block, for all its lanes: values[0], values[kStride], ... of `count` rows, or as many
-/// as there are, and 0 of those without a meaning.
-template <std::size_t kRows, std::size_t kStride = 1, class T>
-inline void spread_rows(const T* values, std::size_t count, T* lanes) noexcept {
+/// What belongs to rows, values[0], values[kStride], ..., for all lanes of their block; 0 for rows without a meaning.
+template <std::size_t kStride = 1, std::size_t kRows, class T>
+inline void spread_rows(Rows<kRows> rows, const T* values, T* lanes) noexcept {
   for (std::size_t i = 0; i < kBlockLanes; ++i) {
     const std::size_t row = RowBlock::row_of_lane(i, kRows);
-    lanes[i] = row < count ? values[row * kStride] : T{};
+    lanes[i] = row < rows.count ? values[row * kStride] : T{};
   }
 }
 
 inline void begin_blocks(const AttendTask& task) noexcept {
-  for_each_block(task, [&](auto rows, RowBlock& block, std::size_t first) {
-    spread_rows<decltype(rows)::value>(task.bias + first, task.rows - first, block.bias);
+  for_each_block(task, [&](auto rows, RowBlock& block) {
+    spread_rows(rows, task.bias + rows.first, block.bias);
     for (std::size_t i = 0; i < kBlockLanes; ++i) {
       block.max[i] = -static_cast<double>(INFINITY);
       block.sum[i] = 0.0;
@@ -99,10 +99,10 @@ inline void begin_blocks(const AttendTask& task) noexcept {
 }
 
 inline void end_blocks(const AttendTask& task) noexcept {
-  for_each_block(task, [&](auto rows, const RowBlock& block, std::size_t first) {
-    for (std::size_t r = 0; r < decltype(rows)::value && first + r < task.rows; ++r) {
-      task.max[first + r] = block.max[RowBlock::first_lane(r)];
-      task.sum[first + r] = block.sum[RowBlock::first_lane(r)];
+  for_each_block(task, [&](auto rows, const RowBlock& block) {
+    for (std::size_t r = 0; r < rows.count; ++r) {
+      task.max[rows.first + r] = block.max[RowBlock::first_lane(r)];
+      task.sum[rows.first + r] = block.sum[RowBlock::first_lane(r)];
     }
   });
 }
@@ -136,9 +136,7 @@ void attend_range(const AttendTask& task) noexcept {
     prefetch_norms<kTile>(task, task.v, tile.slots[0]);
     path.score(tile);
     prefetch_norms<kTile>(task, task.k, slot);
-    for_each_block(task, [&](auto rows, RowBlock& block, std::size_t first) {
-      update_softmax<kTile, decltype(rows)::value>(task, tile, first, block);
-    });
+    for_each_block(task, [&](auto rows, RowBlock& block) { update_softmax<kTile>(task, tile, rows, block); });
     path.accumulate(tile);
   }
   end_blocks(task);

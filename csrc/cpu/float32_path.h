@@ -102,7 +102,7 @@ inline void add_scores(const float* dots, const float* norms, std::size_t count,
   using Products = typename VectorOf<double, kTogether>::type;
   using Floats = typename VectorOf<float, kTogether>::type;
   for (std::size_t k = 0; k < count; k += 2, scores += 2 * rows) {
-    const Products pair = __builtin_convertvector(of_keys<kRows, Floats>(norms + k, 0), Products);
+    const Products pair = __builtin_convertvector(spread_pairs<kRows, Floats>(norms + k), Products);
     for (std::size_t i = 0; i < 2 * kRows; i += kTogether, dots += kTogether) {
       const Products share = __builtin_convertvector(load_as<Floats>(dots), Products) * pair;
       store(scores + i, is_first_block ? share : load_as<Products>(scores + i) + share);
@@ -116,9 +116,8 @@ class Float32Path {
   static constexpr std::size_t kTile = kAttendTile;
 
   explicit Float32Path(const AttendTask& task) noexcept : task_(task), block_rows_(block_rows(task.rows)) {
-    for_each_block(task, [&](auto rows, RowBlock& block, std::size_t first) {
-      spread_rows<decltype(rows)::value>(task.q_scale + first, task.rows - first, block.score_units[0]);
-    });
+    for_each_block(
+        task, [&](auto rows, RowBlock& block) { spread_rows(rows, task.q_scale + rows.first, block.score_units[0]); });
   }
 
   void score(const Tile& tile) noexcept {
@@ -136,8 +135,8 @@ class Float32Path {
         });
       });
     }
-    for_each_block(task_, [&](auto rows, RowBlock& block, std::size_t) {
-      for (std::size_t i = 0; i < kTile * decltype(rows)::value; i += kDoubles) {
+    for_each_block(task_, [&](auto rows, RowBlock& block) {
+      for (std::size_t i = 0; i < kTile * rows.kSize; i += kDoubles) {
         const Doubles units = load_as<Doubles>(block.score_units[0] + i % kBlockLanes);
         store(block.scores + i, load_as<Doubles>(block.scores + i) * units);
       }
@@ -149,9 +148,8 @@ class Float32Path {
     const Norms norms(task_.v, tile);
     const UpcomingCodes upcoming = keys_after<kTile>(task_, tile);
     for (std::size_t b = 0; b < kBlocks; ++b) {
-      for_each_block(task_, [&](auto rows, RowBlock& block, std::size_t first) {
-        fill_factors<kTile, decltype(rows)::value>(task_, tile, first, norms.of_block[b], block);
-      });
+      for_each_block(
+          task_, [&](auto rows, RowBlock& block) { fill_factors<kTile>(task_, tile, rows, norms.of_block[b], block); });
       const bool fused = visit_fused(task_.v, [&](auto rows, const auto& reader) {
         add_fused<decltype(rows)::value>(reader, values, tile.count, b, upcoming);
       });

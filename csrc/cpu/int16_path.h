@@ -135,16 +135,6 @@ inline const T* not_hoisted(const T* pointer) noexcept {
   return pointer;
 }
 
-/// Keys whose dot products with kRows rows of a block are finished together.
-template <std::size_t kRows>
-constexpr std::size_t kKeysTogether = kSumLanes / kRows < 2 ? 2 : kSumLanes / kRows;
-
-/// Those dot products, in their places, still apart in lanes.
-template <std::size_t kHeadDim, std::size_t kRows>
-struct DotSums {
-  Sums sums[kNormBlocks<kHeadDim>][kRows * kKeysTogether<kRows>];
-};
-
 /// Keys that kRows rows of queries are multiplied by at a time. Several share the load of a query, and a product need
 /// not wait for the one before it.
 template <std::size_t kRows>
@@ -152,11 +142,27 @@ constexpr std::size_t kKeysAtOnce = kDots < 2 * kRows   ? 1
                                     : kDots < 4 * kRows ? 2
                                                         : 4;
 
+constexpr std::size_t larger(std::size_t a, std::size_t b) noexcept {
+  return a > b ? a : b;
+}
+
+/// Keys whose dot products with kRows rows of a block are finished together: pairs, and as many as fill a vector.
+template <std::size_t kRows>
+constexpr std::size_t kKeysTogether = larger(larger(2, kKeysAtOnce<kRows>), kSumLanes / kRows);
+
+/// Those dot products, in their places, still apart in lanes.
+template <std::size_t kHeadDim, std::size_t kRows>
+struct DotSums {
+  Sums sums[kNormBlocks<kHeadDim>][kRows * kKeysTogether<kRows>];
+};
+
 /// Multiplies some keys, of a group those from `t` on, by kRows queries.
 template <std::size_t kHeadDim, std::size_t kRows, class Keys>
 inline void multiply_keys(const Keys& keys, const std::int16_t* q, std::size_t t,
                           DotSums<kHeadDim, kRows>& dots) noexcept {
   constexpr std::size_t kPart = kPartDim<kHeadDim>, kKeys = kKeysAtOnce<kRows>;
+  static_assert(kKeysTogether<kRows> % kKeys == 0);
+  // place_of(t, 0, kRows): where t is even, which the compiler does not know, a product does.
   const std::size_t first_place = kKeys > 1 ? t * kRows : RowBlock::place_of(t, 0, kRows);
 #pragma GCC unroll 1
   for (std::size_t b = 0; b < kNormBlocks<kHeadDim>; ++b) {
@@ -209,12 +215,11 @@ inline void finish_scores(RowBlock& block, const KeyNorms<kHeadDim>& norms, std:
   for (std::size_t b = 0; b < kNormBlocks<kHeadDim>; ++b) {
 #pragma GCC unroll 2
     for (std::size_t i = 0; i < kRows * kKeysTogether<kRows>; i += kLanes) {
-      constexpr std::size_t kParts = kLanes / kDoubles;
       const std::size_t place = first * kRows + i, lane = place % kBlockLanes;
-      Doubles sums[kParts];
+      Doubles sums[kVecDoubles];
       to_doubles(sums_across(dots.sums[b] + i) + load_as<IntVec>(block.score_halves[b] + lane), sums);
 #pragma GCC unroll 2
-      for (std::size_t p = 0; p < kParts; ++p) {
+      for (std::size_t p = 0; p < kVecDoubles; ++p) {
         const std::size_t at = p * kDoubles;
         const Doubles key_norms = to_doubles(of_keys<kRows, DoublesAsFloats>(norms.of_block[b], place + at));
         const Doubles share = sums[p] * load_as<Doubles>(block.score_units[b] + lane + at) * key_norms;
@@ -257,12 +262,12 @@ struct DecodedPairs {
 /// each kVectors vectors from kFirst on.
 template <std::size_t kHeadDim, std::size_t kRows, std::size_t kChunks, std::size_t kFirst, std::size_t kVectors,
           class Pairs>
-[[gnu::always_inline]] inline void add_columns(const AttendTask& task, std::size_t block_rows, std::size_t chunk,
+[[gnu::always_inline]] inline void add_columns(const AttendTask& task, std::size_t rows_of_block, std::size_t chunk,
                                                std::size_t r, std::size_t pairs, const Pairs& values) noexcept {
   const std::size_t b = chunk * kChunk / kBlockDim<kHeadDim>;
-  const std::size_t row = r % block_rows;
-  const RowBlock& block = task.blocks[r / block_rows];
-  const std::int16_t* weights = block.fixed_weights[b] + RowBlock::place_of(0, row, block_rows);
+  const std::size_t row = r % rows_of_block;
+  const RowBlock& block = task.blocks[r / rows_of_block];
+  const std::int16_t* weights = block.fixed_weights[b] + RowBlock::place_of(0, row, rows_of_block);
   for (std::size_t group = 0; group < kWeightGroups && group * kGroupPairs < pairs; ++group) {
     const std::size_t first = group * kGroupPairs, end = pairs - first < kGroupPairs ? pairs : first + kGroupPairs;
     // Every loop over sums is unrolled: otherwise they would live in memory.
@@ -279,7 +284,7 @@ template <std::size_t kHeadDim, std::size_t kRows, std::size_t kChunks, std::siz
     const auto add_pair = [&](std::size_t p) __attribute__((always_inline)) {
       Sums pair_weights[kRows];
 #pragma GCC unroll 8
-      for (std::size_t k = 0; k < kRows; ++k) pair_weights[k] = broadcast_pair(weights + 2 * (p * block_rows + k));
+      for (std::size_t k = 0; k < kRows; ++k) pair_weights[k] = broadcast_pair(weights + 2 * (p * rows_of_block + k));
 #pragma GCC unroll 4
       for (std::size_t c = 0; c < kChunks; ++c) {
         const PairLevels& pair = values.at(p, chunk + c);
@@ -327,11 +332,8 @@ struct Format {
     const auto fused = [&](auto rows, auto near) {
       score_fused<decltype(rows)::value, decltype(near)::value>(task, norms, keys, count, upcoming);
     };
-    if (task.rows == 1) return near_or_not<1>(task, fused);
-    if (task.rows == 2) return near_or_not<2>(task, fused);
-    if (task.rows <= 4) return near_or_not<4>(task, fused);
-    if (task.rows <= 8) return near_or_not<8>(task, fused);
-    score_decoded(task, norms, keys, count, upcoming);
+    if (task.rows > kMostBlockRows) return score_decoded(task, norms, keys, count, upcoming);
+    for_each_block(task, [&](auto rows, RowBlock&) { near_or_not<rows.kSize>(task, fused); });
   }
 
   /// Adds weights * values to all rows' outputs.
@@ -431,7 +433,9 @@ struct Format {
       for (std::size_t first = 0; first < kAll; first += Reader::kChunks) {
         for (std::size_t t = 0; t < 2 * pairs; ++t) {
           for (std::size_t c = 0; c < Reader::kChunks; ++c) {
-            store(joined[t] + c * kChunk, Reader::at(values.at[t], first + c));
+            const auto codes = Reader::at(values.at[t], first + c);
+            static_assert(sizeof(codes) == kChunk, "a byte for every code");
+            store(joined[t] + c * kChunk, codes);
           }
         }
         const CodedPairs<CodeReader<kBits, false, kHeadDim>, CodesLookup, kVectorsAtOnce<kRows>, kNear> coded{
@@ -505,12 +509,11 @@ class Int16Path {
 
   explicit Int16Path(const AttendTask& task) noexcept
       : task_(task), k_(FormatCalls<kHeadDim>::of(task.k)), v_(FormatCalls<kHeadDim>::of(task.v)), notes_(task) {
-    for_each_block(task, [&](auto rows, RowBlock& block, std::size_t first) {
-      constexpr std::size_t kRows = decltype(rows)::value;
+    for_each_block(task, [&](auto rows, RowBlock& block) {
       for (std::size_t b = 0; b < kBlocks; ++b) {
-        const std::size_t at = first * kMaxNormBlocks + b, count = task.rows - first;
-        spread_rows<kRows, kMaxNormBlocks>(task.q_int16.units + at, count, block.score_units[b]);
-        spread_rows<kRows, kMaxNormBlocks>(task.q_int16.halves + at, count, block.score_halves[b]);
+        const std::size_t at = rows.first * kMaxNormBlocks + b;
+        spread_rows<kMaxNormBlocks>(rows, task.q_int16.units + at, block.score_units[b]);
+        spread_rows<kMaxNormBlocks>(rows, task.q_int16.halves + at, block.score_halves[b]);
       }
     });
   }
@@ -536,11 +539,10 @@ class Int16Path {
   /// Puts factors into fixed point, one norm block after the other.
   void fix_weights(const Tile& tile) noexcept {
     const TileNorms<kTile, kBlocks> norms(task_.v, tile);
-    for_each_block(task_, [&](auto rows, RowBlock& block, std::size_t first) {
-      constexpr std::size_t kRows = decltype(rows)::value;
+    for_each_block(task_, [&](auto rows, RowBlock& block) {
       for (std::size_t b = 0; b < kBlocks; ++b) {
-        fill_factors<kTile, kRows>(task_, tile, first, norms.of_block[b], block);
-        for (std::size_t group = 0; group < kWeightGroups; ++group) fix_group<kRows>(block, b, group);
+        fill_factors<kTile>(task_, tile, rows, norms.of_block[b], block);
+        for (std::size_t group = 0; group < kWeightGroups; ++group) fix_group<rows.kSize>(block, b, group);
       }
     });
   }

@@ -35,25 +35,23 @@ class NoteTaker {
 
   /// That tile has its weights.
   void take(const Tile& tile) noexcept {
-    for_each_block(task_, [&](auto rows, const RowBlock& block, std::size_t first) {
-      take_block<decltype(rows)::value>(tile, block, first);
-    });
+    for_each_block(task_, [&](auto rows, const RowBlock& block) { take_block(tile, rows, block); });
   }
 
  private:
   template <std::size_t kRows>
-  void take_block(const Tile& tile, const RowBlock& block, std::size_t first) noexcept {
+  void take_block(const Tile& tile, Rows<kRows> rows, const RowBlock& block) noexcept {
     alignas(64) float least[kBlockLanes];
     std::uint32_t noted_lanes = 0;
-    for (std::size_t r = 0; r < kRows && first + r < task_.rows; ++r) {
-      const double per_norm = task_.q_int16.reach_per_norm[first + r];
+    for (std::size_t r = 0; r < rows.count; ++r) {
+      const double per_norm = task_.q_int16.reach_per_norm[rows.first + r];
       if (!is_noted(per_norm * static_cast<double>(largest_norm_), block, r)) continue;
       // What a row does not see is not to touch it, not even by its norm.
-      const Span seen = seen_of(task_.seen[first + r], tile);
+      const Span seen = seen_of(task_.seen[rows.first + r], tile);
       const bool sees_all = seen.begin == 0 && seen.end == tile.count;
       const double reach = per_norm * static_cast<double>(sees_all ? largest_norm_ : largest_norm_of(tile, seen));
       if (!is_noted(reach, block, r)) continue;
-      NotedKeys& noted = task_.notes[first + r];
+      NotedKeys& noted = task_.notes[rows.first + r];
       if (reach > noted.reach) noted.reach = reach;
       const float share = static_cast<float>(1.0 / reach);
       for_each_lane<kRows>(r, [&](std::size_t i) {
@@ -66,7 +64,7 @@ class NoteTaker {
     for (std::size_t i = 0; i < kBlockLanes; ++i) {
       if (!(noted_lanes >> i & 1)) least[i] = INFINITY;
     }
-    for (std::size_t group = 0; group < kWeightGroups; ++group) note_decisive<kRows>(block, least, tile, first, group);
+    for (std::size_t group = 0; group < kWeightGroups; ++group) note_decisive(block, least, tile, rows, group);
   }
 
   template <std::size_t kRows, class Visit>
@@ -87,7 +85,7 @@ class NoteTaker {
 
   /// Of the largest so far: keys with less are many, where they matter.
   static constexpr float kLeastWeight = 0.125f;
-  /// Of one tile: so many keys of such weight share it.
+  /// Of one weight group: so many keys of such weight share it.
   static constexpr int kMany = 6;
 
   float largest_norm_of(const Tile& tile, const Span& seen) const noexcept {
@@ -104,7 +102,7 @@ class NoteTaker {
 
   /// Of the keys of a weight group those whose weight is above the least of their lane, unless a row has many.
   template <std::size_t kRows>
-  void note_decisive(const RowBlock& block, const float* least, const Tile& tile, std::size_t first,
+  void note_decisive(const RowBlock& block, const float* least, const Tile& tile, Rows<kRows> rows,
                      std::size_t group) noexcept {
     constexpr std::size_t kSteps = kWeightGroup * kRows / kBlockLanes;
     const std::size_t begin = group * kWeightGroup * kRows;
@@ -116,7 +114,7 @@ class NoteTaker {
       any |= above[i];
     }
     if (any == 0) return;
-    for (std::size_t r = 0; r < kRows; ++r) {
+    for (std::size_t r = 0; r < rows.count; ++r) {
       std::uint32_t lanes = 0;
       for_each_lane<kRows>(r, [&](std::size_t i) { lanes |= std::uint32_t{1} << i; });
       if ((any & lanes) == 0) continue;
@@ -126,7 +124,7 @@ class NoteTaker {
       for (std::size_t i = 0; i < kSteps; ++i) {
         for (std::uint32_t left = above[i] & lanes; left != 0; left &= left - 1) {
           const std::size_t place = begin + i * kBlockLanes + static_cast<std::size_t>(__builtin_ctz(left));
-          insert(task_.notes[first + r], {block.scores[place], tile.slots[RowBlock::key_of(place, kRows)]});
+          insert(task_.notes[rows.first + r], {block.scores[place], tile.slots[RowBlock::key_of(place, kRows)]});
         }
       }
     }

@@ -40,6 +40,7 @@ typedef std::int16_t ShortVec __attribute__((vector_size(kLanes * sizeof(std::in
 // Scores are doubles: this many fill a register, or two of the small ones.
 constexpr std::size_t kDoubles = kLanes == 16 ? 8 : 4;
 typedef double Doubles __attribute__((vector_size(kDoubles * sizeof(double))));
+constexpr std::size_t kVecDoubles = kLanes / kDoubles;  // vectors of them for one of floats
 typedef float DoublesAsFloats __attribute__((vector_size(kDoubles * sizeof(float))));
 typedef float Float4 __attribute__((vector_size(4 * sizeof(float))));
 
@@ -59,7 +60,7 @@ inline void store(T* target, V vec) noexcept {
   __builtin_memcpy(target, &vec, sizeof(vec));
 }
 
-/// As many vectors of doubles as make up one of floats.
+/// Out of kVecDoubles vectors.
 inline Vec to_floats(const Doubles* doubles) noexcept {
   const auto part = [&](std::size_t i) { return __builtin_convertvector(doubles[i], DoublesAsFloats); };
 #if defined(__AVX512F__)
@@ -81,7 +82,7 @@ inline Doubles to_doubles(DoublesAsFloats floats) noexcept {
 #endif
 }
 
-/// The other way round.
+/// Into kVecDoubles vectors.
 inline void to_doubles(Vec floats, Doubles* doubles) noexcept {
 #if defined(__AVX512F__)
   doubles[0] = _mm512_cvtps_pd(_mm512_castps512_ps256(floats));

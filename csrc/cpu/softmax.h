@@ -82,18 +82,17 @@ inline double capped(double score, double softcap) noexcept {
 }
 
 /// Softcaps scores and leaves those of keys that a row does not see at -inf.
-template <std::size_t kTile>
-void mask_scores(const AttendTask& task, const Tile& tile, std::size_t first_row, RowBlock& block) noexcept {
-  const std::size_t rows = block_rows(task.rows);
-  for (std::size_t r = 0; r < rows && first_row + r < task.rows; ++r) {
-    const Span seen = seen_of(task.seen[first_row + r], tile);
+template <std::size_t kTile, std::size_t kRows>
+void mask_scores(const AttendTask& task, const Tile& tile, Rows<kRows> rows, RowBlock& block) noexcept {
+  for (std::size_t r = 0; r < rows.count; ++r) {
+    const Span seen = seen_of(task.seen[rows.first + r], tile);
     if (task.softcap > 0.0) {
       for (std::size_t t = seen.begin; t < seen.end; ++t) {
-        double& score = block.scores[RowBlock::place_of(t, r, rows)];
+        double& score = block.scores[RowBlock::place_of(t, r, kRows)];
         score = capped(score, task.softcap);
       }
     }
-    fill_outside<kTile>(block.scores, r, rows, seen, -static_cast<double>(INFINITY));
+    fill_outside<kTile>(block.scores, r, kRows, seen, -static_cast<double>(INFINITY));
   }
 }
 
@@ -110,15 +109,14 @@ inline Vec sum_over_keys(const float* values) noexcept {
 
 /// Turns scores into weights, and the rows' maxima and sums into those that include them.
 template <std::size_t kTile, std::size_t kRows>
-void update_softmax(const AttendTask& task, const Tile& tile, std::size_t first_row, RowBlock& block) noexcept {
+void update_softmax(const AttendTask& task, const Tile& tile, Rows<kRows> rows, RowBlock& block) noexcept {
   constexpr std::size_t kPlaces = kTile * kRows;
-  constexpr std::size_t kParts = kLanes / kDoubles;
   if (task.has_bias) {
     for (std::size_t i = 0; i < kPlaces; i += kDoubles) {
       store(block.scores + i, load_as<Doubles>(block.scores + i) + load_as<Doubles>(block.bias + i % kBlockLanes));
     }
   }
-  if (task.softcap > 0.0 || !tile.is_seen_by_all) mask_scores<kTile>(task, tile, first_row, block);
+  if (task.softcap > 0.0 || !tile.is_seen_by_all) mask_scores<kTile>(task, tile, rows, block);
 
   Doubles before[kDoubleVecs], max[kDoubleVecs];
   for (std::size_t v = 0; v < kDoubleVecs; ++v) before[v] = max[v] = load_as<Doubles>(block.max + v * kDoubles);
@@ -137,14 +135,14 @@ void update_softmax(const AttendTask& task, const Tile& tile, std::size_t first_
   }
   Vec corrections[kVecs];
   for (std::size_t v = 0; v < kVecs; ++v) {
-    corrections[v] = exp_of_negative(to_floats(before + v * kParts));
+    corrections[v] = exp_of_negative(to_floats(before + v * kVecDoubles));
     store(block.corrections + v * kLanes, corrections[v]);
   }
   for (std::size_t i = 0; i < kPlaces; i += kBlockLanes) {
     for (std::size_t v = 0; v < kVecs; ++v) {
-      Doubles scores[kParts];
-      for (std::size_t p = 0; p < kParts; ++p) {
-        scores[p] = load_as<Doubles>(block.scores + i + v * kLanes + p * kDoubles) - max[v * kParts + p];
+      Doubles scores[kVecDoubles];
+      for (std::size_t p = 0; p < kVecDoubles; ++p) {
+        scores[p] = load_as<Doubles>(block.scores + i + v * kLanes + p * kDoubles) - max[v * kVecDoubles + p];
       }
       store(block.weights + i + v * kLanes, exp_of_negative(to_floats(scores)));
     }
@@ -153,10 +151,10 @@ void update_softmax(const AttendTask& task, const Tile& tile, std::size_t first_
   for (std::size_t v = 0; v < kVecs; ++v) sums[v] = sum_over_keys<kPlaces>(block.weights + v * kLanes);
   join_rows<kRows>(sums, kAdd);
   for (std::size_t v = 0; v < kVecs; ++v) {
-    Doubles correction[kParts], added[kParts];
+    Doubles correction[kVecDoubles], added[kVecDoubles];
     to_doubles(corrections[v], correction);
     to_doubles(sums[v], added);
-    for (std::size_t p = 0; p < kParts; ++p) {
+    for (std::size_t p = 0; p < kVecDoubles; ++p) {
       double* sum = block.sum + v * kLanes + p * kDoubles;
       store(sum, load_as<Doubles>(sum) * correction[p] + added[p]);
     }

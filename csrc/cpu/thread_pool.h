@@ -54,7 +54,7 @@ class ThreadPool {
   void start();
 
   /// Runs task(0) ... task(count - 1) and returns when all are done. Tasks must not throw. At most so many threads work
-  /// on them, numbered from 0, which is the caller.
+  /// on them, at least one: the caller, which is number 0.
   void parallel_for(std::size_t count, TaskRef task, unsigned most_threads = std::numeric_limits<unsigned>::max());
 
  private:

@@ -107,6 +107,13 @@ struct TileNorms {
   alignas(64) float of_block[kBlocks][kTile];
 };
 
+/// The rows of a block, `count` of which have a meaning: rows of the task from `first` on.
+template <std::size_t kRows>
+struct Rows {
+  static constexpr std::size_t kSize = kRows;
+  std::size_t first, count;
+};
+
 /// The keys of a tile that one row sees: end is not.
 struct Span {
   std::size_t begin, end;
