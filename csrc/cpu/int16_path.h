@@ -13,7 +13,8 @@
 //   kFusedSums                  sums over columns of values that stay in registers meanwhile
 //   kNearRows                   rows at most whose codes may be fetched into the first cache level
 //   CodeReader<bits, plane, dim>
-//                               ::at(row, chunk) -> codes of a chunk, of a type of its own
+//                               ::at(row, chunk) -> codes of a chunk, of a type of its own; of planes also kBlock, the
+//                               codes whose planes lie together, and kChunks, their chunks
 //   Lookup<bits>                Lookup(levels), .of(codes) -> Levels{Sums first, second}: of every 16 codes, first has
 //                               the first 8 and second the others, 128 bits after 128 bits
 //   pairs_of<Reader>(lookup, even, odd, chunk)
@@ -24,6 +25,7 @@
 //                               to the same lane
 //   add(a, b), cut<bits>(a)     a + b, a / 2^bits, lane by lane
 //   sums_across(sums)           the sums over all lanes of each of kSumLanes sums, cut by kSumShift
+//   fill(value)                 the value in every lane
 //   broadcast_pair(p)           the 16-bit values at p and p + 1, where pairs_of puts even and odd
 //   pin(sums)                   keeps the compiler from adding in another order, which would take more registers
 #pragma once
