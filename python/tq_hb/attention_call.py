@@ -20,7 +20,7 @@ from tq_hb.interop import (
     require_disjoint,
     require_rows,
 )
-from tq_hb.options import check_bool, invalid
+from tq_hb.options import Allocating, check_bool, invalid
 from tq_hb.staging import Outstanding, Staging
 
 
@@ -183,8 +183,9 @@ class AttentionCall:
         """Hand over the output, and lse if it was asked for."""
         if self._staging.is_on_gpu:
             return self._results_on_gpu()
-        output = finish(self._q, self._out, self._writable, self._result, self._dtype)
-        return output if self._lse is None else (output, like(self._q, self._lse))
+        with Allocating(self.op, "the result"):
+            output = finish(self._q, self._out, self._writable, self._result, self._dtype)
+            return output if self._lse is None else (output, like(self._q, self._lse))
 
     def _results_on_gpu(self) -> Array | tuple[Array, Array]:
         if self._out is None:

@@ -19,7 +19,7 @@ from tq_hb.encoder import Buffer
 from tq_hb.files import SavedCache, read_caches, write_caches
 from tq_hb.gpu_arrays import stream
 from tq_hb.interop import Array, Float32Array, Rows, as_rows, require_rows
-from tq_hb.options import invalid
+from tq_hb.options import Allocating, invalid
 from tq_hb.staging import Outstanding
 from tq_hb.visibility import Held, check_position, last_position, place
 
@@ -716,7 +716,7 @@ class KVCache:
         ...     tq_hb.KVCache.load(path)  # doctest: +ELLIPSIS
         KVCache(num_kv_heads=1, ..., sliding_window=4, len=4, offset=6, ...)
         """
-        write_caches("KVCache.save", path, [self._saved()])
+        write_caches("KVCache.save", path, [self._saved("KVCache.save")])
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | Device | None = None) -> KVCache:
@@ -748,13 +748,14 @@ class KVCache:
             raise invalid(op, "path", "must hold one cache; tq_hb.load_caches reads several", len(caches))
         return cls._restore(op, caches[0], where)
 
-    def _saved(self) -> SavedCache:
+    def _saved(self, op: str) -> SavedCache:
         """Return what a file keeps of the cache."""
         form = self._form
         with self._lock:
             self._outstanding.wait()
-            slots = self._slots()
-            (k_codes, k_norms), (v_codes, v_norms) = self._k.read(slots), self._v.read(slots)
+            with Allocating(op, "a copy of the codes"):
+                slots = self._slots()
+                (k_codes, k_norms), (v_codes, v_norms) = self._k.read(slots), self._v.read(slots)
             return SavedCache(
                 num_kv_heads=form.num_kv_heads,
                 head_dim=form.head_dim,
@@ -795,7 +796,8 @@ class KVCache:
         )
         cache = cls._make(form, saved.capacity, grows=saved.grows, window=saved.sliding_window)
         cache._len, cache._offset = saved.k_codes.shape[1], saved.offset
-        slots = cache._slots()
-        cache._k.write(slots, saved.k_codes, saved.k_norms)
-        cache._v.write(slots, saved.v_codes, saved.v_norms)
+        with Allocating(op, "a copy of the codes"):
+            slots = cache._slots()
+            cache._k.write(slots, saved.k_codes, saved.k_norms)
+            cache._v.write(slots, saved.v_codes, saved.v_norms)
         return cache

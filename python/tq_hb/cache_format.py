@@ -14,6 +14,8 @@ from tq_hb.device import Device, resolve_device
 from tq_hb.encoder import Buffer
 from tq_hb.interop import Array, Float32Array, Rows, as_float32
 from tq_hb.options import (
+    Allocating,
+    allocate,
     check_bits,
     check_format,
     check_head_dim,
@@ -128,7 +130,7 @@ class CacheFormat:
         if isinstance(k, Buffer):
             left = gpu_arrays.compute(op, "k", k, given, lambda rows, mean: rows - mean, self.k_mean)
             return gpu_arrays.view(op, "k", left, self.device._core)
-        with np.errstate(all="ignore"):
+        with Allocating(op, "k less k_mean"), np.errstate(all="ignore"):
             return k - self.k_mean
 
     def append(
@@ -167,7 +169,7 @@ class CacheFormat:
             )
             return gpu_arrays.view(op, "q", scores, self.device._core).reshape(q.shape[:-1])
         assert isinstance(per_kv_head, np.ndarray)
-        with np.errstate(all="ignore"):
+        with Allocating(op, "the scores of k_mean"), np.errstate(all="ignore"):
             bias = scale * np.einsum("...ghd,gd->...gh", per_kv_head, self.k_mean, dtype=np.float64)
             rounded: Float32Array = bias.reshape(q.shape[:-1]).astype(np.float32)
         finite = np.isfinite(rounded)
@@ -249,7 +251,7 @@ class Codes:
     def dequantize(self, op: str, first: int, count: int) -> Float32Array:
         """Rebuild the vectors of ``count`` positions: float32 (count, num_kv_heads, head_dim), not rotated."""
         form = self.form
-        result: Float32Array = np.empty((count, form.num_kv_heads, form.head_dim), np.float32)
+        result: Float32Array = allocate(op, "the result", (count, form.num_kv_heads, form.head_dim))
         if count == 0:
             return result
         core = form.device._core

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from tq_hb import file_header
 from tq_hb.device import Device, resolve_device
 from tq_hb.file_header import Entry, Refused, require
-from tq_hb.options import invalid
+from tq_hb.options import Allocating, invalid
 
 if TYPE_CHECKING:
     from tq_hb import KVCache
@@ -115,7 +115,7 @@ def save_caches(path: str | os.PathLike[str], caches: Iterable[KVCache]) -> None
     if not layers or isinstance(caches, KVCache) or not all(isinstance(layer, KVCache) for layer in layers):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
         raise invalid(op, "caches", "must be a sequence of one or more KVCache objects", kinds)
-    write_caches(op, path, [layer._saved() for layer in layers])
+    write_caches(op, path, [layer._saved(op) for layer in layers])
 
 
 def load_caches(path: str | os.PathLike[str], device: str | Device | None = None) -> list[KVCache]:
@@ -166,7 +166,7 @@ def write_caches(op: str, path: str | os.PathLike[str], caches: Sequence[SavedCa
     An existing file is replaced in one step, after everything is on the disk; it is untouched if that fails.
     """
     name = _file_name(op, path)
-    with _naming(op, name):
+    with _naming(op, name), Allocating(op, "the content of the file"):
         parts = _serialise(caches)
     try:
         _replace_file(name, parts)
@@ -192,6 +192,8 @@ def _serialise(caches: Sequence[SavedCache]) -> tuple[bytes, memoryview]:
         entry.check_values(where, arrays)
         entries.append(entry)
         tensors |= {f"{index}.{name}": array for name, array in arrays.items()}
+    # safetensors makes two copies, and ends the process where it finds no memory.
+    np.empty(2 * sum(array.nbytes for array in tensors.values()) + file_header.MAX_BYTES, np.uint8)
     content = save(tensors, file_header.describe(entries))
     start = _SIZE_BYTES + int.from_bytes(content[:_SIZE_BYTES], "little")
     head, data = content[:start], memoryview(content)[start:]
@@ -276,7 +278,11 @@ def read_caches(op: str, path: str | os.PathLike[str]) -> list[SavedCache]:
         If the file cannot be opened or read.
     """
     name = _file_name(op, path)
-    with Path(name).open("rb") as file, _naming(op, name):
+    with (
+        Path(name).open("rb") as file,
+        _naming(op, name),
+        Allocating(op, f"{os.fstat(file.fileno()).st_size} bytes and what is made of them"),
+    ):
         return _read(file)
 
 
@@ -308,6 +314,7 @@ def _read(file: BinaryIO) -> list[SavedCache]:
     actual = _checksum(zeroed, memoryview(content)[start:])
     require(checksum == actual, "checksum", f"must be {actual}, that of the content: the file is damaged", checksum)
     try:
+        np.empty(size + file_header.MAX_BYTES, np.uint8)  # safetensors panics where it finds no memory
         tensors = load(content)
     except SafetensorError as error:
         raise Refused("content", "must be readable by safetensors", str(error)) from None

@@ -33,6 +33,8 @@ from tq_hb.interop import (
 from tq_hb.options import (
     CODEBOOKS,
     PACKINGS,
+    Allocating,
+    allocate,
     check_bits,
     check_bool,
     check_choice,
@@ -110,7 +112,8 @@ def _transform(op: str, kind: _core.Fwht, x: Array) -> Array:
     staging, encoder = Staging(op, core), core.make_encoder()
     encoder.fwht(op, kind, staging.update("x", result))
     staging.run(encoder)
-    return like(x, result)
+    with Allocating(op, "the result"):
+        return like(x, result)
 
 
 def rotate(x: Array) -> Array:
@@ -288,7 +291,7 @@ def dequantize(
     if norm_rows.shape != norms_shape(lead, head_dim):
         raise invalid(op, "norms", f"must have shape {norms_shape(lead, head_dim)}", norm_rows.shape)
     count = math.prod(lead)
-    result = np.empty((count, 1, head_dim), np.float32)
+    result = allocate(op, "the result", (count, 1, head_dim))
     hp = _core.HadamardQuantizeKvHbParams(
         head_dim=head_dim,
         num_kv_heads=1,
@@ -316,7 +319,8 @@ def dequantize(
             encoder.memory_barrier()
             encoder.fwht(op, _core.Fwht.UNDO, out)
         staging.run(encoder)
-    return like(codes, result.reshape(*lead, head_dim))
+    with Allocating(op, "the result"):
+        return like(codes, result.reshape(*lead, head_dim))
 
 
 def _leading_shape(op: str, codes: npt.NDArray[np.uint8], packing: str, bits: int, head_dim: int) -> tuple[int, ...]:
@@ -369,8 +373,9 @@ def convert_packing(codes: Array, bits: int, *, head_dim: int, source: str, targ
     rows = as_codes(op, "codes", codes)
     lead = _leading_shape(op, rows, source, bits, head_dim)
     flat = rows.reshape(math.prod(lead), rows.shape[-1])
-    converted = _core.convert_packing(op, flat, bits, head_dim, source, target)
-    return like(codes, converted.reshape(*lead, converted.shape[-1]), "uint8")
+    with Allocating(op, "the result"):
+        converted = _core.convert_packing(op, flat, bits, head_dim, source, target)
+        return like(codes, converted.reshape(*lead, converted.shape[-1]), "uint8")
 
 
 def hadamard_quantize_kv_hb(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from tq_hb import _core
 
@@ -15,6 +19,33 @@ _BOOLS = (bool, np.bool_)
 def invalid(op: str, field: str, rule: str, value: object) -> _core.InvalidArgument:
     """Return the error for an argument that breaks a rule: ``op: field rule, got value``."""
     return _core.InvalidArgument(f"{op}: {field} {rule}, got {value}")
+
+
+class Allocating:
+    """Where memory is taken for ``what``, a call says so as :class:`OutOfMemoryError` if there is none.
+
+    numpy says in its own words how many bytes there were to be.
+    """
+
+    def __init__(self, op: str, what: str) -> None:
+        self._op, self._what = op, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, MemoryError) and not isinstance(error, _core.OutOfMemoryError):
+            reason = str(error) or "no memory is left"
+            raise _core.OutOfMemoryError(f"{self._op}: could not allocate {self._what}: {reason}") from error
+
+
+def allocate(op: str, what: str, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
+    """Return an array for ``what`` a call computes, with anything in it."""
+    try:
+        return np.empty(shape, dtype)
+    except MemoryError as error:
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        raise _core.OutOfMemoryError(f"{op}: could not allocate {size} bytes for {what}") from error
 
 
 def one_of(choices: tuple[int, ...]) -> str:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tq_hb import _core, gpu_arrays
 from tq_hb.gpu_arrays import is_on_gpu
 from tq_hb.interop import like
+from tq_hb.options import Allocating, allocate
 
 
 class Staging:
@@ -41,11 +42,14 @@ class Staging:
         """Return an array for a result."""
         if self._beside is not None:
             return gpu_arrays.empty(self._beside, shape, dtype, self._device)
-        return np.empty(shape, dtype)
+        return allocate(self._op, "the result", shape, dtype)
 
     def hand_over(self, x: Any, result: Any, dtype: str = "float32") -> Any:
         """Return an allocated array as ``dtype``, in the library of ``x``."""
-        return like(x, result, dtype) if self._beside is None else gpu_arrays.finished(self._beside, result, dtype)
+        if self._beside is not None:
+            return gpu_arrays.finished(self._beside, result, dtype)
+        with Allocating(self._op, "the result"):
+            return like(x, result, dtype)
 
     def read(self, field: str, array: Any) -> _core.Buffer:
         """Return a buffer with the contents of an array that the call only reads."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tq_hb.interop import Array, Float32Array, as_float32, like, result_dtype
-from tq_hb.options import invalid
+from tq_hb.options import Allocating, invalid
 
 
 def merge_states(o_a: Array, lse_a: Array, o_b: Array, lse_b: Array) -> tuple[Array, Array]:
@@ -62,8 +62,9 @@ def merge_states(o_a: Array, lse_a: Array, o_b: Array, lse_b: Array) -> tuple[Ar
     logs_b = _check_lse(op, "lse_b", lse_b, rows_a.shape[:-1])
     dtypes = {result_dtype(op, "o_a", o_a), result_dtype(op, "o_b", o_b)}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
-    merged, logs = _merge(rows_a, logs_a, rows_b, logs_b)
-    return like(o_a, merged, dtype), like(o_a, logs)
+    with Allocating(op, "the result"):
+        merged, logs = _merge(rows_a, logs_a, rows_b, logs_b)
+        return like(o_a, merged, dtype), like(o_a, logs)
 
 
 def _check_lse(op: str, field: str, lse: Array, shape: tuple[int, ...]) -> Float32Array:

@@ -306,7 +306,7 @@ OPTIONS = {"k_bits": 8, "v_bits": 6, "packing": "plane", "precision": "strict", 
 
 def held(cache):
     """What a file keeps of every layer that holds keys."""
-    return [dataclasses.asdict(layer.kv._saved()) for layer in cache._holding]
+    return [dataclasses.asdict(layer.kv._saved("save")) for layer in cache._holding]
 
 
 @pytest.mark.parametrize("kind", KINDS)

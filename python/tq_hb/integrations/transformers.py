@@ -320,7 +320,8 @@ class TqCache(Cache):  # type: ignore[misc]
         >>> loaded.get_seq_length(), loaded.bytes_per_token == cache.bytes_per_token
         (5, True)
         """
-        write_caches("TqCache.save", path, [layer.kv._saved() for layer in self._holding])
+        op = "TqCache.save"
+        write_caches(op, path, [layer.kv._saved(op) for layer in self._holding])
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], config: Config, device: Any = None) -> TqCache:
