@@ -392,11 +392,11 @@ def _is_vector(values: object) -> bool:
 def _integers(op: str, field: str, values: Integers) -> _Indices:
     """Return a vector of whole numbers from 0 on."""
     if not isinstance(values, list | tuple | range):
-        array, is_bfloat16 = borrow(op, field, values)
+        array, is_bfloat16 = borrow(op, field, values, "must hold integers")
         if array.ndim != 1:
             raise invalid(op, field, "must have one axis", array.shape)
         if array.dtype.kind not in "iu" or is_bfloat16:
-            raise invalid(op, field, "must hold integers", array.dtype)
+            raise invalid(op, field, "must hold integers", "bfloat16" if is_bfloat16 else array.dtype)
         values = array.tolist()
     for value in values:
         # A mask is not a list of numbers, though its values pass for them.

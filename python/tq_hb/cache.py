@@ -424,12 +424,10 @@ class KVCache:
 
     def _rows(self, op: str, field: str, x: Array) -> Rows:
         rows = as_rows(op, field, x, self._form.device._core)
-        if rows.ndim == 2:
-            rows = rows.reshape((1, *rows.shape))
         heads = (self._form.num_kv_heads, self._form.head_dim)
-        if rows.ndim != 3 or rows.shape[1:] != heads:
+        if rows.ndim not in (2, 3) or rows.shape[-2:] != heads:
             raise invalid(op, field, f"must have shape {heads} or (tokens, {str(heads)[1:]}", rows.shape)
-        return rows
+        return rows if rows.ndim == 3 else rows.reshape((1, *heads))
 
     def _append_run(self, op: str, index: int, tokens: int) -> _core._AppendRun:
         """Say where tokens go for which there is room; ``index`` is the sequence's place in the call's arrays."""

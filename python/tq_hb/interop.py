@@ -28,12 +28,22 @@ _library = gpu_arrays.library
 
 _FLOAT32 = np.dtype(np.float32)
 
+# Strides may interleave so that finding an overlap takes exponential time.
+_MOST_WORK = 10_000
+
 # numpy puts a dtype's name together anew whenever it is asked for.
 _FLOAT_NAMES = {np.float16: "float16", np.float32: "float32", np.float64: "float64"}
+_A_FLOAT = "must have dtype float16, bfloat16, float32 or float64"
+_A_CODE = "must have dtype uint8"
+
+# What numpy has a dtype for, or bfloat16.
+_SEEN = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)} | {*_FLOAT_NAMES.values(), "bfloat16"}
 
 
-def borrow(op: str, field: str, x: Array) -> tuple[npt.NDArray[Any], bool]:
-    """View an array in host memory as a numpy array without copying.
+def borrow(
+    op: str, field: str, x: Array, rule: str = "must have a float or integer dtype"
+) -> tuple[npt.NDArray[Any], bool]:
+    """View an array in host memory as a numpy array without copying; one that numpy has no dtype for breaks ``rule``.
 
     Returns
     -------
@@ -47,7 +57,14 @@ def borrow(op: str, field: str, x: Array) -> tuple[npt.NDArray[Any], bool]:
     if isinstance(x, _core.Buffer):
         return x.numpy(), False
     if hasattr(x, "__dlpack__") and not isinstance(x, type):
-        return _core.from_dlpack(op, field, _exportable(x))
+        try:
+            return _core.from_dlpack(op, field, _exportable(x))
+        except _core.InvalidArgument:
+            # The codes by which DLPack names dtypes say nothing to a caller.
+            name = str(getattr(x, "dtype", "bfloat16")).rpartition(".")[2]
+            if name in _SEEN:
+                raise
+            raise invalid(op, field, rule, name) from None
     try:
         return np.asarray(memoryview(x)), False
     except (TypeError, ValueError):
@@ -82,14 +99,14 @@ def as_rows_with_dtype(op: str, field: str, x: Array, device: _core.Device) -> t
     """Return ``x`` as :func:`as_rows` does, and the name of the dtype that a result computed from it has."""
     if is_on_gpu(x):
         return gpu_arrays.as_float32(op, field, x, device), _result_dtype(gpu_arrays.dtype_name(x))
-    array, is_bfloat16 = borrow(op, field, x)
+    array, is_bfloat16 = borrow(op, field, x, _A_FLOAT)
     name = "bfloat16" if is_bfloat16 else _dtype_name(array)
     return _as_float32(op, field, array, is_bfloat16), _result_dtype(name)
 
 
 def as_float32(op: str, field: str, x: Array) -> Float32Array:
     """Return ``x`` as a C-contiguous float32 array, borrowed where possible and rounded otherwise."""
-    return _as_float32(op, field, *borrow(op, field, x))
+    return _as_float32(op, field, *borrow(op, field, x, _A_FLOAT))
 
 
 def _as_float32(op: str, field: str, array: npt.NDArray[Any], is_bfloat16: bool) -> Float32Array:
@@ -100,15 +117,15 @@ def _as_float32(op: str, field: str, array: npt.NDArray[Any], is_bfloat16: bool)
     if array.dtype == _FLOAT32:
         return _contiguous(op, field, array)
     if _dtype_name(array) not in (*_FLOAT_NAMES.values(), "bfloat16"):
-        raise invalid(op, field, "must have dtype float16, bfloat16, float32 or float64", array.dtype)
+        raise invalid(op, field, _A_FLOAT, array.dtype)
     return copied(op, field, array, np.float32)
 
 
 def as_codes(op: str, field: str, x: Array) -> npt.NDArray[np.uint8]:
     """Return ``x`` as a C-contiguous uint8 array, borrowed where possible."""
-    array, _ = borrow(op, field, x)
+    array, is_bfloat16 = borrow(op, field, x, _A_CODE)
     if array.dtype != np.uint8:
-        raise invalid(op, field, "must have dtype uint8", array.dtype)
+        raise invalid(op, field, _A_CODE, "bfloat16" if is_bfloat16 else array.dtype)
     return _contiguous(op, field, array)
 
 
@@ -233,7 +250,15 @@ def as_out(op: str, out: Array, shape: tuple[int, ...], dtype: str) -> npt.NDArr
 
 def require_disjoint(op: str, written_name: str, written: npt.NDArray[Any], read_name: str, read: Array) -> None:
     """Raise if an array that is written shares memory with one that is read."""
-    if not is_on_gpu(read) and np.may_share_memory(written, borrow(op, read_name, read)[0]):
+    if is_on_gpu(read):
+        return
+    array, _ = borrow(op, read_name, read)
+    try:
+        # numpy's stubs know of two special values only.
+        overlaps = np.shares_memory(written, array, max_work=_MOST_WORK)  # type: ignore[arg-type]
+    except np.exceptions.TooHardError:
+        overlaps = True
+    if overlaps:
         raise invalid(op, written_name, f"must not overlap {read_name}", "shared memory")
 
 

@@ -18,6 +18,7 @@ from tq_hb.gpu_arrays import is_on_gpu
 from tq_hb.interop import (
     Array,
     Float32Array,
+    Rows,
     as_code_rows,
     as_codes,
     as_float32,
@@ -232,7 +233,7 @@ def quantize(
     row_bytes = _core.row_bytes(packing, bits, head_dim)
     codes, norms = staging.allocate((*lead, row_bytes), "uint8"), staging.allocate(norms_shape(lead, head_dim))
     if count > 0:
-        require_rows(op, "x", rows.reshape((count, 1, head_dim)))
+        _require_rows(op, rows)
         hp = _core.HadamardQuantizeKvHbParams(
             head_dim=head_dim, num_kv_heads=1, write_pos=0, cache_capacity=count, codebook_bits=bits
         )
@@ -247,6 +248,25 @@ def quantize(
         encoder.hadamard_quantize(op, hp, [target], codebook, packing)
         staging.run(encoder)
     return staging.hand_over(x, codes, "uint8"), staging.hand_over(x, norms)
+
+
+def _require_rows(op: str, rows: Rows) -> None:
+    """Raise if a row of x cannot be encoded, saying where along the caller's axes it is. On a GPU the kernels look."""
+    if isinstance(rows, _core.Buffer) or not _is_bad(rows):
+        return
+    index: tuple[int, ...] = ()
+    for size in rows.shape[:-1]:
+        index += (next(i for i in range(size) if _is_bad(rows[(*index, i)])),)
+    name = f"x[{', '.join(map(str, index))}]" if index else "x"
+    raise invalid(op, name, "must be finite with a squared norm that fits in float32", "a bad row")
+
+
+def _is_bad(rows: Float32Array) -> bool:
+    try:
+        require_rows("quantize", "x", rows.reshape((-1, 1, rows.shape[-1])))
+    except _core.InvalidArgument:
+        return True
+    return False
 
 
 def dequantize(

@@ -257,3 +257,16 @@ def test_a_query_whose_product_with_the_mean_key_overflows_is_refused_whole(devi
         cache.attend(q, softcap=30.0, out=out)
 
     assert np.all(out == 7)
+
+
+@pytest.mark.parametrize(
+    ("lead", "where", "name"),
+    [((), (), "x"), ((5,), (3,), r"x\[3\]"), ((3, 2), (1, 1), r"x\[1, 1\]"), ((2, 3, 4), (1, 0, 2), r"x\[1, 0, 2\]")],
+    ids=str,
+)
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38], ids=str)
+def test_quantize_says_where_along_the_callers_axes_a_bad_row_is(lead, where, name, value):
+    x = np.ones((*lead, 64), np.float32)
+    x[where] = value
+    with pytest.raises(tq_hb.InvalidArgument, match=f"^quantize: {name} must be finite .*, got a bad row$"):
+        tq_hb.quantize(x, 8)

@@ -12,7 +12,7 @@ import pytest
 
 import tolerance
 import tq_hb
-from tq_hb import gpu_arrays
+from tq_hb import gpu_arrays, interop
 
 
 def library(name: str):
@@ -218,6 +218,55 @@ ENDLESS = {
 def test_an_array_too_large_to_be_copied_is_named(name, call):
     with pytest.raises(tq_hb.OutOfMemoryError, match=f"^{name} could not be copied: Unable to allocate"):
         call()
+
+
+def test_arrays_between_each_others_rows_do_not_overlap():
+    cache = tq_hb.KVCache(2, 256)
+    cache.append(np.ones((1, 2, 256), np.float32), np.ones((1, 2, 256), np.float32))
+    rows = np.random.default_rng(0).standard_normal((10, 256)).astype(np.float32)
+    q = rows[::9]
+    want = cache.attend(q)
+
+    assert np.array_equal(cache.attend(q, out=rows[4:6]), want)
+    for out in (rows[:2], rows[8:]):
+        with pytest.raises(tq_hb.InvalidArgument, match=r"^KVCache\.attend: out must not overlap q"):
+            cache.attend(q, out=out)
+
+
+def test_an_overlap_too_hard_to_rule_out_is_refused(monkeypatch):
+    memory = np.zeros(10_000, np.float32)
+    read = np.lib.stride_tricks.as_strided(memory, (9, 8, 64), (1296, 1304, 8))  # every other value
+    written = memory[64 * 37 + 65 :][:128]
+    interop.require_disjoint("attend", "out", written, "q", read)
+
+    monkeypatch.setattr(interop, "_MOST_WORK", 1)
+
+    with pytest.raises(tq_hb.InvalidArgument, match="^attend: out must not overlap q"):
+        interop.require_disjoint("attend", "out", written, "q", read)
+
+
+@pytest.mark.parametrize("name", ["bool", "complex64", "int64"])
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_a_dtype_that_does_not_fit_is_named_beside_those_that_do(x, kind, name):
+    one = x[:1].astype(name)
+    if kind == "torch":
+        one = library("torch").from_numpy(one)
+    rule = "must have dtype float16, bfloat16, float32 or float64"
+    with pytest.raises(tq_hb.InvalidArgument, match=rf"^KVCache\.append: k {rule}, got {name}$"):
+        tq_hb.KVCache(2, 256).append(one, one)
+    with pytest.raises(tq_hb.InvalidArgument, match=f"^dequantize: codes must have dtype uint8, got {name}$"):
+        tq_hb.dequantize(one, x[..., 0], 8, head_dim=256)
+
+
+@pytest.mark.parametrize("name", ["bool", "bfloat16"])
+def test_slots_that_are_no_integers_are_named_by_their_dtype(x, name):
+    torch = library("torch")
+    batch = tq_hb.BatchedKVCache(2, 2, 256, 10)
+    rule = rf"^BatchedKVCache\.append: slots must hold integers, got {name}$"
+    with pytest.raises(tq_hb.InvalidArgument, match=rule):
+        batch.append(torch.zeros(1, dtype=getattr(torch, name)), x[:1], x[:1])
+    with pytest.raises(tq_hb.InvalidArgument, match="^dequantize: codes must have dtype uint8, got bfloat16$"):
+        tq_hb.dequantize(torch.zeros(256, dtype=torch.bfloat16), x[..., 0], 8, head_dim=256)
 
 
 def test_a_read_only_array_may_come_through_dlpack(x):

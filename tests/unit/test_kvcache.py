@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -236,6 +237,12 @@ class TestAppend:
         with pytest.raises(tq_hb.InvalidArgument, match="append.*v"):
             cache.append(tokens(3), bad)
         assert len(cache) == 3
+
+    @pytest.mark.parametrize("shape", [(3, 256), (2, 64), (256,), (3, 2, 64), (1, 3, 2, 256)], ids=str)
+    def test_a_wrong_shape_is_told_as_it_was_given(self, shape):
+        x, rule = np.ones(shape, np.float32), "must have shape (2, 256) or (tokens, 2, 256)"
+        with pytest.raises(tq_hb.InvalidArgument, match=re.escape(f"KVCache.append: k {rule}, got {shape}")):
+            tq_hb.KVCache(2, 256).append(x, x)
 
 
 class TestAttend:
