@@ -52,6 +52,7 @@ void bind_errors(py::module_& module);
 void bind_params(py::module_& module);
 void bind_buffer(py::module_& module);
 void bind_encoder(py::module_& module);
+void bind_rows(py::module_& module);
 void bind_cache(py::module_& module);
 void bind_device(py::module_& module);
 void bind_dlpack_import(py::module_& module);
@@ -65,6 +66,9 @@ py::dtype numpy_dtype(DType dtype);
 DType dtype_of(const std::string& op, const std::string& field, const py::dtype& dtype);
 
 Shape shape_of(const py::array& array);
+
+/// Throws if a query is not finite. `shape` is (heads, D) or (queries, heads, D), behind the sequences if batched.
+void require_queries(const std::string& op, bool batched, const float* q, const Shape& shape);
 
 /// (kind, kernel, threadgroups, threads, threadgroup_bytes) of everything that was encoded.
 py::tuple to_tuple(const std::vector<Node>& nodes);

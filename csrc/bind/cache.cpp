@@ -27,13 +27,33 @@ CacheFormat make_format(const std::string& op, unsigned k_bits, unsigned v_bits,
           parse_precision(op, precision)};
 }
 
+/// Codes and norms of one sequence.
+struct CacheBuffers {
+  Buffer k_packed, k_norms, v_packed, v_norms;
+};
+
+/// How the queries of one sequence are attended to.
+struct AttendPlan {
+  TqFlashAttnVecArgs args;
+  AttendKernel kernel;
+  unsigned head_tile;
+  std::uint32_t query_position;  ///< of the last one
+};
+
+AttendPlan make_plan(const TqFlashAttnVecArgs& args, AttendKernel kernel, unsigned head_tile, unsigned nwg,
+                     std::uint32_t query_position) {
+  AttendPlan plan{args, kernel, head_tile, query_position};
+  plan.args.nwg = nwg;
+  return plan;
+}
+
 /// One that Python keeps alive during the call.
-using BufferRef = std::reference_wrapper<const Buffer>;
+template <class T>
+using Ref = std::reference_wrapper<const T>;
 
 /// One sequence that is appended to: what errors call it, its place in the arrays, how many of its tokens are taken,
-/// where the first of them goes, codes and norms of K and V.
-using AppendRun = std::tuple<std::string, std::size_t, std::size_t, TqHadamardQuantizeArgs, BufferRef, BufferRef,
-                             BufferRef, BufferRef>;
+/// where the first of them goes, and into what.
+using AppendRun = std::tuple<std::string, std::size_t, std::size_t, TqHadamardQuantizeArgs, Ref<CacheBuffers>>;
 
 /// K and V have a leading axis if they are for several sequences.
 void record_append(CommandEncoder& encoder, const CacheFormat& format, bool batched, const Buffer& k, const Buffer& v,
@@ -41,10 +61,11 @@ void record_append(CommandEncoder& encoder, const CacheFormat& format, bool batc
   const auto tokens_of = [&](const Buffer& all, std::size_t index, std::size_t count) {
     return (batched ? all.row(index) : all).slice(0, count);
   };
-  for (const auto& [op, index, count, args, k_packed, k_norms, v_packed, v_norms] : runs) {
+  for (const auto& [op, index, count, args, cache] : runs) {
+    const CacheBuffers& to = cache;
     QuantizeOp record{op, args, {}, format.packing};
-    record.targets.push_back({tokens_of(k, index, count), k_packed, k_norms, format.k_codebook, "k"});
-    record.targets.push_back({tokens_of(v, index, count), v_packed, v_norms, format.v_codebook, "v"});
+    record.targets.push_back({tokens_of(k, index, count), to.k_packed, to.k_norms, format.k_codebook, "k"});
+    record.targets.push_back({tokens_of(v, index, count), to.v_packed, to.v_norms, format.v_codebook, "v"});
     encoder.hadamard_quantize(std::move(record));
   }
 }
@@ -55,10 +76,8 @@ struct Arrays {
   std::optional<Buffer> sinks, score_bias, lse;
 };
 
-/// One sequence that is attended to: its place in the arrays, codes and norms of K and V, the kernel's params, whether
-/// that is the group kernel, its head tile and number of splits, and the last query's position.
-using AttendRun = std::tuple<std::size_t, BufferRef, BufferRef, BufferRef, BufferRef, TqFlashAttnVecArgs, bool,
-                             unsigned, unsigned, std::uint32_t>;
+/// One sequence that is attended to: its place in the arrays, what it holds, and how.
+using AttendRun = std::tuple<std::size_t, Ref<CacheBuffers>, Ref<AttendPlan>>;
 
 /// What one of them has launched.
 struct Launched {
@@ -73,16 +92,17 @@ std::vector<Launched> record_attention(CommandEncoder& encoder, const std::strin
     return all ? std::optional(of_sequence(*all, index)) : std::nullopt;
   };
   std::vector<Launched> launched;
-  for (const auto& [index, k_packed, k_norms, v_packed, v_norms, args, grouped, tile, nwg, position] : runs) {
+  for (const auto& [index, cache, planned] : runs) {
+    const CacheBuffers& held = cache;
+    const AttendPlan& plan = planned;
     AttendOp record;
     record.name = op;
-    record.args = args;
-    record.args.nwg = nwg;
+    record.args = plan.args;
     record.q = of_sequence(arrays.q, index);
-    record.k_packed = k_packed;
-    record.k_norms = k_norms;
-    record.v_packed = v_packed;
-    record.v_norms = v_norms;
+    record.k_packed = held.k_packed;
+    record.k_norms = held.k_norms;
+    record.v_packed = held.v_packed;
+    record.v_norms = held.v_norms;
     record.output = of_sequence(arrays.output, index);
     record.k_codebook = format.k_codebook;
     record.v_codebook = format.v_codebook;
@@ -92,9 +112,9 @@ std::vector<Launched> record_attention(CommandEncoder& encoder, const std::strin
     record.sinks = arrays.sinks;
     record.score_bias = if_given(arrays.score_bias, index);
     record.lse = if_given(arrays.lse, index);
-    record.query_position = position;
-    record.kernel = grouped ? AttendKernel::kGroup : AttendKernel::kPerHead;
-    record.head_tile = tile;
+    record.query_position = plan.query_position;
+    record.kernel = plan.kernel;
+    record.head_tile = plan.head_tile;
     const std::size_t before = encoder.num_nodes();
     encoder.flash_attn_vec(std::move(record));
     launched.push_back({encoder.nodes(before), encoder.precision()});
@@ -127,22 +147,19 @@ class HostArrays {
   std::vector<std::pair<Buffer, void*>> copies_;
 };
 
-void run(CommandEncoder& encoder) {
-  const ReleasedGil released;
-  encoder.commit();
-  encoder.wait();
-}
-
 void append(const Device& device, const std::string& op, const CacheFormat& format, bool batched, const py::array& k,
             const py::array& v, const std::vector<AppendRun>& runs) {
   const HostArrays host(device, op);
   const auto encoder = device.make_encoder();
   record_append(*encoder, format, batched, host.read("k", k), host.read("v", v), runs);
-  run(*encoder);
+  const ReleasedGil released;
+  encoder->commit();
+  encoder->wait();
 }
 
 using ArrayOrBuffer = std::variant<Buffer, py::array>;
 
+/// Also of no sequence at all: then nothing but the queries is looked at.
 std::vector<Launched> attend(const Device& device, const std::string& op, const CacheFormat& format, bool batched,
                              const py::array& q, py::array output, const std::optional<ArrayOrBuffer>& sinks,
                              const std::optional<py::array>& score_bias, std::optional<py::array> lse,
@@ -157,7 +174,12 @@ std::vector<Launched> attend(const Device& device, const std::string& op, const 
   if (lse) arrays.lse = host.write("lse", *lse);
   const auto encoder = device.make_encoder();
   std::vector<Launched> launched = record_attention(*encoder, op, format, batched, arrays, runs);
-  run(*encoder);
+  {
+    const ReleasedGil released;
+    require_queries(op, batched, static_cast<const float*>(q.data()), arrays.q.shape());
+    encoder->commit();
+    encoder->wait();
+  }
   host.finish();
   return launched;
 }
@@ -171,6 +193,14 @@ void bind_cache(py::module_& module) {
   py::class_<Launched>(module, "Launched")
       .def_property_readonly("nodes", [](const Launched& self) { return to_tuple(self.nodes); })
       .def_property_readonly("precision", [](const Launched& self) { return name_of(self.precision); });
+  py::class_<CacheBuffers>(module, "CacheBuffers")
+      .def(py::init([](const Buffer& k_packed, const Buffer& k_norms, const Buffer& v_packed, const Buffer& v_norms) {
+             return CacheBuffers{k_packed, k_norms, v_packed, v_norms};
+           }),
+           py::arg("k_packed"), py::arg("k_norms"), py::arg("v_packed"), py::arg("v_norms"));
+  py::class_<AttendPlan>(module, "AttendPlan")
+      .def(py::init(&make_plan), py::arg("params"), py::arg("kernel"), py::arg("head_tile"), py::arg("nwg"),
+           py::arg("query_position"));
   module.def("append", &append);
   module.def("record_append", &record_append);
   module.def("attend", &attend);

@@ -18,21 +18,6 @@ py::array_t<float> copy(const float* values, std::size_t count) {
   return py::array_t<float>(static_cast<py::ssize_t>(count), values);
 }
 
-/// Throws if a row of a float32 (heads, D) or (tokens, heads, D) array cannot be used: not finite, or (unless
-/// `as_query`) with a norm beyond float32.
-void require_rows(const std::string& op, const std::string& field, const py::array_t<float, py::array::c_style>& rows,
-                  bool as_query) {
-  const auto head_dim = static_cast<std::size_t>(rows.shape(rows.ndim() - 1));
-  const auto heads = static_cast<std::size_t>(rows.ndim() > 1 ? rows.shape(rows.ndim() - 2) : 1);
-  const std::size_t count = static_cast<std::size_t>(rows.size()) / head_dim;
-  const float* values = rows.data();
-  const ReleasedGil released;
-  for (std::size_t row = 0; row < count; ++row, values += head_dim) {
-    if (as_query ? is_finite_row(values, head_dim) : is_encodable_row(values, head_dim)) continue;
-    throw Error(ErrorCode::kInvalidArgument, bad_row_message(op, field, row / heads, row % heads));
-  }
-}
-
 using Codes = py::array_t<std::uint8_t, py::array::c_style>;
 
 /// Rows of codes from one layout into the other; `rows` is uint8 (n, row_bytes(source)).
@@ -74,6 +59,7 @@ PYBIND11_MODULE(_core, module) {
   bind_params(module);
   bind_buffer(module);
   bind_encoder(module);
+  bind_rows(module);
   bind_cache(module);
   bind_device(module);
   bind_dlpack_import(module);
@@ -113,9 +99,6 @@ PYBIND11_MODULE(_core, module) {
     check_head_dim("signs", head_dim);
     return copy(sign_table(), head_dim);
   });
-
-  module.def("require_rows", &require_rows, py::arg("op"), py::arg("field"), py::arg("rows").noconvert(),
-             py::arg("as_query"));
 
   module.def("cpu_isa", &cpu_isa);
   module.def("cpu_isas", [] { return py::tuple(py::cast(cpu_isas())); });

@@ -18,9 +18,8 @@ from tq_hb.interop import (
     finish,
     like,
     require_disjoint,
-    require_rows,
 )
-from tq_hb.options import Allocating, check_bool, invalid
+from tq_hb.options import allocate, check_bool, invalid
 from tq_hb.staging import Outstanding, Staging
 
 
@@ -29,7 +28,7 @@ class AttentionRun(NamedTuple):
 
     params: _core.FlashAttnVecTqHbParams  # shared by runs: not to be changed
     dispatch: policy.Dispatch
-    query_position: int  # of the last query, as the op counts
+    plan: _core.AttendPlan  # both, and where the last query stands
 
 
 class AttentionCall:
@@ -55,8 +54,9 @@ class AttentionCall:
         core = form.device._core
         rows, self._dtype = as_rows_with_dtype(op, "q", q, core)
         self.num_queries, self.num_heads = form.check_query(op, rows.shape, batched=batched)
-        self._staging = Staging(op, core, beside=q)
-        self.stream = self._staging.stream  # None for the device's own
+        # Where q is on a GPU, all arrays are.
+        self._gpu = None if isinstance(rows, np.ndarray) else Staging(op, core, beside=q)
+        self.stream = None if self._gpu is None else self._gpu.stream  # None for the device's own
         self.op, self._form, self._batched = op, form, batched
         self._q, self._out = q, out
         self._rows: Array = rows
@@ -64,21 +64,22 @@ class AttentionCall:
         self.softcap = _core.to_float32(op, "softcap", softcap)
         self._sinks: Array | None = None if sinks is None else self._check_sinks(sinks)
         self._writable = None if out is None else self._check_out(rows.shape)
-        if batched:
-            for index in range(len(rows)):
-                require_rows(op, f"q[{index}]", rows[index], as_query=True)
-        else:
-            require_rows(op, "q", rows, as_query=True)
-        self._result = self._staging.allocate(rows.shape)
-        if self._writable is not None and self._dtype == "float32":
-            self._result = self._writable
-        self._lse = self._staging.allocate(rows.shape[:-1]) if return_lse else None
+        writes_in_place = self._writable is not None and self._dtype == "float32"
+        self._result: Any = self._writable if writes_in_place else self._allocate(rows.shape)
+        self._lse = self._allocate(rows.shape[:-1]) if return_lse else None
 
         # Softmax does not see what is added to all scores alike, unless something else comes in with them.
         enters = self.softcap != 0 or self._sinks is not None or return_lse
-        self._bias: Array | None = form.score_bias(op, rows, q, self.scale) if enters else None
+        self._bias: Array | None = None
+        if enters and form.k_mean is not None:
+            if isinstance(rows, np.ndarray):
+                _core.require_queries(op, batched, rows)
+            self._bias = form.score_bias(op, rows, q, self.scale)
         self._runs: list[_core._AttentionRun] = []
         self._empty: list[int] = []
+
+    def _allocate(self, shape: tuple[int, ...]) -> Any:
+        return allocate(self.op, "the result", shape) if self._gpu is None else self._gpu.allocate(shape)
 
     def _check_sinks(self, sinks: Array) -> Rows:
         if not is_on_gpu(sinks):
@@ -91,7 +92,7 @@ class AttentionCall:
         return logits
 
     def _check_out(self, shape: tuple[int, ...]) -> Any:
-        if self._staging.is_on_gpu or is_on_gpu(self._out):
+        if self._gpu is not None or is_on_gpu(self._out):
             return self._check_out_on_gpu(shape)
         writable = as_out(self.op, self._out, shape, self._dtype)
         require_disjoint(self.op, "out", writable, "q", self._q)
@@ -101,7 +102,7 @@ class AttentionCall:
 
     def _check_out_on_gpu(self, shape: tuple[int, ...]) -> Any:
         """Return the output array, which must be beside q."""
-        if self._out is None or not (self._staging.is_on_gpu and is_on_gpu(self._out)):
+        if self._out is None or not (self._gpu is not None and is_on_gpu(self._out)):
             raise invalid(self.op, "out", "must be where q is", "one on a GPU and one in host memory")
         if gpu_arrays.dtype_name(self._out) != self._dtype:
             raise invalid(self.op, "out", f"must have dtype {self._dtype}", gpu_arrays.dtype_name(self._out))
@@ -116,16 +117,9 @@ class AttentionCall:
                 self.op, "q", f"must hold queries for {count} sequences, one for each slot", len(self._result)
             )
 
-    def record(
-        self,
-        index: int,
-        sides: tuple[_core.Buffer, _core.Buffer, _core.Buffer, _core.Buffer],
-        run: AttentionRun,
-    ) -> None:
+    def record(self, index: int, buffers: _core.CacheBuffers, plan: _core.AttendPlan) -> None:
         """Note attention of a sequence's queries on its codes and norms."""
-        dispatch = run.dispatch
-        grouped = dispatch.kernel is policy.AttendKernel.GROUP
-        self._runs.append((index, *sides, run.params, grouped, dispatch.head_tile, dispatch.nwg, run.query_position))
+        self._runs.append((index, buffers, plan))
 
     def leave_empty(self, index: int) -> None:
         """Note that a sequence holds no keys: its queries see none."""
@@ -133,10 +127,9 @@ class AttentionCall:
 
     def run(self, outstanding: Outstanding) -> list[_core.Launched]:
         """Do what was noted, and say what it launched; on a GPU's arrays without waiting for it."""
-        launched: list[_core.Launched] = []
-        if self._runs and self._staging.is_on_gpu:
-            launched = self._run_on_gpu(outstanding)
-        elif self._runs:
+        if self._gpu is not None:
+            launched = self._run_on_gpu(self._gpu, outstanding) if self._runs else []
+        else:
             launched = _core.attend(
                 self._form.device._core,
                 self.op,
@@ -155,8 +148,8 @@ class AttentionCall:
                 self._fill(self._lse, index, -np.inf if self._sinks is None else self._sinks)
         return launched
 
-    def _run_on_gpu(self, outstanding: Outstanding) -> list[_core.Launched]:
-        staging, encoder = self._staging, self._staging.make_encoder()
+    def _run_on_gpu(self, staging: Staging, outstanding: Outstanding) -> list[_core.Launched]:
+        encoder = staging.make_encoder()
         launched = _core.record_attention(
             encoder,
             self.op,
@@ -174,24 +167,23 @@ class AttentionCall:
 
     def _fill(self, array: Any, index: int, values: Any) -> None:
         rows = array[index] if self._batched else array
-        if self._staging.is_on_gpu:
+        if self._gpu is not None:
             gpu_arrays.overwrite(rows, values)
         else:
             rows[...] = values.numpy() if isinstance(values, _core.Buffer) else values
 
     def results(self) -> Array | tuple[Array, Array]:
         """Hand over the output, and lse if it was asked for."""
-        if self._staging.is_on_gpu:
-            return self._results_on_gpu()
-        with Allocating(self.op, "the result"):
-            output = finish(self._q, self._out, self._writable, self._result, self._dtype)
-            return output if self._lse is None else (output, like(self._q, self._lse))
+        if self._gpu is not None:
+            return self._results_on_gpu(self._gpu)
+        output = finish(self.op, self._q, self._out, self._writable, self._result, self._dtype)
+        return output if self._lse is None else (output, like(self.op, self._q, self._lse))
 
-    def _results_on_gpu(self) -> Array | tuple[Array, Array]:
+    def _results_on_gpu(self, staging: Staging) -> Array | tuple[Array, Array]:
         if self._out is None:
-            output = self._staging.hand_over(self._q, self._result, self._dtype)
+            output = staging.hand_over(self._q, self._result, self._dtype)
         else:
             output = self._out
             if self._result is not output:
                 gpu_arrays.overwrite(output, self._result)
-        return output if self._lse is None else (output, self._staging.hand_over(self._q, self._lse))
+        return output if self._lse is None else (output, staging.hand_over(self._q, self._lse))

@@ -15,7 +15,6 @@ from tq_hb import _core, policy
 from tq_hb.attention_call import AttentionCall, AttentionRun
 from tq_hb.cache_format import AttendedFormat, CacheFormat, Codes, positive
 from tq_hb.device import Device, resolve_device
-from tq_hb.encoder import Buffer
 from tq_hb.files import SavedCache, read_caches, write_caches
 from tq_hb.gpu_arrays import stream
 from tq_hb.interop import Array, Float32Array, Rows, as_rows, require_rows
@@ -35,7 +34,10 @@ _caches: weakref.WeakSet[KVCache] = weakref.WeakSet()
 def _plan_run(
     op: str,
     form: AttendedFormat,
-    held: Held,
+    length: int,
+    offset: int,
+    capacity: int,
+    window: int | None,
     num_queries: int,
     num_heads: int,
     q_offset: int | None,
@@ -44,6 +46,7 @@ def _plan_run(
     _environment: policy.Environment,
 ) -> AttentionRun:
     """Plan attention of a sequence's queries. Layers alike share it: they hold the same tokens."""
+    held = Held(length, offset, capacity, window)
     placement = place(held, num_queries, last_position(op, held, num_queries, q_offset))
     params = _core.FlashAttnVecTqHbParams(
         num_heads=num_heads,
@@ -68,7 +71,8 @@ def _plan_run(
         offers_group=form.offers_group,
         multiprocessors=form.num_multiprocessors,
     )
-    return AttentionRun(params, dispatch, placement.query_position)
+    plan = _core.AttendPlan(params, dispatch.kernel, dispatch.head_tile, dispatch.nwg, placement.query_position)
+    return AttentionRun(params, dispatch, plan)
 
 
 def _renew_locks() -> None:
@@ -209,6 +213,7 @@ class KVCache:
         form, is_ring = self._form, self._window is not None
         k, v = (Codes.allocate(form, bits, capacity, is_ring=is_ring) for bits in (form.k_bits, form.v_bits))
         self._k, self._v, self._capacity = k, v, capacity
+        self._buffers = _core.CacheBuffers(k.packed, k.norms, v.packed, v.norms)
 
     # -- what it is ------------------------------------------------------------------------------------
 
@@ -432,11 +437,7 @@ class KVCache:
     def _append_run(self, op: str, index: int, tokens: int) -> _core._AppendRun:
         """Say where tokens go for which there is room; ``index`` is the sequence's place in the call's arrays."""
         first = self._offset % self._capacity if self._window else self._offset
-        return op, index, tokens, self._k.params(first), *self._sides
-
-    @property
-    def _sides(self) -> tuple[Buffer, Buffer, Buffer, Buffer]:
-        return self._k.packed, self._k.norms, self._v.packed, self._v.norms
+        return op, index, tokens, self._k.params(first), self._buffers
 
     def _count(self, tokens: int) -> None:
         """Take note of tokens that have been written."""
@@ -639,7 +640,10 @@ class KVCache:
         run = _plan_run(
             op,
             self._form.attended,
-            Held(self._len, self._offset, self._capacity, self._window),
+            self._len,
+            self._offset,
+            self._capacity,
+            self._window,
             call.num_queries,
             call.num_heads,
             q_offset,
@@ -651,7 +655,7 @@ class KVCache:
             run.params.validate(op)
             call.leave_empty(index)
             return None
-        call.record(index, self._sides, run)
+        call.record(index, self._buffers, run.plan)
         return run
 
     def _plan(self, launched: _core.Launched | None, run: AttentionRun | None) -> Plan:

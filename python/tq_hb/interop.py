@@ -8,14 +8,14 @@ seen as a buffer by a call that runs there, and refused by others: see :mod:`tq_
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
 from tq_hb import _core, gpu_arrays
 from tq_hb.gpu_arrays import is_on_gpu
-from tq_hb.options import invalid
+from tq_hb.options import Allocating, invalid
 
 Array = Any
 """Anything with ``__dlpack__`` or the buffer protocol."""
@@ -85,8 +85,15 @@ def _dtype_name(array: npt.NDArray[Any]) -> str:
     return _FLOAT_NAMES.get(array.dtype.type) or array.dtype.name
 
 
+def _is_plain(x: Array) -> TypeGuard[Float32Array]:
+    """Tell whether an array can be used as it is, as most can: what follows would find out step by step."""
+    return type(x) is np.ndarray and x.dtype == _FLOAT32 and _is_simple(x)
+
+
 def as_rows(op: str, field: str, x: Array, device: _core.Device) -> Rows:
     """Return ``x`` as C-contiguous float32 values where a call on the device finds them."""
+    if _is_plain(x):
+        return x
     return gpu_arrays.as_float32(op, field, x, device) if is_on_gpu(x) else as_float32(op, field, x)
 
 
@@ -97,6 +104,8 @@ def as_code_rows(op: str, field: str, x: Array, device: _core.Device) -> npt.NDA
 
 def as_rows_with_dtype(op: str, field: str, x: Array, device: _core.Device) -> tuple[Rows, str]:
     """Return ``x`` as :func:`as_rows` does, and the name of the dtype that a result computed from it has."""
+    if _is_plain(x):
+        return x, "float32"
     if is_on_gpu(x):
         return gpu_arrays.as_float32(op, field, x, device), _result_dtype(gpu_arrays.dtype_name(x))
     array, is_bfloat16 = borrow(op, field, x, _A_FLOAT)
@@ -129,10 +138,14 @@ def as_codes(op: str, field: str, x: Array) -> npt.NDArray[np.uint8]:
     return _contiguous(op, field, array)
 
 
+def _is_simple(array: npt.NDArray[Any]) -> bool:
+    flags = array.flags
+    return bool(flags.c_contiguous and flags.aligned)
+
+
 def _contiguous(op: str, field: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     # ascontiguousarray would turn a scalar into a vector, and leave an array at an odd address as it is.
-    flags = array.flags
-    return array if flags.c_contiguous and flags.aligned else copied(op, field, array, array.dtype)
+    return array if _is_simple(array) else copied(op, field, array, array.dtype)
 
 
 def copied(op: str, field: str, array: npt.NDArray[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -211,11 +224,11 @@ def _result_dtype(name: str) -> str:
     return "float32" if name == "float64" else name
 
 
-def like(x: Array, result: npt.NDArray[Any], dtype: str = "float32") -> Array:
+def like(op: str, x: Array, result: npt.NDArray[Any], dtype: str = "float32") -> Array:
     """Return a host's ``result`` in the library of ``x``, as ``dtype``; what it cannot hold becomes infinite."""
     if dtype == "float32" and isinstance(x, np.ndarray):
         return result
-    with np.errstate(all="ignore"):
+    with Allocating(op, "the result"), np.errstate(all="ignore"):
         return _like(x, result, dtype)
 
 
@@ -262,12 +275,14 @@ def require_disjoint(op: str, written_name: str, written: npt.NDArray[Any], read
         raise invalid(op, written_name, f"must not overlap {read_name}", "shared memory")
 
 
-def finish(x: Array, out: Array | None, writable: npt.NDArray[Any] | None, result: Float32Array, dtype: str) -> Array:
+def finish(
+    op: str, x: Array, out: Array | None, writable: npt.NDArray[Any] | None, result: Float32Array, dtype: str
+) -> Array:
     """Hand over the result of a call on ``x``: in ``out``, whose memory is ``writable``, or as a new array."""
     if writable is None:
-        return like(x, result, dtype)
+        return like(op, x, result, dtype)
     if writable is not result:
-        with np.errstate(all="ignore"):
+        with Allocating(op, "the result"), np.errstate(all="ignore"):
             writable[...] = _bfloat16_bits(result) if writable.dtype == np.uint16 else result
     return out
 

@@ -113,8 +113,7 @@ def _transform(op: str, kind: _core.Fwht, x: Array) -> Array:
     staging, encoder = Staging(op, core), core.make_encoder()
     encoder.fwht(op, kind, staging.update("x", result))
     staging.run(encoder)
-    with Allocating(op, "the result"):
-        return like(x, result)
+    return like(op, x, result)
 
 
 def rotate(x: Array) -> Array:
@@ -339,8 +338,7 @@ def dequantize(
             encoder.memory_barrier()
             encoder.fwht(op, _core.Fwht.UNDO, out)
         staging.run(encoder)
-    with Allocating(op, "the result"):
-        return like(codes, result.reshape(*lead, head_dim))
+    return like(op, codes, result.reshape(*lead, head_dim))
 
 
 def _leading_shape(op: str, codes: npt.NDArray[np.uint8], packing: str, bits: int, head_dim: int) -> tuple[int, ...]:
@@ -395,7 +393,7 @@ def convert_packing(codes: Array, bits: int, *, head_dim: int, source: str, targ
     flat = rows.reshape(math.prod(lead), rows.shape[-1])
     with Allocating(op, "the result"):
         converted = _core.convert_packing(op, flat, bits, head_dim, source, target)
-        return like(codes, converted.reshape(*lead, converted.shape[-1]), "uint8")
+    return like(op, codes, converted.reshape(*lead, converted.shape[-1]), "uint8")
 
 
 def hadamard_quantize_kv_hb(

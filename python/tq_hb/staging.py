@@ -12,7 +12,7 @@ import numpy.typing as npt
 from tq_hb import _core, gpu_arrays
 from tq_hb.gpu_arrays import is_on_gpu
 from tq_hb.interop import like
-from tq_hb.options import Allocating, allocate
+from tq_hb.options import allocate
 
 
 class Staging:
@@ -48,8 +48,7 @@ class Staging:
         """Return an allocated array as ``dtype``, in the library of ``x``."""
         if self._beside is not None:
             return gpu_arrays.finished(self._beside, result, dtype)
-        with Allocating(self._op, "the result"):
-            return like(x, result, dtype)
+        return like(self._op, x, result, dtype)
 
     def read(self, field: str, array: Any) -> _core.Buffer:
         """Return a buffer with the contents of an array that the call only reads."""
@@ -106,7 +105,7 @@ class Outstanding:
 
     def enter(self, device: _core.Device, stream: int | None) -> None:
         """Let a call on a stream come after those before; while a stream is captured nothing may be waited for."""
-        if stream is not None and device.is_capturing(stream):
+        if not self._running or (stream is not None and device.is_capturing(stream)):
             return
         with self._lock:
             if self._running:

@@ -64,7 +64,7 @@ def merge_states(o_a: Array, lse_a: Array, o_b: Array, lse_b: Array) -> tuple[Ar
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     with Allocating(op, "the result"):
         merged, logs = _merge(rows_a, logs_a, rows_b, logs_b)
-        return like(o_a, merged, dtype), like(o_a, logs)
+    return like(op, o_a, merged, dtype), like(op, o_a, logs)
 
 
 def _check_lse(op: str, field: str, lse: Array, shape: tuple[int, ...]) -> Float32Array:

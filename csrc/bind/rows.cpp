@@ -1,0 +1,54 @@
+// What is asked of a host's vectors before a call writes anything.
+
+#include "bind/bind.h"
+#include "core/codec.h"
+
+namespace tq_hb {
+namespace {
+
+/// Throws if a row of (heads, D) or (tokens, heads, D) values cannot be used: not finite, or (unless `as_query`) with a
+/// norm beyond float32. Returns what follows them.
+const float* require(const std::string& op, const std::string& field, const float* rows, const Shape& shape,
+                     bool as_query) {
+  const std::uint64_t head_dim = shape.back(), heads = shape.end()[-2];
+  const std::uint64_t count = shape.size() > 2 ? shape.front() * heads : heads;
+  for (std::uint64_t row = 0; row < count; ++row, rows += head_dim) {
+    if (as_query ? is_finite_row(rows, head_dim) : is_encodable_row(rows, head_dim)) continue;
+    throw Error(ErrorCode::kInvalidArgument, bad_row_message(op, field, row / heads, row % heads));
+  }
+  return rows;
+}
+
+}  // namespace
+
+void require_queries(const std::string& op, bool batched, const float* q, const Shape& shape) {
+  const std::uint64_t sequences = batched ? shape.front() : 1;
+  const Shape one(shape.begin() + (batched ? 1 : 0), shape.end());
+  for (std::uint64_t i = 0; i < sequences; ++i) {
+    q = require(op, batched ? "q[" + std::to_string(i) + "]" : "q", q, one, true);
+  }
+}
+
+void bind_rows(py::module_& module) {
+  using Rows = py::array_t<float, py::array::c_style>;
+  module.def(
+      "require_rows",
+      [](const std::string& op, const std::string& field, const Rows& rows, bool as_query) {
+        const float* values = rows.data();
+        const Shape shape = shape_of(rows);
+        const ReleasedGil released;
+        require(op, field, values, shape, as_query);
+      },
+      py::arg("op"), py::arg("field"), py::arg("rows").noconvert(), py::arg("as_query"));
+  module.def(
+      "require_queries",
+      [](const std::string& op, bool batched, const Rows& q) {
+        const float* values = q.data();
+        const Shape shape = shape_of(q);
+        const ReleasedGil released;
+        require_queries(op, batched, values, shape);
+      },
+      py::arg("op"), py::arg("batched"), py::arg("q").noconvert());
+}
+
+}  // namespace tq_hb
