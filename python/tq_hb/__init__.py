@@ -11,6 +11,16 @@ from tq_hb._core import (
 )
 from tq_hb.batch import BatchedKVCache
 from tq_hb.cache import KVCache, Plan
+from tq_hb.codec import (
+    boundaries,
+    codebook,
+    convert_packing,
+    dequantize,
+    quantize,
+    signs,
+    supported_bits,
+    supported_head_dims,
+)
 from tq_hb.device import (
     Device,
     DeviceInfo,
@@ -25,28 +35,22 @@ from tq_hb.device import (
 from tq_hb.encoder import Buffer, CommandEncoder, Node
 from tq_hb.files import load_caches, save_caches
 from tq_hb.ops import (
-    boundaries,
-    codebook,
-    convert_packing,
-    dequantize,
     flash_attn_vec_tq_hb,
     flash_attn_vec_tq_hb_with_fused_undo,
-    fwht_sign_premult_f32,
-    fwht_sign_undo_f32,
-    fwht_standalone_f32,
     hadamard_quantize_kv_hb,
     hadamard_quantize_kv_hb_dual,
-    quantize,
-    rotate,
-    signs,
-    supported_bits,
-    supported_head_dims,
     tmp_buffer_bytes,
     tq_dequantize_hb_kv,
-    unrotate,
 )
 from tq_hb.policy import compute_nsg, compute_nwg
 from tq_hb.states import merge_states
+from tq_hb.transforms import (
+    fwht_sign_premult_f32,
+    fwht_sign_undo_f32,
+    fwht_standalone_f32,
+    rotate,
+    unrotate,
+)
 
 __all__ = [
     "BatchedKVCache",

@@ -26,6 +26,8 @@ PYTHON_LAYERS = (
     "encoder",
     "device",
     "staging",
+    "transforms",
+    "codec",
     "ops",
     "visibility",
     "cache_format",
