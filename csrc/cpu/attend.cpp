@@ -18,7 +18,8 @@
 namespace tq_hb {
 namespace {
 
-constexpr std::size_t kMinRange = 128;
+// Shorter ranges are over before another thread has begun, and each costs a partial result.
+constexpr std::size_t kMinRange = 256;
 constexpr std::size_t kMaxRange = 1024;
 // Enough units of work for many threads to share evenly, few enough that merging them costs nothing.
 constexpr std::size_t kTargetUnits = 32;
