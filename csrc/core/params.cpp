@@ -265,9 +265,14 @@ void validate(const DequantizeOp& op, const Device* device) {
   if (op.output.shape().size() == 3) wanted.insert(wanted.begin(), tokens);
   check_buffer(op.name, "output", op.output, DType::kFloat32, wanted, device);
   const std::uint64_t capacity = args.cache_capacity;
-  if (tokens > capacity || (args.is_sliding == 0 && op.first_position > capacity - tokens)) {
+  if (tokens > capacity) {
+    throw invalid(op.name, "output", "must hold at most cache_capacity " + std::to_string(capacity) + " tokens",
+                  tokens);
+  }
+  if (args.is_sliding == 0 && op.first_position > capacity - tokens) {
     throw invalid(op.name, "pos",
-                  "must lie below cache_capacity " + std::to_string(capacity) + " unless is_sliding is 1",
+                  "plus the " + std::to_string(tokens) + " token(s) read must be <= cache_capacity " +
+                      std::to_string(capacity) + " unless is_sliding is 1",
                   op.first_position);
   }
   check_disjoint(op.name, {"output", &op.output}, {"packed", &op.packed});

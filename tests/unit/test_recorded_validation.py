@@ -145,6 +145,34 @@ class TestRecorded:
         with refusal(op, "x", "float32", "got"):
             getattr(enc, op)(device.empty((4, 256), np.int32))
 
+    @pytest.mark.parametrize(
+        ("tokens", "pos", "words"),
+        [
+            (1, 12, ("pos", "plus the 1 token(s) read must be <= cache_capacity 12 unless is_sliding is 1, got 12")),
+            (3, 10, ("pos", "plus the 3 token(s) read must be <= cache_capacity 12 unless is_sliding is 1, got 10")),
+            (13, 0, ("output", "must hold at most cache_capacity 12 tokens, got 13")),
+        ],
+    )
+    def test_decode_reads_what_the_cache_holds(self, device, buffers, tokens, pos, words):
+        hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=2, write_pos=0, cache_capacity=12)
+        output = device.array(np.full((tokens, 2, 256), 7.0, np.float32))
+        enc = device.encoder()
+
+        with refusal("tq_dequantize_hb_kv", *words):
+            enc.tq_dequantize_hb_kv(buffers["k_packed"], buffers["k_norms"], output, hp, pos=pos)
+        enc.commit_and_wait()
+
+        assert (output.numpy() == 7.0).all()
+
+    def test_a_ring_may_be_read_over_its_end(self, device, buffers):
+        hp = tq_hb.HadamardQuantizeKvHbParams(
+            head_dim=256, num_kv_heads=2, write_pos=0, cache_capacity=12, is_sliding=1
+        )
+        enc = device.encoder()
+        enc.tq_dequantize_hb_kv(buffers["k_packed"], buffers["k_norms"], device.empty((12, 2, 256)), hp, pos=7)
+        with refusal("tq_dequantize_hb_kv", "output", "cache_capacity 12", "got 13"):
+            enc.tq_dequantize_hb_kv(buffers["k_packed"], buffers["k_norms"], device.empty((13, 2, 256)), hp, pos=7)
+
     def test_encode_checks_ring_and_capacity(self, device, buffers):
         src = device.array(np.ones((3, 2, 256), np.float32))
         hp = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=2, write_pos=10, cache_capacity=12)
