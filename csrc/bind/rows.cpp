@@ -6,15 +6,14 @@
 namespace tq_hb {
 namespace {
 
-/// Throws if a row of (heads, D) or (tokens, heads, D) values cannot be used: not finite, or (unless `as_query`) with a
-/// norm beyond float32. Returns what follows them.
-const float* require(const std::string& op, const std::string& field, const float* rows, const Shape& shape,
-                     bool as_query) {
+/// Throws if a row of (heads, D) or (tokens, heads, D) values breaks a rule. Returns what follows them.
+const float* require(const std::string& op, const std::string& field, RowRule rule, const float* rows,
+                     const Shape& shape) {
   const std::uint64_t head_dim = shape.back(), heads = shape.end()[-2];
   const std::uint64_t count = shape.size() > 2 ? shape.front() * heads : heads;
   for (std::uint64_t row = 0; row < count; ++row, rows += head_dim) {
-    if (as_query ? is_finite_row(rows, head_dim) : is_encodable_row(rows, head_dim)) continue;
-    throw Error(ErrorCode::kInvalidArgument, bad_row_message(op, field, row / heads, row % heads));
+    if (rule == RowRule::kFinite ? is_finite_row(rows, head_dim) : is_encodable_row(rows, head_dim)) continue;
+    throw Error(ErrorCode::kInvalidArgument, bad_row_message(op, field, rule, row / heads, row % heads));
   }
   return rows;
 }
@@ -25,7 +24,7 @@ void require_queries(const std::string& op, bool batched, const float* q, const 
   const std::uint64_t sequences = batched ? shape.front() : 1;
   const Shape one(shape.begin() + (batched ? 1 : 0), shape.end());
   for (std::uint64_t i = 0; i < sequences; ++i) {
-    q = require(op, batched ? "q[" + std::to_string(i) + "]" : "q", q, one, true);
+    q = require(op, batched ? "q[" + std::to_string(i) + "]" : "q", RowRule::kFinite, q, one);
   }
 }
 
@@ -37,7 +36,7 @@ void bind_rows(py::module_& module) {
         const float* values = rows.data();
         const Shape shape = shape_of(rows);
         const ReleasedGil released;
-        require(op, field, values, shape, as_query);
+        require(op, field, as_query ? RowRule::kFinite : RowRule::kEncodable, values, shape);
       },
       py::arg("op"), py::arg("field"), py::arg("rows").noconvert(), py::arg("as_query"));
   module.def(

@@ -31,12 +31,16 @@ inline Error unsupported(const std::string& op, const std::string& what) {
   return Error(ErrorCode::kUnsupported, op + ": " + what + " is not supported");
 }
 
-/// The message for a row of `field` that holds NaN or infinity, or whose sum of squares overflows.
-inline std::string bad_row_message(const std::string& op, const std::string& field, unsigned long long token,
-                                   unsigned long long head) {
+/// What a row is checked for: all that is asked of a query is that it is finite.
+enum class RowRule { kFinite, kEncodable };
+
+/// The message for a row of `field` that breaks its rule.
+inline std::string bad_row_message(const std::string& op, const std::string& field, RowRule rule,
+                                   unsigned long long token, unsigned long long head) {
   std::ostringstream message;
-  message << op << ": " << field << " must be finite with a squared norm that fits in float32, got a bad row at token "
-          << token << ", head " << head;
+  message << op << ": " << field << " must be finite"
+          << (rule == RowRule::kEncodable ? " with a squared norm that fits in float32" : "")
+          << ", got a bad row at token " << token << ", head " << head;
   return message.str();
 }
 

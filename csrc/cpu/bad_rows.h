@@ -20,10 +20,10 @@ class BadRows {
   }
 
   /// Throws if a row was reported.
-  void check(const std::string& op, const std::string& field, std::uint64_t heads) const {
+  void check(const std::string& op, const std::string& field, RowRule rule, std::uint64_t heads) const {
     const std::uint64_t row = first_.load(std::memory_order_relaxed);
     if (row == kNone) return;
-    throw Error(ErrorCode::kInvalidArgument, bad_row_message(op, field, row / heads, row % heads));
+    throw Error(ErrorCode::kInvalidArgument, bad_row_message(op, field, rule, row / heads, row % heads));
   }
 
  private:

@@ -95,14 +95,14 @@ class CpuEncoder final : public CommandEncoder {
       quantize(op, op.targets[i], ThreadPool::instance(), bad_rows[i]);
     }
     for (std::size_t i = 0; i < op.targets.size(); ++i) {
-      bad_rows[i].check(op.name, op.targets[i].src_name(), op.args.num_kv_heads);
+      bad_rows[i].check(op.name, op.targets[i].src_name(), RowRule::kEncodable, op.args.num_kv_heads);
     }
   }
   static void run(const DequantizeOp& op) { tq_hb::dequantize(op, ThreadPool::instance()); }
   static void run(const AttendOp& op) {
     BadRows bad_rows;
     attend(op, ThreadPool::instance(), bad_rows);
-    bad_rows.check(op.name, "q", op.args.num_heads);
+    bad_rows.check(op.name, "q", RowRule::kFinite, op.args.num_heads);
   }
   static void run(const FwhtOp& op) { tq_hb::fwht(op, ThreadPool::instance()); }
 

@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "core/abi.h"
-#include "core/error.h"
 
 namespace tq_hb {
 
@@ -24,10 +23,10 @@ BadRowWords::~BadRowWords() {
   }
 }
 
-std::uint32_t* BadRowWords::watch(const std::string& op, const std::string& field, std::uint64_t heads) {
+std::uint32_t* BadRowWords::watch(const std::string& op, const std::string& field, RowRule rule, std::uint64_t heads) {
   const std::size_t index = watches_.size();
   if (index % kStatusWords == 0) blocks_.push_back(context_->take_status());
-  watches_.push_back({op, field, heads});
+  watches_.push_back({op, field, rule, heads});
   return blocks_.back() + index % kStatusWords;
 }
 
@@ -44,7 +43,7 @@ void BadRowWords::check(cudaStream_t stream) {
     if (words[i] == TQ_STATUS_OK) continue;
     const Watch& watch = watches_[i];
     throw Error(ErrorCode::kInvalidArgument,
-                bad_row_message(watch.op, watch.field, words[i] / watch.heads, words[i] % watch.heads));
+                bad_row_message(watch.op, watch.field, watch.rule, words[i] / watch.heads, words[i] % watch.heads));
   }
   are_clean_ = !are_replayed_;
 }

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "core/error.h"
 #include "cuda/context.h"
 
 namespace tq_hb {
@@ -19,7 +20,7 @@ class BadRowWords {
   BadRowWords& operator=(const BadRowWords&) = delete;
 
   /// A word in the GPU's memory. Kernels count rows token by token, head by head inside a token.
-  std::uint32_t* watch(const std::string& op, const std::string& field, std::uint64_t heads);
+  std::uint32_t* watch(const std::string& op, const std::string& field, RowRule rule, std::uint64_t heads);
 
   /// Reads the words in the order of the stream, and waits for that. Throws for the first op that reported a row.
   void check(cudaStream_t stream);
@@ -30,6 +31,7 @@ class BadRowWords {
  private:
   struct Watch {
     std::string op, field;
+    RowRule rule;
     std::uint64_t heads;
   };
 

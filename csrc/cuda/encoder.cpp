@@ -162,12 +162,13 @@ class CudaEncoder final : public CommandEncoder {
     call.tokens = static_cast<TqU32>(tokens - skipped);
     for (const QuantizeTarget& target : op.targets) {
       const unsigned cbits = target.codebook->cbits;
-      call.tensors[call.num_tensors++] = {device_data<const float>(target.src),
-                                          device_data<std::uint8_t>(target.packed),
-                                          device_data<float>(target.norms),
-                                          bad_rows_.watch(op.name, target.src_name(), op.args.num_kv_heads),
-                                          cbits,
-                                          high_bits(op.packing, cbits)};
+      call.tensors[call.num_tensors++] = {
+          device_data<const float>(target.src),
+          device_data<std::uint8_t>(target.packed),
+          device_data<float>(target.norms),
+          bad_rows_.watch(op.name, target.src_name(), RowRule::kEncodable, op.args.num_kv_heads),
+          cbits,
+          high_bits(op.packing, cbits)};
       hold({&target.src, &target.packed, &target.norms});
     }
     const char* kernel = op.targets.size() == 1 ? "hadamard_quantize_kv_hb_d" : "hadamard_quantize_kv_hb_dual_d";
@@ -228,7 +229,7 @@ class CudaEncoder final : public CommandEncoder {
       call.lse = device_data<float>(*op.lse);
       hold({&*op.lse});
     }
-    call.status = bad_rows_.watch(op.name, "q", args.num_heads);
+    call.status = bad_rows_.watch(op.name, "q", RowRule::kFinite, args.num_heads);
 
     // Memory for partial results is taken when the launches are made; if one fails, what holds them gives it back.
     const auto attention = std::make_shared<Attention>(Attention{call, nullptr});

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "core/error.h"
 #include "metal/storage.h"
 
 namespace tq_hb {
@@ -17,7 +18,7 @@ class BadRowWords {
       : device_(device), context_(std::move(context)) {}
 
   /// One word per field. Kernels count rows token by token, head by head inside a token, from `first_row` on.
-  Buffer watch(const std::string& op, const std::vector<std::string>& fields, std::uint64_t heads,
+  Buffer watch(const std::string& op, const std::vector<std::string>& fields, RowRule rule, std::uint64_t heads,
                std::uint64_t first_row);
 
   /// Throws for the first op that reported a row. The commands must be done.
@@ -27,6 +28,7 @@ class BadRowWords {
   struct Watch {
     Buffer word;
     std::string op, field;
+    RowRule rule;
     std::uint64_t heads, first_row;
   };
 

@@ -110,7 +110,8 @@ class MetalEncoder final : public CommandEncoder {
     const unsigned cbits = target.codebook->cbits;
     const Pipeline quantize =
         pipeline({Kernel::kQuantize, args.head_dim, cbits, cbits, false, uses_planes(op.packing, cbits, cbits)});
-    const Buffer status = bad_rows_.watch(op.name, {target.src_name()}, args.num_kv_heads, skipped * args.num_kv_heads);
+    const Buffer status = bad_rows_.watch(op.name, {target.src_name()}, RowRule::kEncodable, args.num_kv_heads,
+                                          skipped * args.num_kv_heads);
     stream_.set_pipeline(quantize.state);
     stream_.bind(TQ_QUANTIZE_SRC, target.src);
     stream_.bind(TQ_QUANTIZE_PACKED, target.packed);
@@ -128,8 +129,8 @@ class MetalEncoder final : public CommandEncoder {
     const unsigned v_cbits = v.codebook->cbits;
     const Pipeline quantize = pipeline(
         {Kernel::kQuantizeDual, args.head_dim, k_cbits, v_cbits, false, uses_planes(op.packing, k_cbits, v_cbits)});
-    const Buffer status =
-        bad_rows_.watch(op.name, {k.src_name(), v.src_name()}, args.num_kv_heads, skipped * args.num_kv_heads);
+    const Buffer status = bad_rows_.watch(op.name, {k.src_name(), v.src_name()}, RowRule::kEncodable, args.num_kv_heads,
+                                          skipped * args.num_kv_heads);
     stream_.set_pipeline(quantize.state);
     stream_.bind(TQ_QUANTIZE_DUAL_SRC_K, k.src);
     stream_.bind(TQ_QUANTIZE_DUAL_SRC_V, v.src);
@@ -176,7 +177,7 @@ class MetalEncoder final : public CommandEncoder {
     const Pipeline attend = pipeline({is_group ? group_kernel(op.head_tile) : Kernel::kAttend, args.head_dim, k_cbits,
                                       v_cbits, direct, uses_planes(op.packing, k_cbits, v_cbits)});
     if (direct) {
-      const Buffer status = bad_rows_.watch(op.name, {"q"}, args.num_heads, 0);
+      const Buffer status = bad_rows_.watch(op.name, {"q"}, RowRule::kFinite, args.num_heads, 0);
       bind_attend(attend, op, op.output);
       stream_.bind(TQ_ATTEND_STATUS, status);
       launch_attend(attend, op);
@@ -186,7 +187,7 @@ class MetalEncoder final : public CommandEncoder {
     std::shared_ptr<Storage> own_tmp;
     if (!op.tmp) own_tmp = scratch_.take(tmp_buffer_bytes(args.num_heads, args.head_dim, args.num_queries, args.nwg));
     const Buffer tmp = op.tmp ? *op.tmp : Buffer(own_tmp, DType::kUint8, {own_tmp->size()});
-    const Buffer status = bad_rows_.watch(op.name, {"q"}, args.num_heads, 0);
+    const Buffer status = bad_rows_.watch(op.name, {"q"}, RowRule::kFinite, args.num_heads, 0);
     bind_attend(attend, op, tmp);
     stream_.bind(TQ_ATTEND_STATUS, status);
     launch_attend(attend, op);

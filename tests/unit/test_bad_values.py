@@ -160,6 +160,32 @@ def test_recorded_attend_leaves_the_row_of_a_bad_query(device):
     np.testing.assert_allclose(got[[0, 1, 3]], want, rtol=1e-6)
 
 
+def test_all_that_a_query_is_asked_is_to_be_finite(device):
+    cache = tq_hb.KVCache(2, 256, 8, device=device)
+    rows = np.ones((2, 2, 256), np.float32)
+    cache.append(rows, rows)
+    q = np.full((2, 4, 256), 1e30, np.float32)  # whose squares float32 does not have
+    assert np.isfinite(cache.attend(q)).all()
+    q[1, 3, 7] = np.nan
+    with pytest.raises(
+        tq_hb.InvalidArgument, match=r"^KVCache.attend: q must be finite, got a bad row at token 1, head 3$"
+    ):
+        cache.attend(q)
+    with pytest.raises(tq_hb.InvalidArgument, match=r"^KVCache.append: v must be finite with a squared norm that fits"):
+        cache.append(rows, q[:, :2])
+
+
+def test_a_recorded_query_is_asked_no_more(device):
+    p = tq_hb.FlashAttnVecTqHbParams(num_heads=4, num_kv_heads=2, head_dim=256, kv_seq_len=1, kv_capacity=1, scale=1.0)
+    packed, norms = device.empty((2, 1, 256), np.uint8), device.empty((2, 1))
+    enc = device.encoder()
+    enc.flash_attn_vec_tq_hb(
+        np.full((4, 256), np.inf, np.float32), packed, norms, packed, norms, device.empty((4, 256)), None, p
+    )
+    with pytest.raises(tq_hb.InvalidArgument, match=r"q must be finite, got a bad row at token 0, head 0$"):
+        enc.commit_and_wait()
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_bad_query_among_several_is_named_by_its_token_and_head(device, value):
     p = tq_hb.FlashAttnVecTqHbParams(num_heads=4, num_kv_heads=2, head_dim=256, kv_seq_len=3, kv_capacity=3, scale=1.0)
