@@ -57,6 +57,8 @@ void bind_cache(py::module_& module);
 void bind_device(py::module_& module);
 void bind_dlpack_import(py::module_& module);
 
+/// A Python integer of 64 bits; none for any other object.
+std::optional<std::int64_t> to_int64(const py::handle& value);
 /// A Python integer in [0, 2^32), or InvalidArgument naming `field`.
 std::uint32_t to_uint32(std::string_view op, std::string_view field, const py::handle& value);
 /// A Python number as float32, or InvalidArgument naming `field`; so too where only float32 makes it infinite or 0.
@@ -89,6 +91,6 @@ Buffer borrow(const Device& device, const std::string& op, const std::string& fi
 
 /// Buffer.__dlpack__.
 py::capsule to_dlpack(const Buffer& buffer, const py::object& stream, const py::object& max_version,
-                      const py::object& dl_device, const std::optional<bool>& copy);
+                      const py::object& dl_device, const py::object& copy);
 
 }  // namespace tq_hb

@@ -89,6 +89,26 @@ py::dict cuda_array_interface(const Buffer& buffer) {
   return interface;
 }
 
+/// One integer or several.
+Shape to_shape(const std::string& op, const py::object& value) {
+  const auto refusal = [&] {
+    return invalid(op, "shape", "must be an integer from 0 to 9223372036854775807 or a tuple of them",
+                   std::string(py::repr(value)));
+  };
+  PyObject* extents = to_int64(value) ? PyTuple_Pack(1, value.ptr()) : PySequence_Tuple(value.ptr());
+  if (extents == nullptr) {
+    PyErr_Clear();
+    throw refusal();
+  }
+  Shape shape;
+  for (const py::handle& item : py::reinterpret_steal<py::tuple>(extents)) {
+    const std::optional<std::int64_t> extent = to_int64(item);
+    if (!extent || *extent < 0) throw refusal();
+    shape.push_back(static_cast<std::uint64_t>(*extent));
+  }
+  return shape;
+}
+
 Buffer get_item(const Buffer& buffer, const py::object& key) {
   const std::uint64_t rows = buffer.shape().empty() ? 0 : buffer.shape()[0];
   if (py::isinstance<py::slice>(key)) {
@@ -202,7 +222,9 @@ void bind_buffer(py::module_& module) {
           "ndim", [](const Buffer& self) { return self.shape().size(); },
           "Number of axes.\n\n>>> import tq_hb\n>>> tq_hb.Device(\"cpu\").empty((4, 2)).ndim\n2")
       .def(
-          "reshape", [](const Buffer& self, const Shape& shape) { return self.reshape(shape); }, py::arg("shape"),
+          "reshape",
+          [](const Buffer& self, const py::object& shape) { return self.reshape(to_shape("Buffer.reshape", shape)); },
+          py::arg("shape"),
           "The same memory with other axes, of the same size in all.\n\n"
           ">>> import tq_hb\n>>> tq_hb.Device(\"cpu\").empty((4, 2)).reshape((1, 8))\n"
           "Buffer(shape=(1, 8), dtype=float32)")

@@ -88,6 +88,22 @@ std::int32_t requested_device(const Buffer& buffer, const py::object& dl_device)
   refuse("dl_device must be None, (1, 0) or, for a buffer of a metal or cuda device, (8, 0) or (2, 0)", dl_device);
 }
 
+bool is_versioned(const py::object& max_version) {
+  if (max_version.is_none()) return false;
+  const bool is_pair = py::isinstance<py::sequence>(max_version) && py::len(max_version) == 2;
+  const std::optional<std::int64_t> major = is_pair ? to_int64(max_version[py::int_(0)]) : std::nullopt;
+  if (!major) refuse("max_version must be None or a pair of integers", max_version);
+  return *major >= std::int64_t{kMajorVersion};
+}
+
+/// What `copy` asks for; none if it leaves that open.
+std::optional<bool> requested_copy(const py::object& copy) {
+  if (copy.is_none()) return std::nullopt;
+  py::detail::make_caster<bool> flag;
+  if (!flag.load(copy, /*convert=*/false)) refuse("copy must be None, True or False", copy);
+  return py::detail::cast_op<bool>(flag);
+}
+
 /// The consumer's stream, as DLPack numbers them, waits for what the device has been given.
 void order_stream(const Buffer& buffer, std::int32_t device_type, const py::object& stream) {
   constexpr std::int64_t kNoOrder = -1, kLegacyDefault = 1;
@@ -95,10 +111,10 @@ void order_stream(const Buffer& buffer, std::int32_t device_type, const py::obje
     if (!stream.is_none()) refuse("stream must be None", stream);
     return;
   }
-  const std::int64_t number = stream.is_none() ? kLegacyDefault : stream.cast<std::int64_t>();
+  const std::optional<std::int64_t> number = stream.is_none() ? kLegacyDefault : to_int64(stream);
   if (number == kNoOrder) return;
-  if (number <= 0) refuse("stream must be None, -1, 1, 2 or the address of a CUDA stream", stream);
-  buffer.device()->release_to(static_cast<std::uintptr_t>(number));
+  if (!number || *number <= 0) refuse("stream must be None, -1, 1, 2 or the address of a CUDA stream", stream);
+  buffer.device()->release_to(static_cast<std::uintptr_t>(*number));
 }
 
 /// A copy on the device, or on the host where that is asked for of memory that it cannot reach.
@@ -116,18 +132,18 @@ Buffer copied(const Buffer& buffer, std::int32_t device_type) {
 }  // namespace
 
 py::capsule to_dlpack(const Buffer& buffer, const py::object& stream, const py::object& max_version,
-                      const py::object& dl_device, const std::optional<bool>& copy) {
+                      const py::object& dl_device, const py::object& copy) {
   buffer.device()->check_usable("Buffer.__dlpack__");
   const std::int32_t device_type = requested_device(buffer, dl_device);
+  const std::optional<bool> asked = requested_copy(copy);
+  const bool versioned = is_versioned(max_version);
   order_stream(buffer, device_type, stream);
   const bool must_copy = device_type == kCpu && buffer.host() == nullptr;
-  if (must_copy && copy.has_value() && !*copy)
-    refuse("copy must not be False where the host cannot reach the memory", py::bool_(false));
-  const bool is_copied = must_copy || copy.value_or(false);
+  if (must_copy && !asked.value_or(true)) refuse("copy must not be False where the host cannot reach the memory", copy);
+  const bool is_copied = must_copy || asked.value_or(false);
   Buffer exported = is_copied ? copied(buffer, device_type) : buffer;
-  const bool is_versioned = !max_version.is_none() && py::tuple(max_version)[0].cast<unsigned>() >= kMajorVersion;
-  return is_versioned ? make_capsule<DLManagedTensorVersioned>(std::move(exported), device_type, is_copied)
-                      : make_capsule<DLManagedTensor>(std::move(exported), device_type, is_copied);
+  return versioned ? make_capsule<DLManagedTensorVersioned>(std::move(exported), device_type, is_copied)
+                   : make_capsule<DLManagedTensor>(std::move(exported), device_type, is_copied);
 }
 
 }  // namespace tq_hb

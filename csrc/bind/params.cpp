@@ -13,17 +13,21 @@
 
 namespace tq_hb {
 
+std::optional<std::int64_t> to_int64(const py::handle& value) {
+  const py::object index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+  const long long number = index ? PyLong_AsLongLong(index.ptr()) : 0;
+  if (PyErr_Occurred() == nullptr) return number;
+  PyErr_Clear();
+  return std::nullopt;
+}
+
 std::uint32_t to_uint32(std::string_view op, std::string_view field, const py::handle& value) {
-  const auto fail = [&] {
-    PyErr_Clear();
+  const std::optional<std::int64_t> number = to_int64(value);
+  if (!number || *number < 0 || *number > 0xFFFFFFFFll) {
     throw invalid(std::string(op), std::string(field), "must be an integer from 0 to 4294967295",
                   std::string(py::repr(value)));
-  };
-  const py::object index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
-  if (!index) fail();
-  const unsigned long long number = PyLong_AsUnsignedLongLong(index.ptr());
-  if (PyErr_Occurred() != nullptr || number > 0xFFFFFFFFull) fail();
-  return static_cast<std::uint32_t>(number);
+  }
+  return static_cast<std::uint32_t>(*number);
 }
 
 float to_float32(std::string_view op, std::string_view field, const py::handle& value) {
@@ -159,7 +163,14 @@ void bind(py::module_& module, const Params<Args>& params, const std::string& do
         [field, name = params.name](Args& self, const py::object& value) { field.set(name, self, value); }, field.doc);
   }
   cls.def(
-      "validate", [](const Args& self, const std::string& op) { validate(op, self); }, py::arg("op") = params.op,
+      "validate",
+      [name = params.name](const Args& self, const py::object& op) {
+        if (!py::isinstance<py::str>(op)) {
+          throw invalid(std::string(name) + ".validate", "op", "must be a string", std::string(py::repr(op)));
+        }
+        validate(op.cast<std::string>(), self);
+      },
+      py::arg("op") = params.op,
       ("Raise InvalidArgument or UnsupportedError, in the name of ``op``, if a field breaks its rule.\n\n" +
        validate_examples)
           .c_str());

@@ -90,6 +90,13 @@ def test_params_validate_themselves(name, value, rule):
         tq_hb.FlashAttnVecTqHbParams(**{**good, name: value}).validate()
 
 
+@pytest.mark.parametrize("op", [None, 3, b"attend"])
+def test_params_validate_in_the_name_of_a_string(op):
+    params = tq_hb.HadamardQuantizeKvHbParams(head_dim=256, num_kv_heads=1, write_pos=0, cache_capacity=4)
+    with refusal(r"HadamardQuantizeKvHbParams\.validate", "op", f"must be a string, got {op!r}"):
+        params.validate(op)
+
+
 def test_mask_type_2_needs_a_window():
     call = AttendCall({"mask_type": 2, "sliding_window": 0})
 

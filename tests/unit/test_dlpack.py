@@ -113,7 +113,9 @@ class TestExport:
 
     @pytest.mark.parametrize(
         "keywords",
-        [{"stream": 1}, {"dl_device": (2, 0)}, {"dl_device": (1, 1)}, {"dl_device": 1}],
+        [{"stream": 1}, {"dl_device": (2, 0)}, {"dl_device": (1, 1)}, {"dl_device": 1}]
+        + [{"max_version": value} for value in (1, (1,), ("1", 0), (1.0, 0), "12", (2**64, 0))]
+        + [{"copy": value} for value in ("yes", 1, [True])],
         ids=str,
     )
     def test_what_cannot_be_exported_is_a_buffer_error(self, device, keywords):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import tq_hb
+from refusals import refusal
 
 
 def record(enc, device):
@@ -297,6 +298,21 @@ class TestBuffer:
         for shape in ((2, 8), (), (18, 2)):
             with pytest.raises(tq_hb.InvalidArgument, match=r"^Buffer\.reshape: shape must hold as many elements"):
                 buf[1:].reshape(shape)
+
+    def test_axes_may_be_any_integers(self, device):
+        buf = device.empty((4, 6))
+        assert buf.reshape(24).shape == buf.reshape([np.int64(24)]).shape == buf.reshape(np.array([24])).shape == (24,)
+        assert device.empty(1).reshape(()).shape == ()
+
+    @pytest.mark.parametrize(
+        "shape",
+        [-1, (4, -1), 24.0, (24.0,), np.array(24.0), 2**63, (2**63,), (2**64,), "24", ("24",), None, (None,), ((24,),)],
+        ids=repr,
+    )
+    def test_axes_that_are_no_integers_from_0_on_are_refused(self, device, shape):
+        rule = "must be an integer from 0 to 9223372036854775807 or a tuple of them"
+        with refusal(r"Buffer\.reshape", "shape", f"{rule}, got {shape!r}"):
+            device.empty((4, 6)).reshape(shape)
 
     def test_slices_with_a_step_are_refused(self, device):
         with pytest.raises(tq_hb.InvalidArgument, match="step"):
