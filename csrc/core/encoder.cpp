@@ -56,9 +56,9 @@ void CommandEncoder::record(Op op) {
   const Op kept = op;  // holds the buffers that `accesses` points to
   const Accesses accesses = accesses_of(kept);
   if (pending_.conflicts(accesses)) barrier();
-  // Where an op has a barrier inside, its reads are before it and its writes last beyond it.
-  pending_.add_reads(accesses);
   encode(std::move(op));
+  // Last, since an op that has a barrier inside reads and writes beyond it, too.
+  pending_.add_reads(accesses);
   pending_.add_writes(accesses);
 }
 

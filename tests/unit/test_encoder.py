@@ -139,11 +139,12 @@ class TestNodes:
         assert "other" not in kinds
 
 
-def attend(enc, device, **keywords):
+def attend(enc, device, q=None, **keywords):
     p = tq_hb.FlashAttnVecTqHbParams(num_heads=2, num_kv_heads=1, head_dim=256, kv_seq_len=4, kv_capacity=4, scale=1.0)
     codes, norms = tq_hb.quantize(np.ones((1, 4, 256), np.float32), 8)
     out = device.empty((2, 256))
-    enc.flash_attn_vec_tq_hb(np.zeros((2, 256), np.float32), codes, norms, codes, norms, out, None, p, **keywords)
+    q = np.zeros((2, 256), np.float32) if q is None else q
+    enc.flash_attn_vec_tq_hb(q, codes, norms, codes, norms, out, None, p, **keywords)
     return out
 
 
@@ -169,6 +170,15 @@ class TestAutoBarrier:
         attend(enc, device, lse=lse)
         before = len(enc.nodes)
         attend(enc, device, sinks=lse)
+        assert enc.nodes[before].kind == "barrier"
+        enc.commit_and_wait()
+
+    def test_a_barrier_is_placed_before_a_writer_of_what_an_op_reads_to_its_end(self, device):
+        enc = device.encoder(auto_barrier=True)
+        q = device.array(np.zeros((2, 256), np.float32))
+        attend(enc, device, q, lse=device.empty((2,)))  # which has a merge
+        before = len(enc.nodes)
+        enc.fwht_sign_premult_f32(q)
         assert enc.nodes[before].kind == "barrier"
         enc.commit_and_wait()
 
