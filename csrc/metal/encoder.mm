@@ -235,6 +235,7 @@ class MetalEncoder final : public CommandEncoder {
     stream_.bind(TQ_REDUCE_SCORE_BIAS, op.score_bias ? *op.score_bias : tmp);
     stream_.bind(TQ_REDUCE_LSE, op.lse ? *op.lse : op.output);
     stream_.bind(TQ_REDUCE_STATUS, status);
+    stream_.bind(TQ_REDUCE_Q, op.q);
     const std::uint64_t rows = std::uint64_t{args.num_queries} * args.num_heads;
     if (op.kernel == AttendKernel::kGroup) {
       launch(merge, NodeKind::kSdpa, {rows, 1, 1}, {32 * kMergeSimdgroups, 1, 1},

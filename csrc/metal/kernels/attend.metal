@@ -94,7 +94,7 @@ inline float2 load_norms(device const float* norms, ulong row) {
 
 /// Merges the simdgroups' states, which lie in threadgroup memory, into one for lane's coordinates.
 template <int D>
-inline HeadState<D> merge_simdgroups(threadgroup const float* states, uint nsg, ushort stripe_lane) {
+inline HeadState<D> merge_simdgroups(threadgroup const float* states, ScoreScale scale, uint nsg, ushort stripe_lane) {
   constexpr uint kLanes = tq_hb::stripe_lanes(D);
   HeadState<D> merged;
   merged.maximum = kNoScore;
@@ -105,7 +105,7 @@ inline HeadState<D> merge_simdgroups(threadgroup const float* states, uint nsg, 
   }
   for (uint s = 0; s < nsg; ++s) {
     threadgroup const float* state = states + s * tq_hb::per_head_state_words(D);
-    const float weight = exp(state[D + 1] - merged.maximum);
+    const float weight = scale.weight(state[D + 1], merged.maximum);
     merged.sum += state[D] * weight;
     for (uint i = 0; i < tq_hb::stripes(D); ++i) {
       merged.out[i] += weight * ((threadgroup const float4*)state)[stripe_lane + kLanes * i];
@@ -149,12 +149,9 @@ kernel void flash_attn_vec_tq_hb(
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (isnan(about->exponent)) {
-    if (simdgroup == 0 && lane == 0) {
-      if (writes_output()) {
-        atomic_fetch_min_explicit(status, uint(row), memory_order_relaxed);
-      } else {
-        partial_state[0] = kBadQuery;
-      }
+    // Where partials are merged, the merge reports the row.
+    if (writes_output() && simdgroup == 0 && lane == 0) {
+      atomic_fetch_min_explicit(status, uint(row), memory_order_relaxed);
     }
     return;
   }
@@ -170,7 +167,7 @@ kernel void flash_attn_vec_tq_hb(
 
   const LevelTable k_levels = level_table(k_table, k_cbits(), 1, lane);
   const LevelTable v_levels = level_table(v_table, v_cbits(), 1, lane);
-  const ScoreScale scale = score_scale(args, about);
+  const ScoreScale scale = score_scale(args, about->exponent, about->bias);
   const VisibleKeys keys = visible_keys(args, about->begin, about->end);
   const float to_value = row_scale<D>(args);
   const ulong first_row = kv_head * args.kv_capacity;
@@ -183,13 +180,13 @@ kernel void flash_attn_vec_tq_hb(
     const bool has_key = lane < count;
     const ulong key_row = first_row + (has_key ? keys.slot(first + lane) : 0);
     const float2 k_factors = has_key ? load_norms<D>(k_norms, key_row) * to_value : float2(0.0f);
-    const float2 v_factors = has_key ? load_norms<D>(v_norms, key_row) * to_value : float2(0.0f);
+    const float2 v_factors = has_key ? load_norms<D>(v_norms, key_row) * (to_value * kValueHeadroom) : float2(0.0f);
 
     const float product = score_block<D>(own_query, k_rows, k_factors, k_levels, keys, first, count, lane);
     const float score = has_key ? scale.apply(product) : kNoScore;
     const float maximum = max(state.maximum, simd_max(score));
-    const float decay = exp(state.maximum - maximum);
-    const float weight = has_key ? exp(score - maximum) : 0.0f;
+    const float decay = scale.weight(state.maximum, maximum);
+    const float weight = has_key ? scale.weight(score, maximum) : 0.0f;
     state.sum = state.sum * decay + weight;
     state.maximum = maximum;
     for (uint i = 0; i < kStripes; ++i) state.out[i] *= decay;
@@ -209,12 +206,12 @@ kernel void flash_attn_vec_tq_hb(
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (simdgroup > 0) return;
-    state = merge_simdgroups<D>(states, nsg, stripe_lane);
+    state = merge_simdgroups<D>(states, scale, nsg, stripe_lane);
   }
 
   if (lane >= kLanes) return;
   if (writes_output()) {
-    const float inverse = state.sum == 0.0f ? 0.0f : 1.0f / state.sum;
+    const float inverse = state.sum == 0.0f ? 0.0f : 1.0f / (state.sum * kValueHeadroom);
     device float4* out = (device float4*)dst + row * (D / 4);
     for (uint i = 0; i < kStripes; ++i) store_own<D>(out, 1, i, stripe_lane, state.out[i] * inverse);
     return;

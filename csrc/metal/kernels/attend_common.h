@@ -9,12 +9,13 @@
 #include "metal/kernels/rotation.h"
 #include "metal/kernels/tables.h"
 
-/// Below every score, so that an empty maximum loses and exp(kNoScore - score) is 0.
-constant float kNoScore = -1.7e38f;
-/// Scores beyond this are ties; keeping them finite keeps their differences defined.
-constant float kLargestScore = 1e38f;
-/// In place of a sum of weights: the query could not be used.
-constant float kBadQuery = -1.0f;
+/// Below every score, so that an empty maximum loses; finite, so that it can be subtracted from itself.
+constant float kNoScore = -3.40282347e38f;
+/// A query's values are staged below 2^(1 - kQueryHeadroom), where no norm is so large that a product with 512 levels
+/// overflows: levels are below 6.
+constant int kQueryHeadroom = 14;
+/// Multiplies values until they are divided by the sum of their weights, so that no sum of them overflows.
+constant float kValueHeadroom = 5.96046448e-8f;  // 2^-24
 
 /// A run of keys, oldest first: `count` slots from `first_slot` on, wrapping at the capacity.
 struct VisibleKeys {
@@ -37,7 +38,7 @@ inline VisibleKeys visible_keys(constant TqFlashAttnVecArgs& args, uint begin, u
 
 /// What a threadgroup knows about a row of q, which is one head of one query.
 struct QueryRow {
-  float exponent;  // the row is in units of 2^exponent; NaN if it cannot be used
+  float exponent;  // of its largest value; NaN if the row cannot be used
   float bias;      // added to its scores before softcap
   uint begin;      // it sees the keys of ages begin ... end - 1
   uint end;
@@ -47,12 +48,10 @@ inline ulong num_rows(constant TqFlashAttnVecArgs& args) {
   return ulong(args.num_queries) * args.num_heads;
 }
 
-/// Within the largest scores; NaN stays, which clamp would turn into the least of them.
-inline float bounded_score(float score) {
-  return isnan(score) ? score : clamp(score, -kLargestScore, kLargestScore);
-}
-
-/// What turns a dot product of codes into a score: a factor with an exponent range beyond float's.
+/// What turns a dot product of codes into a score, and a score into a weight.
+///
+/// A row's scores are in units of 2^exponent, since scale, query and norm together go beyond float's range. Softcap
+/// brings them back into it.
 struct ScoreScale {
   float mantissa;
   int exponent;
@@ -60,17 +59,19 @@ struct ScoreScale {
   float softcap;
 
   float apply(float dot) const {
-    const float score = bounded_score(ldexp(dot * mantissa, exponent) + bias);
-    return softcap > 0.0f ? softcap * precise::tanh(score / softcap) : score;
+    const float score = dot * mantissa;
+    return softcap > 0.0f ? softcap * precise::tanh((ldexp(score, exponent) + bias) / softcap) : score;
   }
+  float to_float(float score) const { return softcap > 0.0f ? score : ldexp(score, exponent); }
+  float weight(float score, float maximum) const { return exp(to_float(score - maximum)); }
 };
 
-inline ScoreScale score_scale(constant TqFlashAttnVecArgs& args, threadgroup const QueryRow* row) {
+inline ScoreScale score_scale(constant TqFlashAttnVecArgs& args, float query_exponent, float bias) {
   ScoreScale scale;
   int exponent;
   scale.mantissa = frexp(args.scale, exponent);
-  scale.exponent = exponent + int(row->exponent);
-  scale.bias = row->bias;
+  scale.exponent = exponent + int(query_exponent) + kQueryHeadroom;
+  scale.bias = bias;
   scale.softcap = args.softcap;
   return scale;
 }
@@ -107,27 +108,15 @@ inline float bias_after_softmax(constant TqFlashAttnVecArgs& args, device const 
   return args.softcap > 0.0f ? 0.0f : load_bias(args, score_bias, row);
 }
 
-/// Loads a query head, rotated if asked, in units of 2^exponent so that nothing can overflow.
-///
-/// False if a value is not finite.
+/// Loads a row of q and returns its exponent, or NaN if a value or the row's bias is not finite.
 template <int D>
-inline bool load_query(device const float* q, bool rotated, ushort lane, thread float (&y)[D / 32],
-                       thread int& exponent) {
+inline float load_query(constant TqFlashAttnVecArgs& args, device const float* q, device const float* score_bias,
+                        ulong row, ushort lane, thread float (&y)[D / 32]) {
   constexpr int E = D / 32;
-  load_row<E>(q, lane, y);
-  bool finite = true;
-  for (int i = 0; i < E; ++i) finite = finite && isfinite(y[i]);
-  if (!simd_all(finite)) return false;
-  exponent = 0;
-  if (!rotated) {
-    exponent = common_exponent<E>(y);
-    divide_by_power_of_two<E>(y, exponent);
-    rotate_row<E>(y, lane);
-  }
-  const int rest = common_exponent<E>(y);
-  divide_by_power_of_two<E>(y, rest);
-  exponent += rest;
-  return true;
+  load_row<E>(q + row * D, lane, y);
+  bool is_finite = isfinite(load_bias(args, score_bias, row));
+  for (int i = 0; i < E; ++i) is_finite = is_finite && isfinite(y[i]);
+  return simd_all(is_finite) ? float(common_exponent<E>(y)) : NAN;
 }
 
 /// Puts a row of q into threadgroup memory, and what there is to know about it; zeros for a row that cannot be used.
@@ -137,17 +126,19 @@ inline void stage_query(constant TqFlashAttnVecArgs& args, device const float* q
   constexpr int E = D / 32;
   const ulong row = ulong(query) * args.num_heads + head;
   float y[E];
-  int exponent;
-  const bool is_finite = load_query<D>(q + row * D, args.fuse_fwht_pre == 0, lane, y, exponent);
-  const float bias = load_bias(args, score_bias, row);
-  const bool is_usable = is_finite && isfinite(bias);
-  for (int i = 0; i < E; ++i) staged[lane * E + i] = is_usable ? y[i] : 0.0f;
+  const float exponent = load_query<D>(args, q, score_bias, row, lane, y);
+  const bool is_usable = !isnan(exponent);
+  if (is_usable) {
+    divide_by_power_of_two<E>(y, int(exponent));
+    if (args.fuse_fwht_pre != 0) rotate_row<E>(y, lane);
+  }
+  for (int i = 0; i < E; ++i) staged[lane * E + i] = is_usable ? ldexp(y[i], -kQueryHeadroom) : 0.0f;
   if (lane > 0) return;
   const uint position = args.query_position - (args.num_queries - 1 - query);
   const uint window = args.mask_type == 2 ? args.sliding_window : 0;
   const tq_hb::QueryRange range = tq_hb::query_range(position, args.kv_seq_len, window);
-  about->exponent = is_usable ? float(exponent) : NAN;
-  about->bias = bias - bias_after_softmax(args, score_bias, row);
+  about->exponent = exponent;
+  about->bias = load_bias(args, score_bias, row) - bias_after_softmax(args, score_bias, row);
   about->begin = range.begin;
   about->end = range.end;
 }
@@ -206,26 +197,25 @@ inline float4 sum_over_rows(float4 value) {
 
 /// How the keys of a row and its sink share the weight.
 struct RowTotal {
-  float keys;  // what the keys' weights relative to their maximum are multiplied by
+  float keys;  // what sums of values are multiplied by, weighted relative to the keys' maximum
   float lse;   // the logarithm of the sum of exp(score), the sink included
 };
 
-/// From the maximum of the keys' scores and the sum of exp(score - maximum).
+/// From the maximum of the keys' scores and the sum of their weights relative to it.
 ///
 /// Whichever is larger, the keys' maximum or the sink, is what the other is relative to: a large bias costs nothing.
 inline RowTotal row_total(constant TqFlashAttnVecArgs& args, device const float* sinks, device const float* score_bias,
-                          uint row, float maximum, float sum) {
+                          ScoreScale scale, uint row, float maximum, float sum) {
   float sink = -INFINITY;
-  if ((args.flags & TQ_HAS_SINKS) != 0) {
-    sink = sinks[row % args.num_heads];
-    if (isfinite(sink)) sink = clamp(sink, -kLargestScore, kLargestScore);
-  }
+  if ((args.flags & TQ_HAS_SINKS) != 0) sink = sinks[row % args.num_heads];
   const float bias = bias_after_softmax(args, score_bias, row);
-  const float lead = sink - bias - maximum;
-  const float scale = lead > 0.0f ? exp(-lead) : 1.0f;
-  const float total = sum * scale + (lead > 0.0f ? 1.0f : exp(lead));
+  // In quarters nothing but the keys' maximum itself can be infinite.
+  const float keys = sum == 0.0f ? -INFINITY : scale.to_float(0.25f * maximum);
+  const float lead = sink == -INFINITY ? sink : 4.0f * (0.25f * sink - 0.25f * bias - keys);
+  const float share = lead > 0.0f ? exp(-lead) : 1.0f;
+  const float total = sum * share + (lead > 0.0f ? 1.0f : exp(lead));
   RowTotal result;
-  result.keys = total == 0.0f ? 0.0f : scale / total;
-  result.lse = total == 0.0f ? -INFINITY : (lead > 0.0f ? sink : maximum + bias) + log(total);
+  result.keys = total == 0.0f ? 0.0f : share / (total * kValueHeadroom);
+  result.lse = total == 0.0f ? -INFINITY : (lead > 0.0f ? sink : 4.0f * (keys + 0.25f * bias)) + log(total);
   return result;
 }

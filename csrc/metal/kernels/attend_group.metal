@@ -132,7 +132,8 @@ inline void add_stripe(thread float4 (&out)[kTile], thread TileState<kTile>& sta
   const uint age = rows->begin + first + lane;  // the tile's first row sees the oldest key
   const float to_value = row_scale<D>(args);
   const float v_factor =
-      has_key ? norms[(kNormBlocks + side.stripe / kNormStripes) * tq_hb::kBlock + lane] * to_value : 0.0f;
+      has_key ? norms[(kNormBlocks + side.stripe / kNormStripes) * tq_hb::kBlock + lane] * (to_value * kValueHeadroom)
+              : 0.0f;
   float weights[kTile];
   for (ushort r = 0; r < kTile; ++r) {
     const bool sees = has_key && age >= rows[r].begin && age < rows[r].end;
@@ -144,10 +145,11 @@ inline void add_stripe(thread float4 (&out)[kTile], thread TileState<kTile>& sta
       }
       product += part * (norms[b * tq_hb::kBlock + lane] * to_value);
     }
-    const float score = sees ? score_scale(args, rows + r).apply(product) : kNoScore;
+    const ScoreScale scale = score_scale(args, rows[r].exponent, rows[r].bias);
+    const float score = sees ? scale.apply(product) : kNoScore;
     const float maximum = max(state.maximum[r], simd_max(score));
-    const float decay = exp(state.maximum[r] - maximum);
-    const float weight = sees ? exp(score - maximum) : 0.0f;
+    const float decay = scale.weight(state.maximum[r], maximum);
+    const float weight = sees ? scale.weight(score, maximum) : 0.0f;
     state.sum[r] = state.sum[r] * decay + weight;
     state.maximum[r] = maximum;
     out[r] *= decay;
@@ -290,7 +292,7 @@ kernel void flash_attn_vec_tq_hb_gqa(
     }
     const float sum = simd_sum(state.sum[r]);
     if (side.stripe == 0 && lane == 0) {
-      states[2 * at] = isnan(rows[r].exponent) ? kBadQuery : sum;
+      states[2 * at] = sum;
       states[2 * at + 1] = state.maximum[r];
     }
   }

@@ -89,10 +89,10 @@ TQ_HB_FOR_EACH_HEAD_DIM(TQ_CHECK)
 #undef TQ_CHECK
 
 // --- flash_attn_vec_merge_tq_hb*: a weight per split, the merged row, and one word per SIMD group for each of
-//     three reductions ----------------------------------------------------------------------------------------
+//     two reductions ------------------------------------------------------------------------------------------
 
 constexpr TqU32 merge_threadgroup_bytes(TqU32 head_dim) {
-  return 4 * (TQ_GQA_MAX_SPLITS + head_dim + 3 * kMergeSimdgroups);
+  return 4 * (TQ_GQA_MAX_SPLITS + head_dim + 2 * kMergeSimdgroups);
 }
 
 static_assert(32 * kMergeSimdgroups == TQ_GQA_MAX_SPLITS, "a thread weighs one split");

@@ -34,9 +34,10 @@ kernel void flash_attn_vec_merge_tq_hb(
     constant TqFlashAttnVecArgs& args [[buffer(TQ_REDUCE_ARGS)]], device const float* tmp [[buffer(TQ_REDUCE_TMP)]],
     device float* output [[buffer(TQ_REDUCE_OUTPUT)]], device const float* sinks [[buffer(TQ_REDUCE_SINKS)]],
     device const float* score_bias [[buffer(TQ_REDUCE_SCORE_BIAS)]], device float* lse [[buffer(TQ_REDUCE_LSE)]],
-    device atomic_uint* status [[buffer(TQ_REDUCE_STATUS)]], threadgroup float* shared [[threadgroup(0)]],
-    uint row [[threadgroup_position_in_grid]], uint thread_index [[thread_index_in_threadgroup]],
-    ushort simdgroup [[simdgroup_index_in_threadgroup]], ushort lane [[thread_index_in_simdgroup]]) {
+    device atomic_uint* status [[buffer(TQ_REDUCE_STATUS)]], device const float* q [[buffer(TQ_REDUCE_Q)]],
+    threadgroup float* shared [[threadgroup(0)]], uint row [[threadgroup_position_in_grid]],
+    uint thread_index [[thread_index_in_threadgroup]], ushort simdgroup [[simdgroup_index_in_threadgroup]],
+    ushort lane [[thread_index_in_simdgroup]]) {
   threadgroup float* weights = shared;
   threadgroup float* merged_row = weights + TQ_GQA_MAX_SPLITS;
   threadgroup float* words = merged_row + D;
@@ -46,17 +47,20 @@ kernel void flash_attn_vec_merge_tq_hb(
   const bool takes_part = thread_index < splits;
   const ulong at = thread_index * num_rows(args) + row;
   const float sum = takes_part ? states[2 * at] : 0.0f;
-  const float is_bad = threadgroup_max(sum == kBadQuery ? 1.0f : 0.0f, words, simdgroup, lane);
-  if (is_bad > 0.0f) {
+  constexpr int E = D / 32;
+  float y[E];
+  const float exponent = load_query<D>(args, q, score_bias, row, lane, y);
+  if (isnan(exponent)) {
     if (thread_index == 0) atomic_fetch_min_explicit(status, row, memory_order_relaxed);
     return;
   }
+  const ScoreScale scale = score_scale(args, exponent, 0.0f);
   const float own_maximum = takes_part ? states[2 * at + 1] : kNoScore;
-  const float maximum = threadgroup_max(own_maximum, words + tq_hb::kMergeSimdgroups, simdgroup, lane);
-  const float weight = takes_part ? exp(own_maximum - maximum) : 0.0f;
+  const float maximum = threadgroup_max(own_maximum, words, simdgroup, lane);
+  const float weight = takes_part ? scale.weight(own_maximum, maximum) : 0.0f;
   weights[thread_index] = weight;
-  const float keys_sum = threadgroup_sum(sum * weight, words + 2 * tq_hb::kMergeSimdgroups, simdgroup, lane);
-  const RowTotal total = row_total(args, sinks, score_bias, row, maximum, keys_sum);
+  const float keys_sum = threadgroup_sum(sum * weight, words + tq_hb::kMergeSimdgroups, simdgroup, lane);
+  const RowTotal total = row_total(args, sinks, score_bias, scale, row, maximum, keys_sum);
   if (thread_index == 0 && (args.flags & TQ_HAS_LSE) != 0) lse[row] = total.lse;
 
   for (uint d = thread_index; d < D; d += 32 * tq_hb::kMergeSimdgroups) {
@@ -72,8 +76,6 @@ kernel void flash_attn_vec_merge_tq_hb(
 
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (simdgroup > 0) return;
-  constexpr int E = D / 32;
-  float y[E];
   for (int i = 0; i < E; ++i) y[i] = merged_row[lane * E + i];
   unrotate_row<E>(y, lane);
   store_row<E>(output + ulong(row) * D, lane, y);
@@ -82,7 +84,7 @@ kernel void flash_attn_vec_merge_tq_hb(
 #define TQ_INSTANTIATE_ONE(name, D, undo)                                                                         \
   template [[host_name(name #D)]] kernel void flash_attn_vec_merge_tq_hb<D, undo>(                                \
       constant TqFlashAttnVecArgs&, device const float*, device float*, device const float*, device const float*, \
-      device float*, device atomic_uint*, threadgroup float*, uint, uint, ushort, ushort);
+      device float*, device atomic_uint*, device const float*, threadgroup float*, uint, uint, ushort, ushort);
 #define TQ_INSTANTIATE(D)                                       \
   TQ_INSTANTIATE_ONE("flash_attn_vec_merge_tq_hb_dk", D, false) \
   TQ_INSTANTIATE_ONE("flash_attn_vec_merge_tq_hb_undo_dk", D, true)

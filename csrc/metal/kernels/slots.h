@@ -23,6 +23,7 @@
 #define TQ_REDUCE_SCORE_BIAS 4
 #define TQ_REDUCE_LSE 5
 #define TQ_REDUCE_STATUS 6
+#define TQ_REDUCE_Q 7
 
 #define TQ_QUANTIZE_SRC 0
 #define TQ_QUANTIZE_PACKED 1
