@@ -11,8 +11,8 @@
 
 /// Below every score, so that an empty maximum loses; finite, so that it can be subtracted from itself.
 constant float kNoScore = -3.40282347e38f;
-/// A query's values are staged below 2^(1 - kQueryHeadroom), where no norm is so large that a product with 512 levels
-/// overflows: levels are below 6.
+/// A query whose largest value is below 1 is staged 2^kQueryHeadroom times smaller: its product with 512 levels, which
+/// are below 6, and any norm is then finite.
 constant int kQueryHeadroom = 14;
 /// Multiplies values until they are divided by the sum of their weights, so that no sum of them overflows.
 constant float kValueHeadroom = 5.96046448e-8f;  // 2^-24
