@@ -175,6 +175,27 @@ def test_all_that_a_query_is_asked_is_to_be_finite(device):
         cache.append(rows, q[:, :2])
 
 
+@pytest.mark.parametrize("has_mean", [False, True])
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_a_cache_that_refuses_a_query_has_written_nothing(device, has_mean, is_empty):
+    mean = np.ones((2, 256), np.float32) if has_mean else None
+    cache = tq_hb.KVCache(2, 256, 8, k_mean=mean, device=device)
+    batch = tq_hb.BatchedKVCache(2, 2, 256, 8, k_mean=mean, device=device)
+    if not is_empty:
+        rows = np.ones((2, 3, 2, 256), np.float32)
+        cache.append(*rows)
+        batch.append([0, 1], rows, rows)
+    q, out = np.ones((2, 4, 256), np.float32), np.full((2, 4, 256), 7.0, np.float32)
+    q[1, 3, 7] = np.nan
+
+    with pytest.raises(tq_hb.InvalidArgument, match=r"^KVCache.attend: q must be finite, .* token 1, head 3$"):
+        cache.attend(q, q_offset=1, return_lse=True, out=out)
+    with pytest.raises(tq_hb.InvalidArgument, match=r"^BatchedKVCache.attend: q\[1\] must be .* token 0, head 3$"):
+        batch.attend([0, 1], q, q_offset=1, return_lse=True, out=out)
+
+    assert (out == 7.0).all()
+
+
 def test_a_recorded_query_is_asked_no_more(device):
     p = tq_hb.FlashAttnVecTqHbParams(num_heads=4, num_kv_heads=2, head_dim=256, kv_seq_len=1, kv_capacity=1, scale=1.0)
     packed, norms = device.empty((2, 1, 256), np.uint8), device.empty((2, 1))
