@@ -69,8 +69,8 @@ DType dtype_of(const std::string& op, const std::string& field, const py::dtype&
 
 Shape shape_of(const py::array& array);
 
-/// Throws if a query is not finite. `shape` is (heads, D) or (queries, heads, D), behind the sequences if batched.
-void require_queries(const std::string& op, bool batched, const float* q, const Shape& shape);
+/// Throws if a query is not finite. They are (heads, D) or (queries, heads, D), behind the sequences if batched.
+void require_queries(const std::string& op, bool batched, const py::array_t<float, py::array::c_style>& q);
 
 /// (kind, kernel, threadgroups, threads, threadgroup_bytes) of everything that was encoded.
 py::tuple to_tuple(const std::vector<Node>& nodes);

@@ -97,6 +97,7 @@ Shape to_shape(const std::string& op, const py::object& value) {
   };
   PyObject* extents = to_int64(value) ? PyTuple_Pack(1, value.ptr()) : PySequence_Tuple(value.ptr());
   if (extents == nullptr) {
+    if (PyErr_ExceptionMatches(PyExc_Exception) == 0) throw py::error_already_set();
     PyErr_Clear();
     throw refusal();
   }

@@ -159,11 +159,12 @@ void append(const Device& device, const std::string& op, const CacheFormat& form
 
 using ArrayOrBuffer = std::variant<Buffer, py::array>;
 
-/// Also of no sequence at all: then nothing but the queries is looked at.
 std::vector<Launched> attend(const Device& device, const std::string& op, const CacheFormat& format, bool batched,
-                             const py::array& q, py::array output, const std::optional<ArrayOrBuffer>& sinks,
-                             const std::optional<py::array>& score_bias, std::optional<py::array> lse,
-                             const std::vector<AttendRun>& runs) {
+                             const py::array_t<float, py::array::c_style>& q, py::array output,
+                             const std::optional<ArrayOrBuffer>& sinks, const std::optional<py::array>& score_bias,
+                             std::optional<py::array> lse, const std::vector<AttendRun>& runs) {
+  require_queries(op, batched, q);
+  if (runs.empty()) return {};
   HostArrays host(device, op);
   Arrays arrays{host.read("q", q), host.write("out", output), {}, {}, {}};
   if (sinks) {
@@ -176,7 +177,6 @@ std::vector<Launched> attend(const Device& device, const std::string& op, const 
   std::vector<Launched> launched = record_attention(*encoder, op, format, batched, arrays, runs);
   {
     const ReleasedGil released;
-    require_queries(op, batched, static_cast<const float*>(q.data()), arrays.q.shape());
     encoder->commit();
     encoder->wait();
   }

@@ -24,11 +24,22 @@ py::capsule keep(Managed* managed) {
 }
 
 std::string describe(const DLDataType& dtype) {
-  return "type code " + std::to_string(dtype.code) + " of " + std::to_string(dtype.bits) + " bits";
+  const std::string bits = std::to_string(dtype.bits);
+  switch (dtype.code) {
+    case kBfloat:
+      return "bfloat" + bits;
+    case kComplex:
+      return "complex" + bits;
+    case kBool:
+      return "bool";
+    default:
+      return "a dtype with DLPack's type code " + std::to_string(dtype.code) + " and " + bits + " bits";
+  }
 }
 
-/// numpy's name for the dtype; bfloat16, which numpy lacks, is seen as uint16.
-py::dtype numpy_dtype(const std::string& op, const std::string& field, const DLDataType& dtype) {
+/// numpy's name for the dtype; bfloat16, which numpy lacks, is seen as uint16. One without a name breaks `rule`.
+py::dtype numpy_dtype(const std::string& op, const std::string& field, const std::string& rule,
+                      const DLDataType& dtype) {
   const bool whole_bytes =
       dtype.lanes == 1 && dtype.bits >= 8 && dtype.bits <= 64 && (dtype.bits & (dtype.bits - 1)) == 0;
   const char* kind = nullptr;
@@ -36,7 +47,7 @@ py::dtype numpy_dtype(const std::string& op, const std::string& field, const DLD
   if (dtype.code == kUInt || (dtype.code == kBfloat && dtype.bits == 16)) kind = "u";
   if (dtype.code == kFloat && dtype.bits >= 16) kind = "f";
   if (kind == nullptr || !whole_bytes) {
-    throw invalid(op, field, "must have a float or integer dtype", describe(dtype));
+    throw invalid(op, field, rule, describe(dtype));
   }
   return py::dtype(kind + std::to_string(dtype.bits / 8));
 }
@@ -72,11 +83,11 @@ HostMemory host_memory(const std::string& op, const std::string& field, const DL
   return {storage->host() + tensor.byte_offset, py::cast(Buffer(storage, DType::kUint8, {storage->size()}))};
 }
 
-py::tuple view(const std::string& op, const std::string& field, const DLTensor& tensor, bool read_only,
-               const py::capsule& owner) {
+py::tuple view(const std::string& op, const std::string& field, const std::string& rule, const DLTensor& tensor,
+               bool read_only, const py::capsule& owner) {
   check_device(op, field, tensor.device.type);
   if (tensor.ndim < 0) throw invalid(op, field, "must have a number of axes >= 0", tensor.ndim);
-  const py::dtype dtype = numpy_dtype(op, field, tensor.dtype);
+  const py::dtype dtype = numpy_dtype(op, field, rule, tensor.dtype);
   std::vector<py::ssize_t> shape(tensor.shape, tensor.shape + tensor.ndim);
   std::vector<py::ssize_t> strides(shape.size());
   py::ssize_t contiguous = dtype.itemsize();
@@ -161,10 +172,11 @@ auto blaming(const std::string& op, const std::string& field, const Read& read) 
 }
 
 /// (numpy view, whether its uint16 values are bfloat16 bits) of an array that speaks DLPack.
-py::tuple from_dlpack(const std::string& op, const std::string& field, const py::object& producer) {
+py::tuple from_dlpack(const std::string& op, const std::string& field, const py::object& producer,
+                      const std::string& rule) {
   return blaming(op, field, [&] {
     const Consumed consumed = consume_capsule(op, field, export_capsule(op, field, producer));
-    return view(op, field, consumed.tensor, consumed.is_read_only, consumed.owner);
+    return view(op, field, rule, consumed.tensor, consumed.is_read_only, consumed.owner);
   });
 }
 
@@ -211,14 +223,15 @@ Buffer borrow(const Device& device, const std::string& op, const std::string& fi
       }
       contiguous *= tensor.shape[i];
     }
-    if (tensor.dtype.code == kBfloat) throw invalid(op, field, "must have a dtype that buffers have", "bfloat16");
+    const std::string rule = "must have a dtype that buffers have";
+    if (tensor.dtype.code == kBfloat) throw invalid(op, field, rule, describe(tensor.dtype));
     const auto address = reinterpret_cast<std::uintptr_t>(tensor.data) + tensor.byte_offset;
-    return buffer_at(device, op, field, address, numpy_dtype(op, field, tensor.dtype), shape, consumed.owner);
+    return buffer_at(device, op, field, address, numpy_dtype(op, field, rule, tensor.dtype), shape, consumed.owner);
   });
 }
 
 void bind_dlpack_import(py::module_& module) {
-  module.def("from_dlpack", &from_dlpack, py::arg("op"), py::arg("field"), py::arg("producer"));
+  module.def("from_dlpack", &from_dlpack, py::arg("op"), py::arg("field"), py::arg("producer"), py::arg("rule"));
 }
 
 }  // namespace tq_hb

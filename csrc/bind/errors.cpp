@@ -56,7 +56,7 @@ void bind_errors(py::module_& module) {
       base(PyExc_RuntimeError));
   g_out_of_memory =
       make_exception(module, "OutOfMemoryError",
-                     "The device has not enough memory.\n\n"
+                     "The device or the host has not enough memory.\n\n"
                      ">>> import tq_hb\n>>> issubclass(tq_hb.OutOfMemoryError, (tq_hb.DeviceError, MemoryError))\nTrue",
                      py::make_tuple(base(g_device), base(PyExc_MemoryError)));
 

@@ -17,6 +17,7 @@ std::optional<std::int64_t> to_int64(const py::handle& value) {
   const py::object index = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
   const long long number = index ? PyLong_AsLongLong(index.ptr()) : 0;
   if (PyErr_Occurred() == nullptr) return number;
+  if (PyErr_ExceptionMatches(PyExc_Exception) == 0) throw py::error_already_set();  // KeyboardInterrupt and its like
   PyErr_Clear();
   return std::nullopt;
 }

@@ -18,36 +18,39 @@ const float* require(const std::string& op, const std::string& field, RowRule ru
   return rows;
 }
 
+using Rows = py::array_t<float, py::array::c_style>;
+
+Shape shape_of_rows(const std::string& op, const std::string& field, const Rows& rows, std::size_t least_axes) {
+  if (rows.ndim() < static_cast<py::ssize_t>(least_axes)) {
+    throw invalid(op, field, "must have at least " + std::to_string(least_axes) + " axes", to_string(shape_of(rows)));
+  }
+  return shape_of(rows);
+}
+
 }  // namespace
 
-void require_queries(const std::string& op, bool batched, const float* q, const Shape& shape) {
+void require_queries(const std::string& op, bool batched, const py::array_t<float, py::array::c_style>& q) {
+  const Shape shape = shape_of_rows(op, "q", q, batched ? 3 : 2);
   const std::uint64_t sequences = batched ? shape.front() : 1;
   const Shape one(shape.begin() + (batched ? 1 : 0), shape.end());
+  const float* rows = q.data();
+  const ReleasedGil released;
   for (std::uint64_t i = 0; i < sequences; ++i) {
-    q = require(op, batched ? "q[" + std::to_string(i) + "]" : "q", RowRule::kFinite, q, one);
+    rows = require(op, batched ? "q[" + std::to_string(i) + "]" : "q", RowRule::kFinite, rows, one);
   }
 }
 
 void bind_rows(py::module_& module) {
-  using Rows = py::array_t<float, py::array::c_style>;
   module.def(
       "require_rows",
-      [](const std::string& op, const std::string& field, const Rows& rows, bool as_query) {
+      [](const std::string& op, const std::string& field, const Rows& rows) {
+        const Shape shape = shape_of_rows(op, field, rows, 2);
         const float* values = rows.data();
-        const Shape shape = shape_of(rows);
         const ReleasedGil released;
-        require(op, field, as_query ? RowRule::kFinite : RowRule::kEncodable, values, shape);
+        require(op, field, RowRule::kEncodable, values, shape);
       },
-      py::arg("op"), py::arg("field"), py::arg("rows").noconvert(), py::arg("as_query"));
-  module.def(
-      "require_queries",
-      [](const std::string& op, bool batched, const Rows& q) {
-        const float* values = q.data();
-        const Shape shape = shape_of(q);
-        const ReleasedGil released;
-        require_queries(op, batched, values, shape);
-      },
-      py::arg("op"), py::arg("batched"), py::arg("q").noconvert());
+      py::arg("op"), py::arg("field"), py::arg("rows").noconvert());
+  module.def("require_queries", &require_queries, py::arg("op"), py::arg("batched"), py::arg("q").noconvert());
 }
 
 }  // namespace tq_hb

@@ -58,8 +58,7 @@ void CommandEncoder::record(Op op) {
   if (pending_.conflicts(accesses)) barrier();
   encode(std::move(op));
   // Last, since an op that has a barrier inside reads and writes beyond it, too.
-  pending_.add_reads(accesses);
-  pending_.add_writes(accesses);
+  pending_.add(accesses);
 }
 
 void CommandEncoder::barrier() {

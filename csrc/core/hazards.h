@@ -13,8 +13,10 @@ class HazardTracker {
   bool conflicts(const Accesses& op) const noexcept {
     return overlaps(op.reads, writes_) || overlaps(op.writes, writes_) || overlaps(op.writes, reads_);
   }
-  void add_reads(const Accesses& op) { append(op.reads, reads_); }
-  void add_writes(const Accesses& op) { append(op.writes, writes_); }
+  void add(const Accesses& op) {
+    append(op.reads, reads_);
+    append(op.writes, writes_);
+  }
   void clear() noexcept {
     reads_.clear();
     writes_.clear();

@@ -18,6 +18,7 @@ from tq_hb.interop import (
     finish,
     like,
     require_disjoint,
+    require_queries,
 )
 from tq_hb.options import allocate, check_bool, invalid
 from tq_hb.staging import Outstanding, Staging
@@ -72,8 +73,7 @@ class AttentionCall:
         enters = self.softcap != 0 or self._sinks is not None or return_lse
         self._bias: Array | None = None
         if enters and form.k_mean is not None:
-            if isinstance(rows, np.ndarray):
-                _core.require_queries(op, batched, rows)
+            require_queries(op, rows, batched=batched)  # before their products are judged
             self._bias = form.score_bias(op, rows, q, self.scale)
         self._runs: list[_core._AttentionRun] = []
         self._empty: list[int] = []

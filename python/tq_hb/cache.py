@@ -212,8 +212,8 @@ class KVCache:
         """Take new memory; what was held before stays if there is none."""
         form, is_ring = self._form, self._window is not None
         k, v = (Codes.allocate(form, bits, capacity, is_ring=is_ring) for bits in (form.k_bits, form.v_bits))
-        self._k, self._v, self._capacity = k, v, capacity
-        self._buffers = _core.CacheBuffers(k.packed, k.norms, v.packed, v.norms)
+        buffers = _core.CacheBuffers(k.packed, k.norms, v.packed, v.norms)
+        self._k, self._v, self._buffers, self._capacity = k, v, buffers, capacity
 
     # -- what it is ------------------------------------------------------------------------------------
 

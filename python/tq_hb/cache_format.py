@@ -157,10 +157,9 @@ class CacheFormat:
         else:
             staging.run(encoder)
 
-    def score_bias(self, op: str, q: Rows, given: Array, scale: float) -> Rows | None:
-        """Return what the mean key adds to every score of a query: (..., H), or None without a mean key."""
-        if self.k_mean is None:
-            return None
+    def score_bias(self, op: str, q: Rows, given: Array, scale: float) -> Rows:
+        """Return what the mean key, which there has to be, adds to every score of a query: (..., H)."""
+        assert self.k_mean is not None
         group = q.shape[-2] // self.num_kv_heads
         per_kv_head = q.reshape((*q.shape[:-2], self.num_kv_heads, group, self.head_dim))
         if isinstance(per_kv_head, Buffer):

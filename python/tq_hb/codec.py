@@ -153,7 +153,8 @@ def _require_rows(op: str, rows: Rows) -> None:
         return
     index: tuple[int, ...] = ()
     for size in rows.shape[:-1]:
-        index += (next(i for i in range(size) if _is_bad(rows[(*index, i)])),)
+        # Another thread may have mended it meanwhile.
+        index += (next((i for i in range(size) if _is_bad(rows[(*index, i)])), 0),)
     name = f"x[{', '.join(map(str, index))}]" if index else "x"
     raise invalid(op, name, "must be finite with a squared norm that fits in float32", "a bad row")
 

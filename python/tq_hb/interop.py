@@ -36,9 +36,6 @@ _FLOAT_NAMES = {np.float16: "float16", np.float32: "float32", np.float64: "float
 _A_FLOAT = "must have dtype float16, bfloat16, float32 or float64"
 _A_CODE = "must have dtype uint8"
 
-# What numpy has a dtype for, or bfloat16.
-_SEEN = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)} | {*_FLOAT_NAMES.values(), "bfloat16"}
-
 
 def borrow(
     op: str, field: str, x: Array, rule: str = "must have a float or integer dtype"
@@ -57,14 +54,7 @@ def borrow(
     if isinstance(x, _core.Buffer):
         return x.numpy(), False
     if hasattr(x, "__dlpack__") and not isinstance(x, type):
-        try:
-            return _core.from_dlpack(op, field, _exportable(x))
-        except _core.InvalidArgument:
-            # The codes by which DLPack names dtypes say nothing to a caller.
-            name = str(getattr(x, "dtype", "bfloat16")).rpartition(".")[2]
-            if name in _SEEN:
-                raise
-            raise invalid(op, field, rule, name) from None
+        return _core.from_dlpack(op, field, _exportable(x), rule)
     try:
         return np.asarray(memoryview(x)), False
     except (TypeError, ValueError):
@@ -190,13 +180,19 @@ def _borrow_writable(op: str, field: str, x: Array) -> tuple[npt.NDArray[Any], s
     return array, "bfloat16" if is_bfloat16 else _dtype_name(array)
 
 
-def require_rows(op: str, field: str, rows: Rows, *, as_query: bool = False) -> None:
-    """Raise if a row cannot be used: not finite, or (unless ``as_query``) with a norm beyond float32.
+def require_rows(op: str, field: str, rows: Rows) -> None:
+    """Raise if a row cannot be encoded: not finite, or with a norm beyond float32.
 
     ``rows`` is (heads, head_dim) or (tokens, heads, head_dim). On a GPU the kernels look themselves.
     """
     if not isinstance(rows, _core.Buffer):
-        _core.require_rows(op, field, rows, as_query)
+        _core.require_rows(op, field, rows)
+
+
+def require_queries(op: str, q: Rows, *, batched: bool = False) -> None:
+    """Raise if a query is not finite; they are as :func:`require_rows` has them, behind the sequences if batched."""
+    if not isinstance(q, _core.Buffer):
+        _core.require_queries(op, batched, q)
 
 
 def check_sinks(op: str, sinks: Array, num_heads: int) -> Float32Array:
@@ -229,10 +225,10 @@ def like(op: str, x: Array, result: npt.NDArray[Any], dtype: str = "float32") ->
     if dtype == "float32" and isinstance(x, np.ndarray):
         return result
     with Allocating(op, "the result"), np.errstate(all="ignore"):
-        return _like(x, result, dtype)
+        return _like(op, x, result, dtype)
 
 
-def _like(x: Array, result: npt.NDArray[Any], dtype: str) -> Array:
+def _like(op: str, x: Array, result: npt.NDArray[Any], dtype: str) -> Array:
     library = _library(x)
     if library == "torch":
         torch = sys.modules["torch"]
@@ -241,7 +237,7 @@ def _like(x: Array, result: npt.NDArray[Any], dtype: str) -> Array:
         mx = sys.modules["mlx.core"]
         return mx.array(result).astype(getattr(mx, dtype))
     if isinstance(x, _core.Buffer):
-        return _core.copy_beside(x, "like", "result", result.astype(dtype, copy=False))
+        return _core.copy_beside(x, op, "the result", result.astype(dtype, copy=False))
     if isinstance(x, np.ndarray):
         # x's own dtype in native byte order: "bfloat16" is no name that numpy knows.
         return result.astype(x.dtype.newbyteorder("=")) if dtype in ("float16", "bfloat16") else result

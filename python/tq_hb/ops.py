@@ -22,6 +22,7 @@ from tq_hb.interop import (
     as_writable_rows,
     check_sinks,
     require_disjoint,
+    require_queries,
     require_rows,
 )
 from tq_hb.options import check_bits, check_format, check_params, invalid
@@ -402,7 +403,7 @@ def _attend(
         return_lse=return_lse,
         **options,
     )
-    require_rows(op, "q", rows, as_query=True)
+    require_queries(op, rows)
     staging.run(encoder._core)
     attended = staging.hand_over(q, result) if out is None else out
     return (attended, staging.hand_over(q, lse)) if return_lse else attended

@@ -29,11 +29,6 @@ class Staging:
         self._written: list[tuple[_core.Buffer, npt.NDArray[Any]]] = []
         self.stream = None if self._beside is None else gpu_arrays.stream(self._beside)
 
-    @property
-    def is_on_gpu(self) -> bool:
-        """Whether results are on a GPU."""
-        return self._beside is not None
-
     def make_encoder(self) -> _core.CommandEncoder:
         """Return an encoder for the call."""
         return self._device.make_encoder(stream=self.stream)

@@ -125,8 +125,8 @@ TEST(CpuAttend, MergesRangesThatOnlySomeQueriesSee) {
   struct Shape {
     unsigned keys, window;
   };
-  // Ranges of 128 keys, of which the last holds few or the first query sees none.
-  for (const Shape shape : {Shape{129, 0}, Shape{300, 125}, Shape{513, 0}, Shape{700, 260}}) {
+  // Ranges of 256 keys, of which the last holds few or the first query sees none.
+  for (const Shape shape : {Shape{257, 0}, Shape{600, 253}, Shape{513, 0}, Shape{700, 260}}) {
     CacheCase test(4, 2, 128, shape.keys, 5, 8, "cpu", Packing::kPlane);
     test.args.mask_type = shape.window != 0 ? 2 : 0;
     test.args.sliding_window = shape.window;
@@ -199,7 +199,7 @@ TEST(CpuAttend, OfEveryInstructionSetAndPrecisionMatchesFloat64) {
       for (const unsigned bits : {5u, 6u, 8u}) {
         for (const auto [heads, queries] :
              {Rows{1, 1}, Rows{2, 1}, Rows{3, 1}, Rows{4, 1}, Rows{5, 1}, Rows{8, 1}, Rows{3, 3}, Rows{17, 1}}) {
-          CacheCase test(heads, 1, head_dim, 175, bits, bits, "cpu", packing);
+          CacheCase test(heads, 1, head_dim, 300, bits, bits, "cpu", packing);
           test.ask(queries);
           test.add_lse();
           test.args.ring_start = 20;  // wraps inside a tile

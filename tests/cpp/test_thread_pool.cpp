@@ -96,6 +96,7 @@ TEST(ThreadPool, WorkersDoNotStayOnTheCallersProcessor) {
   ThreadPool pool;
   pool.set_num_threads(2);
   pool.start();
+  const Patience patience;
   for (int processor = 0; processor < CPU_SETSIZE; ++processor) {
     if (!CPU_ISSET(processor, &before)) continue;
     cpu_set_t one;
@@ -105,7 +106,6 @@ TEST(ThreadPool, WorkersDoNotStayOnTheCallersProcessor) {
     const std::thread::id caller = std::this_thread::get_id();
     // A worker that the first call has put there moves away in the next ones.
     std::atomic<int> elsewhere{0}, here{0};
-    const Patience patience;
     for (int call = 0; call < 20 || (elsewhere == 0 && patience); ++call) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));  // for the worker to go to sleep
       pool.parallel_for(200, [&](std::size_t) {
@@ -140,7 +140,7 @@ TEST(ThreadPool, WorkersStayWhereTheyAreTiedTo) {
   ASSERT_EQ(sched_setaffinity(0, sizeof(one), &one), 0);
   std::atomic<int> tied{0}, elsewhere{0};
   const Patience patience;
-  for (int call = 0; call < 40 || (tied == 0 && patience); ++call) {
+  for (int call = 0; call < tied + 40 || (tied == 0 && patience); ++call) {
     pool.parallel_for(200, [&](std::size_t) {
       if (std::this_thread::get_id() == caller) return std::this_thread::yield();
       if (tied == 0 && sched_setaffinity(0, sizeof(one), &one) == 0) tied = call + 1;

@@ -19,7 +19,7 @@ WIDTHS = st.sampled_from([5, 6, 8])
 @st.composite
 def attend_cases(draw: st.DrawFn) -> Case:
     """Any valid call of the attention op on a small cache."""
-    kv_seq_len = draw(st.integers(1, 200))
+    kv_seq_len = draw(st.integers(1, 200) | st.integers(201, 400))
     num_queries = draw(st.none() | st.integers(1, min(kv_seq_len, 11)))
     num_kv_heads = draw(st.integers(1, 4))
     is_full = draw(st.booleans())
@@ -30,7 +30,7 @@ def attend_cases(draw: st.DrawFn) -> Case:
         kv_seq_len=kv_seq_len,
         kv_capacity=kv_seq_len + (0 if is_full else draw(st.integers(1, 40))),
         ring_start=draw(st.integers(0, kv_seq_len - 1)) if is_full else 0,
-        window=draw(st.integers(0, 220)),
+        window=draw(st.integers(0, 420)),
         softcap=draw(st.sampled_from([0.0, 0.5, 50.0])),
         k_bits=draw(WIDTHS),
         v_bits=draw(WIDTHS),

@@ -85,7 +85,7 @@ class TestExport:
         buf = ramp(device)
         for copy in (None, False, True):
             exporter = Exporter(buf, copy=copy) if max_version else LegacyExporter(buf, copy=copy)
-            lent, _ = _core.from_dlpack("op", "x", exporter)
+            lent, _ = _core.from_dlpack("op", "x", exporter, "must have a dtype")
             assert np.array_equal(lent, buf.numpy())
             assert np.may_share_memory(lent, buf.numpy()) == (copy is not True)
 

@@ -258,6 +258,20 @@ def test_a_dtype_that_does_not_fit_is_named_beside_those_that_do(x, kind, name):
         tq_hb.dequantize(one, x[..., 0], 8, head_dim=256)
 
 
+def test_what_an_exporter_says_is_not_lost_behind_its_dtype(x):
+    class Exporter:
+        dtype = "<dtype: 'float32'>"
+
+        def __dlpack_device__(self):
+            return (1, 0)
+
+        def __dlpack__(self, **_):
+            raise BufferError("it is being written")
+
+    with pytest.raises(tq_hb.InvalidArgument, match=r"^KVCache\.append: k .*got it is being written$"):
+        tq_hb.KVCache(2, 256).append(Exporter(), x)
+
+
 @pytest.mark.parametrize("name", ["bool", "bfloat16"])
 def test_slots_that_are_no_integers_are_named_by_their_dtype(x, name):
     torch = library("torch")
