@@ -17,6 +17,16 @@ Result = dict[str, Any]
 
 _NAMES = [name_of(*form) for form in FORMS]
 _README_SHAPES = {"head_dim": 256, "tokens": 4096}
+# A peer, the faster of its forms, how many times longer it is to take, and than which of ours, the faster.
+_WANTED = (
+    (("llama.cpp q8_0",), 3.0, (name_of(8, "byte", "default"),)),
+    (("llama.cpp q5_0",), 9.0, (name_of(5, "byte", "default"), name_of(5, "plane", "default"))),
+    (
+        ("torch float32", "torch float32 enable_gqa"),
+        7.0,
+        (name_of(5, "byte", "default"), name_of(5, "plane", "default")),
+    ),
+)
 
 
 def _measured(report: Report) -> list[Result]:
@@ -124,7 +134,7 @@ def bounds(report: Report) -> str:
             ]
         rows.append((_query_heads(group), str(len(here)), *cells))
     header = ("", "rows", *(cell for form in forms for cell in (f"÷ {_header(form)}", "÷ a read of them")))
-    return table(header, rows) + f"\n{_far_ahead(results)}\n" + _source(report)
+    return table(header, rows) + f"\n{_far_ahead(results)}{_ahead_of_each(results)}\n" + _source(report)
 
 
 def _read(result: Result, form: str) -> float:
@@ -146,6 +156,30 @@ def _far_ahead(results: Sequence[Result]) -> str:
         f"5 times) at {ours} of {len(results)} rows. It would at {in_bytes} if a call took as long as a read of 5 "
         f"bits, and at {in_planes} if it took as long as a read of 5 bits in planes."
     )
+
+
+def _ahead_of_each(results: Sequence[Result]) -> str:
+    """Return at how many shapes some peers are left as far behind as wanted, and at how many by a read alone."""
+    text = ""
+    for peers, wanted, forms in _WANTED:
+        here = [result["rows"] for result in results if peers[0] in result["rows"]]
+        if not here:
+            continue
+
+        def ratio(rows: Result, form: str, peers: tuple[str, ...] = peers) -> float:
+            fastest = min(rows[peer]["median_us"] for peer in peers if peer in rows)
+            return float(fastest / rows[form]["median_us"])
+
+        ours = sum(max(ratio(rows, form) for form in forms) >= wanted for rows in here)
+        # Where a call is faster than the read, it stays so.
+        read = sum(
+            max(ratio(rows, form) / min(1.0, rows[form]["share_of_read"]) for form in forms) >= wanted for rows in here
+        )
+        text += (
+            f" {peers[0]} takes at least {wanted:.0f} times as long as {_header(forms[0])} at {ours} of {len(here)}, "
+            f"and would at {read}."
+        )
+    return text
 
 
 def _query_heads(group: int) -> str:

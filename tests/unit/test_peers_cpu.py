@@ -317,6 +317,17 @@ def test_bounds_set_the_ratios_beside_those_of_a_read(report):
     assert "| 1 query head per KV head | 2 | 1.9 (0.8 to 3.0) | 3.8 (1.5 to 6.0) |" in bounds
     assert "| 8 query heads per KV head | 1 | 1.5 (1.5 to 1.5) | 3.0 (3.0 to 3.0) |" in bounds
     assert "5 times) at 1 of 3 rows. It would at 1 if" in bounds
+    assert "llama.cpp" not in bounds
+
+
+def test_bounds_say_how_far_behind_single_peers_are(report):
+    peers = {"llama.cpp q5_0": 800.0, "torch float32": 800.0, "torch float32 enable_gqa": 600.0}
+    report["results"][1:] = [result(16, 1, 100.0, peers), result(2, 1, 50.0, peers)]
+
+    bounds = tables.bounds(report)
+
+    assert "llama.cpp q5_0 takes at least 9 times as long as 5 bits at 1 of 2, and would at 2." in bounds
+    assert "torch float32 takes at least 7 times as long as 5 bits at 1 of 2, and would at 2." in bounds
 
 
 def test_the_plot_is_drawn(report):
