@@ -11,8 +11,8 @@
 
 /// Below every score, so that an empty maximum loses; finite, so that it can be subtracted from itself.
 constant float kNoScore = -3.40282347e38f;
-/// A query whose largest value is below 1 is staged 2^kQueryHeadroom times smaller: its product with 512 levels, which
-/// are below 6, and any norm is then finite.
+/// In units of its exponent a query's values are below 4, or as long once rotated. It is staged 2^kQueryHeadroom times
+/// smaller: its product with 512 levels, which are below 6, and any norm is then below 3/4 of what float32 has.
 constant int kQueryHeadroom = 14;
 /// Multiplies values until they are divided by the sum of their weights, so that no sum of them overflows.
 constant float kValueHeadroom = 5.96046448e-8f;  // 2^-24
@@ -58,12 +58,17 @@ struct ScoreScale {
   float bias;
   float softcap;
 
+  // Fused into the subtraction that follows, the product would differ from the maximum that it is itself.
   float apply(float dot) const {
+#pragma clang fp contract(off)
     const float score = dot * mantissa;
     return softcap > 0.0f ? softcap * precise::tanh((ldexp(score, exponent) + bias) / softcap) : score;
   }
   float to_float(float score) const { return softcap > 0.0f ? score : ldexp(score, exponent); }
-  float weight(float score, float maximum) const { return exp(to_float(score - maximum)); }
+  float weight(float score, float maximum) const {
+#pragma clang fp contract(off)
+    return exp(to_float(score - maximum));
+  }
 };
 
 inline ScoreScale score_scale(constant TqFlashAttnVecArgs& args, float query_exponent, float bias) {
@@ -82,7 +87,8 @@ inline float row_scale(constant TqFlashAttnVecArgs& args) {
   return tq_hb::norm_blocks(D) == 2 ? precise::divide(1.0f, args.scale_factor_d512) : tq_hb::inverse_sqrt_head_dim(D);
 }
 
-/// The exponent of the SIMD group's largest value, which is then below 2 in the unit 2^exponent.
+/// The exponent of the SIMD group's largest value, which is then below 2 in the unit 2^exponent, or below 4 where float32
+/// ends.
 template <int E>
 inline int common_exponent(thread const float (&y)[E]) {
   float largest = 0.0f;

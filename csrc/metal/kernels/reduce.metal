@@ -9,8 +9,8 @@
 #include "metal/kernels/rotation.h"
 #include "metal/kernels/slots.h"
 
-/// Merges into `merged_row`, or into the output where that is null.
-template <int D>
+/// Merges into the output or, if it un-rotates, into `merged_row` first.
+template <int D, bool kUndo>
 inline void reduce_row(constant TqFlashAttnVecArgs& args, device const float* tmp, device float* output,
                        device const float* sinks, device const float* score_bias, device float* lse,
                        device atomic_uint* status, device const float* q, threadgroup float* merged_row, uint row,
@@ -39,13 +39,13 @@ inline void reduce_row(constant TqFlashAttnVecArgs& args, device const float* tm
   for (uint i = simdgroup; i < D / 4; i += nwg) {
     const float4 merged = simd_sum(takes_part ? partials[i * nwg + lane] * scaled : float4(0.0f));
     if (lane > 0) continue;
-    if (merged_row == nullptr) {
-      out[i] = merged;
-    } else {
+    if (kUndo) {
       ((threadgroup float4*)merged_row)[i] = merged;
+    } else {
+      out[i] = merged;
     }
   }
-  if (merged_row == nullptr) return;
+  if (!kUndo) return;
 
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (simdgroup > 0) return;
@@ -62,7 +62,7 @@ kernel void flash_attn_vec_reduce(
     device atomic_uint* status [[buffer(TQ_REDUCE_STATUS)]], device const float* q [[buffer(TQ_REDUCE_Q)]],
     uint row [[threadgroup_position_in_grid]], ushort simdgroup [[simdgroup_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]]) {
-  reduce_row<D>(args, tmp, output, sinks, score_bias, lse, status, q, nullptr, row, simdgroup, lane);
+  reduce_row<D, false>(args, tmp, output, sinks, score_bias, lse, status, q, nullptr, row, simdgroup, lane);
 }
 
 template <int D>
@@ -73,7 +73,7 @@ kernel void flash_attn_vec_reduce_undo(
     device atomic_uint* status [[buffer(TQ_REDUCE_STATUS)]], device const float* q [[buffer(TQ_REDUCE_Q)]],
     threadgroup float* merged_row [[threadgroup(0)]], uint row [[threadgroup_position_in_grid]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]], ushort lane [[thread_index_in_simdgroup]]) {
-  reduce_row<D>(args, tmp, output, sinks, score_bias, lse, status, q, merged_row, row, simdgroup, lane);
+  reduce_row<D, true>(args, tmp, output, sinks, score_bias, lse, status, q, merged_row, row, simdgroup, lane);
 }
 
 #define TQ_INSTANTIATE(D)                                                                                         \
