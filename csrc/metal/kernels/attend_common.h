@@ -87,8 +87,8 @@ inline float row_scale(constant TqFlashAttnVecArgs& args) {
   return tq_hb::norm_blocks(D) == 2 ? precise::divide(1.0f, args.scale_factor_d512) : tq_hb::inverse_sqrt_head_dim(D);
 }
 
-/// The exponent of the SIMD group's largest value, which is then below 2 in the unit 2^exponent, or below 4 where float32
-/// ends.
+/// The exponent of the SIMD group's largest value, which is then below 2 in the unit 2^exponent, or below 4 where
+/// float32 ends.
 template <int E>
 inline int common_exponent(thread const float (&y)[E]) {
   float largest = 0.0f;
