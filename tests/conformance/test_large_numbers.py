@@ -64,7 +64,7 @@ def enlarged(norms: np.ndarray, kv_seq_len: int, largest: float) -> np.ndarray:
 
 @pytest.mark.parametrize("fuse_fwht_pre", [0, 1])
 @pytest.mark.parametrize("softcap", [0.0, 30.0])
-@pytest.mark.parametrize(("scale", "q", "k"), [(3e38, 1, 20), (-3e38, 1, 20), (1, 1e37, 1e19), (1e30, 7e37, 3e38)])
+@pytest.mark.parametrize(("scale", "q", "k"), [(3e38, 1, 20), (-3e38, 1, 20), (1, 1e37, 1e19), (1e30, 2.5e37, 3e38)])
 @pytest.mark.parametrize("head_dim", [64, 256, 512])
 def test_of_scores_beyond_float32_the_largest_wins(form, device, head_dim, scale, q, k, softcap, fuse_fwht_pre):
     shape = {"head_dim": head_dim, "num_queries": 2, "kv_seq_len": 300, "kv_capacity": 300}
