@@ -17,15 +17,12 @@ Result = dict[str, Any]
 
 _NAMES = [name_of(*form) for form in FORMS]
 _README_SHAPES = {"head_dim": 256, "tokens": 4096}
-# A peer, the faster of its forms, how many times longer it is to take, and than which of ours, the faster.
+_FIVE_BITS = [name_of(5, packing, "default") for packing in ("byte", "plane")]
+# Forms of a peer, how many times longer it is to take, and than which of ours: the faster counts on both sides.
 _WANTED = (
-    (("llama.cpp q8_0",), 3.0, (name_of(8, "byte", "default"),)),
-    (("llama.cpp q5_0",), 9.0, (name_of(5, "byte", "default"), name_of(5, "plane", "default"))),
-    (
-        ("torch float32", "torch float32 enable_gqa"),
-        7.0,
-        (name_of(5, "byte", "default"), name_of(5, "plane", "default")),
-    ),
+    (["llama.cpp q8_0"], 3.0, [name_of(8, "byte", "default")]),
+    (["llama.cpp q5_0"], 9.0, _FIVE_BITS),
+    (["torch float32", "torch float32 enable_gqa"], 7.0, _FIVE_BITS),
 )
 
 
@@ -122,7 +119,7 @@ def losses(results: Sequence[Result]) -> str:
 def bounds(report: Report) -> str:
     """Return the ratios to the fastest peer, and those of a call that would take as long as a read of its bytes."""
     results = _measured(report)
-    forms = [name_of(5, "byte", "default"), name_of(5, "plane", "default"), name_of(8, "byte", "default")]
+    forms = [*_FIVE_BITS, name_of(8, "byte", "default")]
     rows = []
     for group in sorted({_group(result) for result in results}):
         here = [result for result in results if _group(result) == group]
@@ -150,7 +147,7 @@ def _far_ahead(results: Sequence[Result]) -> str:
         return sum(ratio(result) >= (5.0 if _group(result) >= 4 else 2.5) for result in results)
 
     ours = count(lambda result: max(result["ratio"][form] for form in narrow))
-    in_bytes, in_planes = (count(partial(_read, form=name_of(5, packing, "default"))) for packing in ("byte", "plane"))
+    in_bytes, in_planes = (count(partial(_read, form=form)) for form in _FIVE_BITS)
     return (
         "The fastest peer takes at least 2.5 times as long as 5 or 6 bits (with four or more query heads per KV head, "
         f"5 times) at {ours} of {len(results)} rows. It would at {in_bytes} if a call took as long as a read of 5 "
@@ -166,7 +163,7 @@ def _ahead_of_each(results: Sequence[Result]) -> str:
         if not here:
             continue
 
-        def ratio(rows: Result, form: str, peers: tuple[str, ...] = peers) -> float:
+        def ratio(rows: Result, form: str, peers: Sequence[str] = peers) -> float:
             fastest = min(rows[peer]["median_us"] for peer in peers if peer in rows)
             return float(fastest / rows[form]["median_us"])
 
